@@ -1,0 +1,189 @@
+"""Promise 1: `program.py [config.yaml] [--flag value …]`, checked in full before anything heavy is loaded.
+
+A stage states its arguments as a pydantic model whose fields are made with `option`. Flags override the file; a key that
+nobody knows, or a value of the wrong type or range, is an InputError that names it.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from baton.errors import InputError
+
+
+def option(default: Any, help: str, *, changes_result: bool = True, **constraints: Any) -> Any:
+    """A field of a stage's arguments; `...` as default makes it required.
+
+    `changes_result=False` marks what may differ between two runs of the same work: paths (inputs are compared by their
+    content), memory, log settings. `constraints` are pydantic's (`ge`, `gt`, `le`, `lt`, `min_length`).
+    """
+    return Field(default, description=help, json_schema_extra={"changes_result": changes_result}, **constraints)
+
+
+class StageArguments(BaseModel):
+    """The arguments that every stage has."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    overwrite: bool = option(False, "start afresh where an output already exists", changes_result=False)
+
+
+A = typing.TypeVar("A", bound=StageArguments)
+
+
+def identity(arguments: StageArguments) -> dict[str, Any]:
+    """The arguments that decide the result, as plain JSON values; secrets are masked."""
+    fields = type(arguments).model_fields
+    values = arguments.model_dump(mode="json")
+    return {name: values[name] for name, field in fields.items() if field.json_schema_extra["changes_result"]}
+
+
+def parse(model: type[A], description: str, argv: Sequence[str] | None = None) -> A:
+    """Read `model` from a YAML file and flags. Raises InputError on anything unknown, mistyped or missing."""
+    settings = _read_settings(model, description, lambda: (), argv)
+    check_known(settings, model.model_fields)
+    return _validate(model, settings)
+
+
+def parse_with_rest(
+    model: type[A], description: str, other_fields: Callable[[], Sequence[Any]], argv: Sequence[str] | None = None
+) -> tuple[A, dict[str, Any]]:
+    """Read `model`, and return beside it the settings that it does not know, unchecked: see `build_config`.
+
+    `other_fields` gives the dataclass fields that such settings belong to (a trainer's configuration); it is called for
+    `--help` alone, so that a library is not imported just to parse.
+    """
+    settings = _read_settings(model, description, other_fields, argv)
+    rest = {name: settings.pop(name) for name in list(settings) if name not in model.model_fields}
+    return _validate(model, settings), rest
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of settings. Raises InputError if it is absent, not YAML, or not a mapping."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file)") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
+    return settings
+
+
+def check_known(names: typing.Iterable[str], known: typing.Iterable[str]) -> None:
+    """Raise InputError for the first of `names` that is not in `known`, with the nearest known one."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else "--help lists all"
+            raise InputError(f"unknown setting `{name}`: {hint}")
+
+
+def build_config(config_class: type, settings: dict[str, Any], own_names: typing.Iterable[str] = ()) -> Any:
+    """A trainer's configuration dataclass from YAML values and flag strings, each converted to its field's type.
+
+    `own_names` are the stage's own settings, named as nearest matches too. Raises InputError on an unknown name, a value that
+    does not convert, or a combination that the dataclass itself refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
+    check_known(settings, [*fields, *own_names])
+    hints = typing.get_type_hints(config_class)
+    values = {}
+    for name, value in settings.items():
+        try:
+            values[name] = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            raise InputError(_explain(error.errors()[0] | {"loc": (name,)})) from None
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{config_class.__name__}: {error}") from None
+
+
+def _read_settings(
+    model: type[A], description: str, other_fields: Callable[[], Sequence[Any]], argv: Sequence[str] | None
+) -> dict[str, Any]:
+    """Every setting of the YAML file and the flags, by name, flags first; values are not converted yet."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    settings = read_yaml(Path(argv.pop(0))) if argv and not argv[0].startswith("-") else {}
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [config.yaml] [--flag value ...]",
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, field in model.model_fields.items():
+        ending = "required" if field.is_required() else f"default: {field.get_default()}"
+        _add_flag(parser, name, field.annotation, f"{field.description} [{ending}]")
+    if {"-h", "--help"} & set(argv) and (others := other_fields()):
+        group = parser.add_argument_group("settings of the trainer underneath")
+        for field in others:
+            if field.init and field.name not in model.model_fields:
+                default = "" if field.default is dataclasses.MISSING else f" [default: {field.default}]"
+                _add_flag(group, field.name, str, f"{field.metadata.get('help', '')}{default}")
+    try:
+        flags, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    return settings | vars(flags) | _loose_flags(unknown)
+
+
+def _validate(model: type[A], settings: dict[str, Any]) -> A:
+    try:
+        return model(**settings)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _add_flag(parser: Any, name: str, annotation: Any, help: str) -> None:
+    """One `--name`, whose value stays a string (or a list of them) for pydantic to convert."""
+    members = _union_members(annotation)
+    kinds = {typing.get_origin(kind) or kind for kind in members}
+    choices = [str(choice) for kind in members if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
+    options: dict[str, Any] = {"metavar": "{" + ",".join(choices) + "}" if choices else "X", "help": help.replace("%", "%%")}
+    if kinds & {list, tuple}:
+        options["nargs"] = "+"
+    elif bool in kinds:
+        options |= {"nargs": "?", "const": True}
+    parser.add_argument(f"--{name}", **options)
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _loose_flags(words: Sequence[str]) -> dict[str, Any]:
+    """Flags that no field claims: `--a 1 --b=2 --c x y --d` as {"a": "1", "b": "2", "c": ["x", "y"], "d": True}."""
+    settings: dict[str, Any] = {}
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            settings[name] = [value] if value else []
+        elif name is None:
+            raise InputError(f"unexpected argument `{word}`: every value needs a flag, and the YAML file comes first")
+        else:
+            settings[name].append(word)
+    return {name: True if not values else values[0] if len(values) == 1 else values for name, values in settings.items()}
+
+
+def _explain(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"][:1])
+    if problem["type"] == "missing":
+        return f"`{name}` is required: give --{name} or set it in the YAML file"
+    return f"`{name}`: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"

@@ -1,0 +1,61 @@
+"""JSON Lines: read with line numbers in the errors, write one whole record at a time."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from baton.errors import InputError
+
+Record = dict[str, Any]
+
+
+def open_lines(path: Path) -> IO[bytes]:
+    """Open a `.jsonl` or `.jsonl.gz` file for reading bytes."""
+    try:
+        return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+
+
+def dump(record: object) -> bytes:
+    """One record as a line, newline included."""
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+
+
+def parse(line: bytes, where: str) -> Record:
+    """One line as a record. Raises InputError, naming `where` (file:line), if it is not a JSON object."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def read(path: Path) -> Iterator[tuple[str, Record]]:
+    """Yield ("file:line", record) for each line that is not blank; memory does not grow with the file."""
+    with open_lines(path) as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, parse(line, where)
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise InputError(f"{path}: broken gzip file: {error}") from None
+
+
+def write(path: Path, records) -> int:
+    """Write records to `path` atomically (a temporary name, then a rename); returns how many."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with partial.open("wb") as file:
+        for record in records:
+            file.write(dump(record))
+            count += 1
+    partial.replace(path)
+    return count

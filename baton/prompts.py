@@ -1,0 +1,145 @@
+"""Prompt sets: records from a local file or a Hugging Face dataset, their ids, and the shards they are cut into."""
+
+import logging
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from baton import jsonl
+from baton.errors import InputError
+from baton.jsonl import Record
+from baton.records import Messages, prompt_hash, prompt_id, prompt_of
+
+log = logging.getLogger("baton")
+
+LOCAL_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+def read_records(source: str, split: str = "train") -> Iterator[tuple[str, Record]]:
+    """Yield ("where", record) from a local .jsonl, .jsonl.gz, .json or .parquet file, or from a Hugging Face dataset.
+
+    All but `.json` are streamed. A `.json` file holds a list, {"instances": list}, or, as some toolkits write it, JSON Lines.
+    """
+    path = Path(source)
+    if source.endswith(".parquet"):
+        yield from _read_parquet(path)
+    elif source.endswith(".json"):
+        yield from _read_json(path)
+    elif source.endswith(LOCAL_ENDINGS):
+        yield from jsonl.read(path)
+    elif path.exists():
+        raise InputError(f"{source}: expected a file ending in {', '.join(LOCAL_ENDINGS)}")
+    else:
+        yield from _read_hub(source, split)
+
+
+class PromptSet:
+    """The prompts of one source, in order, with ids that do not depend on the shard.
+
+    Making it reads the source once. It holds 12 bytes a prompt; the records themselves are streamed again for each shard.
+    """
+
+    def __init__(self, source: str, key: str | None = None, split: str = "train"):
+        self.source, self.key, self.split = source, key, split
+        hashes = array("Q")
+        for where, record in read_records(source, split):
+            hashes.append(prompt_hash(prompt_of(record, where, key)))
+        if not hashes:
+            raise InputError(f"{source}: holds no records")
+        self.hashes = np.frombuffer(hashes, dtype=np.uint64)
+        self.ordinals = ordinals(self.hashes)
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def id(self, position: int) -> str:
+        """The id of the prompt at `position`."""
+        return prompt_id(int(self.hashes[position]), int(self.ordinals[position]))
+
+    def shard(self, index: int, count: int) -> Iterator[tuple[int, str, Record, Messages]]:
+        """Yield (position in the shard, where, record with `id` and `prompt`, messages) of shard `index` of `count`."""
+        span = shard_range(len(self), index, count)
+        records = islice(read_records(self.source, self.split), span.start, span.stop)
+        for position, (where, record) in zip(span, records, strict=True):
+            messages = prompt_of(record, where, self.key)
+            yield position - span.start, where, {**record, "id": self.id(position), "prompt": messages}, messages
+
+
+def shard_range(total: int, index: int, count: int) -> range:
+    """The positions of shard `index` of `count`: contiguous, sizes differing by at most one, every position in one shard."""
+    if not 0 <= index < count:
+        raise InputError(f"shard {index} of {count}: --local_index must be within 0..{count - 1} (0..my_world_size-1)")
+    return range(total * index // count, total * (index + 1) // count)
+
+
+def ordinals(hashes: np.ndarray) -> np.ndarray:
+    """For each of `hashes` (uint64, shape (N,)) how many equal ones stand before it (uint32, shape (N,))."""
+    order = np.argsort(hashes, kind="stable")
+    in_order = hashes[order]
+    starts = np.flatnonzero(np.r_[True, in_order[1:] != in_order[:-1]])
+    rank = np.arange(len(hashes)) - np.repeat(starts, np.diff(np.r_[starts, len(hashes)]))
+    result = np.empty(len(hashes), dtype=np.uint32)
+    result[order] = rank
+    return result
+
+
+def with_ids(records: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+    """Yield records with an `id`, made from the prompt where another toolkit's file has none."""
+    seen: Counter[int] = Counter()
+    for where, record in records:
+        if "id" not in record:
+            hash_ = prompt_hash(prompt_of(record, where))
+            record = {"id": prompt_id(hash_, seen[hash_]), **record}
+            seen[hash_] += 1
+        yield where, record
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
+    with jsonl.open_lines(path) as file:
+        text = file.read()
+    try:
+        content = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        if text.lstrip().startswith(b"{"):
+            yield from jsonl.read(path)
+            return
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if isinstance(content, dict):
+        content = content["instances"] if isinstance(content.get("instances"), list) else [content]
+    for number, record in enumerate(content, 1):
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: item {number}: expected a JSON object, got {type(record).__name__}")
+        yield f"{path}: item {number}", record
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise InputError(f"{path}: cannot be read as parquet: {error}") from None
+    number = 0
+    for batch in file.iter_batches(batch_size=1000):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{path}: row {number}", record
+
+
+def _read_hub(name: str, split: str) -> Iterator[tuple[str, Record]]:
+    import datasets
+
+    log.info("%s: not a local file, reading it as a Hugging Face dataset", name)
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(
+            f"{name}: neither a local file ({', '.join(LOCAL_ENDINGS)}) nor a Hugging Face dataset that can be loaded: {error}"
+        ) from None
+    for number, record in enumerate(dataset, 1):
+        yield f"{name}: row {number}", record

@@ -1,0 +1,89 @@
+"""The records that stages hand each other, and the checks that each field must pass.
+
+    prompt      id, prompt: list of {"role", "content"}
+    generated   + responses, response_token_ids, finish_reasons: K of each
+    annotated   + rewards: K floats; rewards_by: {scorer: K floats}
+    pair        id, prompt, chosen, rejected, their token ids and finish reasons, chosen_reward, rejected_reward, margin
+"""
+
+import math
+
+import xxhash
+
+from baton.errors import InputError
+from baton.jsonl import Record, dump
+
+Messages = list[dict[str, str]]
+
+PROMPT_KEYS = ("prompt", "context_messages")
+
+
+def as_messages(value: object, where: str, field: str) -> Messages:
+    """A conversation as a list of {"role", "content"}; a plain string is one user turn.
+
+    Raises InputError naming `where` and `field` for anything else.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            raise InputError(f"{where}: `{field}` is empty")
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: `{field}` must be a string or a list of messages, got {_short(value)}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InputError(f"{where}: `{field}`: a message needs `role` and `content`, got {_short(message)}")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{where}: `{field}`: `content` must be a string, got {_short(message)}")
+    return value
+
+
+def prompt_of(record: Record, where: str, key: str | None = None) -> Messages:
+    """The prompt of a record as messages, from `key`, or from the first known key that it has."""
+    for name in (key,) if key else PROMPT_KEYS:
+        if name in record:
+            return as_messages(record[name], where, name)
+    wanted = f"`{key}`" if key else " or ".join(f"`{name}`" for name in PROMPT_KEYS)
+    raise InputError(
+        f"{where}: the record has no {wanted}, it has {', '.join(f'`{name}`' for name in record) or 'no keys'}; "
+        "name the key of the prompt with --dataset_key"
+    )
+
+
+def prompt_hash(messages: Messages) -> int:
+    """A 64-bit hash of a conversation's roles and contents, the same in every run and on every machine."""
+    return xxhash.xxh3_64_intdigest(dump([[m["role"], m["content"]] for m in messages]))
+
+
+def prompt_id(hash_: int, ordinal: int) -> str:
+    """The id of a prompt: its hash, and its ordinal where the same prompt has come before."""
+    return f"{hash_:016x}" if ordinal == 0 else f"{hash_:016x}-{ordinal}"
+
+
+def responses_of(record: Record, where: str) -> list[str]:
+    """The K responses of a generated record. Raises InputError if they are missing, empty or not strings."""
+    responses = record.get("responses")
+    if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
+        raise InputError(f"{where}: `responses` must be a list of at least one string, got {_short(responses)}")
+    for name in ("response_token_ids", "finish_reasons"):
+        values = record.get(name)
+        if values is not None and (not isinstance(values, list) or len(values) != len(responses)):
+            raise InputError(f"{where}: `{name}` must hold one entry for each of the {len(responses)} responses")
+    return responses
+
+
+def rewards_of(record: Record, where: str) -> list[float]:
+    """The K rewards of an annotated record, one finite number for each response. Raises InputError otherwise."""
+    responses, rewards = responses_of(record, where), record.get("rewards")
+    if not isinstance(rewards, list):
+        raise InputError(f"{where}: `rewards` must be a list of numbers, got {_short(rewards)}; annotate the file first")
+    if len(rewards) != len(responses):
+        raise InputError(f"{where}: {len(rewards)} `rewards` for {len(responses)} `responses`")
+    for reward in rewards:
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise InputError(f"{where}: `rewards` holds {_short(reward)}, which is not a finite number")
+    return rewards
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,194 @@
+"""Promises 2, 3 and 4: an output that appears only when complete, a manifest beside it, resume, and every record accounted for.
+
+    stage = Stage.begin("generate", arguments, output, {"prompts": path, "model": path})
+    if stage is None:
+        return                      # up to date: said so, nothing to do
+    ...                             # load the model; write to partial records or into `stage.partial_folder`
+    stage.finish(records_in=n, records_out=m, drops=drops, tokens=t)
+"""
+
+import fcntl
+import logging
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from baton import program
+from baton.arguments import StageArguments, identity
+from baton.errors import InputError
+from baton.fingerprint import fingerprint, unchanged
+from baton.partial import part_files
+
+log = logging.getLogger("baton")
+
+NAMED_DROPS = 20  # how many drops of each reason are named in the log; the manifest names NAMED_DROPS_KEPT
+NAMED_DROPS_KEPT = 1000
+
+
+class Drops:
+    """Records that a stage leaves out, counted by reason, the first ones by name."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Count one record, named by its id or file:line, as dropped for `reason`."""
+        self.counts[reason] += 1
+        names = self.names.setdefault(reason, [])
+        if len(names) < NAMED_DROPS_KEPT:
+            names.append(name)
+        if self.counts[reason] <= NAMED_DROPS:
+            log.warning("dropped %s: %s", name, reason)
+        elif self.counts[reason] == NAMED_DROPS + 1:
+            log.warning("more dropped: %s; the manifest names them", reason)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts.items()) or "none"
+
+
+class Stage:
+    """One run of a stage program, from checked arguments to a finished output with its manifest."""
+
+    def __init__(self, name: str, output: Path, manifest: dict[str, Any]):
+        self.name, self.output, self.manifest = name, output, manifest
+        self.start = time.monotonic()
+        self.lock = None
+
+    @classmethod
+    def begin(
+        cls,
+        name: str,
+        arguments: StageArguments,
+        output: Path,
+        inputs: dict[str, str | Path],
+        settings: dict[str, Any] | None = None,
+    ) -> "Stage | None":
+        """Start or resume the work on `output`, or return None (and say so) where it is up to date.
+
+        `settings` are those of a library underneath, which decide the result as well. Raises InputError where `output` holds, or
+        is being given, the result of other arguments or other input; the message names the difference.
+        """
+        asked = {"stage": name, "arguments": identity(arguments) | {"settings": settings or {}}}
+        finished, running = read_manifest(output), read_manifest(in_progress(output))
+        if not arguments.overwrite:
+            if finished and output.exists() and not (difference := _difference(finished, asked, inputs)):
+                log.info("%s: up to date", output)
+                if program.rank() == 0:
+                    remove_partial(output)
+                return None
+            if running and (difference := _difference(running, asked, inputs)):
+                raise InputError(
+                    f"{output}: unfinished work with another {difference}; go on with the same, or start afresh with --overwrite"
+                )
+            if not running and finished and output.exists():
+                raise InputError(f"{output}: finished with another {difference}; --overwrite replaces it")
+            if not running and output.exists():
+                raise InputError(f"{output}: exists, and no manifest says that this stage made it; --overwrite replaces it")
+        resumes = running is not None and not arguments.overwrite
+        stage = cls(name, output, asked)
+        if program.rank() == 0:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stage._lock()
+            stage.manifest = running if resumes else asked | {
+                "inputs": {key: fingerprint(value) for key, value in inputs.items()},
+                "versions": program.versions(),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            if not resumes:
+                remove_partial(output)
+                _write_json(manifest_path(in_progress(output)), stage.manifest)
+        log.info("%s: %s", output, "going on where it stopped" if resumes else "starting")
+        return stage
+
+    @property
+    def partial_folder(self) -> Path:
+        """Where a stage whose output is a folder works: `<output>.partial`."""
+        return self.output.with_name(self.output.name + ".partial")
+
+    def finish(self, *, records_in: int, records_out: int, drops: Drops | None = None, **facts: Any) -> None:
+        """Give the output its final name where it is still a partial folder, write the manifest, and log the account.
+
+        `facts` (tokens, metrics, …) go into the manifest as they are. To be called by process 0 alone.
+        """
+        drops = drops or Drops()
+        if records_in != records_out + drops.counts.total():
+            raise RuntimeError(f"{self.output}: {records_in} records in, but {records_out} out and dropped: {drops}")
+        if self.partial_folder.is_dir():
+            if self.output.exists():
+                shutil.rmtree(self.output)
+            self.partial_folder.replace(self.output)
+        seconds = round(time.monotonic() - self.start, 2)
+        counts = {"in": records_in, "out": records_out, "dropped": dict(drops.counts)}
+        self.manifest |= {"counts": counts, "dropped": drops.names, "seconds": seconds, **facts}
+        _write_json(manifest_path(self.output), self.manifest)
+        remove_partial(self.output)
+        self._unlock()
+        log.info("%s: %d in, %d out, dropped: %s; %.1f s", self.output, records_in, records_out, drops, seconds)
+
+    def _lock(self) -> None:
+        """Hold a lock on the output until this process ends, however it ends."""
+        path = self.output.with_name(self.output.name + ".partial.lock")
+        self.lock = path.open("w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.output}: another process is working on it; wait for it or stop it") from None
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            Path(self.lock.name).unlink(missing_ok=True)
+            self.lock.close()
+
+
+def manifest_path(output: Path) -> Path:
+    """The manifest beside a finished output."""
+    return output.with_name(output.name + ".manifest.json")
+
+
+def in_progress(output: Path) -> Path:
+    """The name under which the manifest of unfinished work stands: that of `<output>.partial`."""
+    return output.with_name(output.name + ".partial")
+
+
+def read_manifest(output: Path) -> dict[str, Any] | None:
+    """The manifest beside `output`, or None. Raises InputError if it is not JSON."""
+    path = manifest_path(output)
+    try:
+        return orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON: {error}; --overwrite starts the stage afresh") from None
+
+
+def remove_partial(output: Path) -> None:
+    """Delete what unfinished work left behind. The manifest goes last, so that a death in between is harmless."""
+    for part in part_files(output):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    manifest_path(in_progress(output)).unlink(missing_ok=True)
+
+
+def _difference(manifest: dict[str, Any], asked: dict[str, Any], inputs: dict[str, str | Path]) -> str | None:
+    """Name the first difference between what a manifest describes and what is asked for, or None."""
+    if manifest["stage"] != asked["stage"]:
+        return f"stage ({manifest['stage']}, now {asked['stage']})"
+    old, new = ({**a, **a["settings"]} for a in (manifest["arguments"], asked["arguments"]))
+    for name in sorted((old.keys() | new.keys()) - {"settings"}):
+        if old.get(name) != new.get(name):
+            return f"{name} ({old.get(name)!r}, now {new.get(name)!r})"
+    for name, source in inputs.items():
+        known = manifest["inputs"].get(name)
+        if known is None or not unchanged(known, source):
+            return f"{name}: the content of {source} is not what it was"
+    return None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".writing")
+    partial.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
+    partial.replace(path)
