@@ -88,12 +88,12 @@ def ordinals(hashes: np.ndarray) -> np.ndarray:
     return result
 
 
-def with_ids(records: Iterator[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
-    """Yield records with an `id`, made from the prompt where another toolkit's file has none."""
+def with_ids(records: Iterator[tuple[str, Record]], key: str | None = None) -> Iterator[tuple[str, Record]]:
+    """Yield records with an `id`, made from the prompt (under `key`) where another toolkit's file has none."""
     seen: Counter[int] = Counter()
     for where, record in records:
         if "id" not in record:
-            hash_ = prompt_hash(prompt_of(record, where))
+            hash_ = prompt_hash(prompt_of(record, where, key))
             record = {"id": prompt_id(hash_, seen[hash_]), **record}
             seen[hash_] += 1
         yield where, record

@@ -1,0 +1,166 @@
+"""Preference pairs: which two of a prompt's K responses are compared, and which pairs are left out, with the reason.
+
+| choose_type | chosen | rejected |
+| --- | --- | --- |
+| `random`     | the better of two random responses | the other |
+| `max_random` | the best | a random other |
+| `max_min`    | the best | the worst |
+| `max_max`    | the best | the second best |
+| `max_min_p`  | the best | the worst, both after `len_penalty` per character is subtracted from the reward |
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from baton.errors import InputError
+from baton.jsonl import Record
+from baton.prompts import with_ids
+from baton.records import prompt_of, responses_of, rewards_of
+from baton.stage import Drops
+
+ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p"]
+
+# What holds one entry for each response, and so says nothing about a pair; every other key passes through.
+PER_RESPONSE_KEYS = ("responses", "response_token_ids", "finish_reasons", "rewards", "rewards_by", "logps_by")
+
+IDENTICAL = "identical responses"
+TIE = "tied rewards"
+TRUNCATED = "fewer than two responses that were not cut off by length"
+SMALL_MARGIN = "margin below min_margin"
+UNEQUAL_LENGTHS = "lengths further apart than max_length_ratio"
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How pairs are chosen. Raises InputError for values that make no sense, before any record is read.
+
+    `len_penalty` is per character; `min_margin` is in units of the reward; `max_length_ratio` compares characters, longer
+    over shorter; `drop_truncated` leaves out responses with finish reason `length` before the pair is chosen. With
+    `pairs_per_prompt` above 1 each further pair is chosen among the responses that no pair before has used.
+    """
+
+    choose_type: ChooseType = "max_min"
+    len_penalty: float = 0.0
+    pairs_per_prompt: int = 1
+    min_margin: float = 0.0
+    max_length_ratio: float | None = None
+    drop_truncated: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.choose_type not in get_args(ChooseType):
+            raise InputError(
+                f"`choose_type`: {self.choose_type!r} is not one of {', '.join(get_args(ChooseType))}"
+            )
+        if self.len_penalty and self.choose_type != "max_min_p":
+            raise InputError(
+                f"`len_penalty` acts with choose_type max_min_p only, not with {self.choose_type}"
+            )
+        if self.pairs_per_prompt < 1:
+            raise InputError(f"`pairs_per_prompt` must be at least 1, got {self.pairs_per_prompt}")
+        if not self.min_margin >= 0:
+            raise InputError(f"`min_margin` must be at least 0, got {self.min_margin}")
+        if self.max_length_ratio is not None and not self.max_length_ratio >= 1:
+            raise InputError(f"`max_length_ratio` must be at least 1, got {self.max_length_ratio}")
+
+
+def candidates(count: int, settings: PairSettings) -> int:
+    """How many pairs `count` responses are asked for: each response is in at most one pair."""
+    return min(settings.pairs_per_prompt, count // 2)
+
+
+def scores(responses: Sequence[str], rewards: Sequence[float], settings: PairSettings) -> list[float]:
+    """What responses are compared by: the reward, less `len_penalty` for each character."""
+    return [
+        reward - settings.len_penalty * len(text) for text, reward in zip(responses, rewards, strict=True)
+    ]
+
+
+def choose_pair(
+    scores: Sequence[float], choose_type: ChooseType, generator: random.Random
+) -> tuple[int, int]:
+    """The indices (chosen, rejected) of one pair among at least two responses, the higher score first.
+
+    Of equal scores the earlier response counts as the better one, so the result depends on nothing but the arguments.
+    """
+    ranked = sorted(range(len(scores)), key=lambda index: -scores[index])
+    if choose_type == "random":
+        first, second = sorted(generator.sample(range(len(ranked)), 2))
+        return ranked[first], ranked[second]
+    if choose_type == "max_random":
+        return ranked[0], generator.choice(ranked[1:])
+    if choose_type == "max_max":
+        return ranked[0], ranked[1]
+    return ranked[0], ranked[-1]
+
+
+def why_dropped(chosen: str, rejected: str, margin: float, settings: PairSettings) -> str | None:
+    """The reason to leave out a pair, or None for a pair to keep."""
+    if chosen == rejected:
+        return IDENTICAL
+    if margin <= 0:
+        return TIE
+    if margin < settings.min_margin:
+        return SMALL_MARGIN
+    if settings.max_length_ratio is not None:
+        shorter, longer = sorted((len(chosen), len(rejected)))
+        if longer > settings.max_length_ratio * shorter:
+            return UNEQUAL_LENGTHS
+    return None
+
+
+def pairs_of(
+    records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, prompt_key: str | None = None
+) -> Iterator[Record]:
+    """Yield the pair records of annotated records, given as ("file:line", record); what is left out goes to `drops`.
+
+    Each prompt gives `candidates(K, settings)` pairs or drops, so pairs + drops is that number summed over the records. `margin` is the
+    difference of the `scores` that the pair was chosen by; `chosen_reward` and `rejected_reward` are the rewards as annotated.
+    Random choices derive from the seed and the prompt's id, whatever the order of the records. Raises InputError for
+    records without valid responses and rewards, and for K = 1.
+    """
+    for where, record in with_ids(iter(records), prompt_key):
+        responses, rewards = responses_of(record, where), rewards_of(record, where)
+        if len(responses) < 2:
+            raise InputError(
+                f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more"
+            )
+        yield from _pairs_of_record(
+            {**record, "prompt": prompt_of(record, where, prompt_key)}, responses, rewards, settings, drops
+        )
+
+
+def _pairs_of_record(
+    record: Record, responses: list[str], rewards: list[float], settings: PairSettings, drops: Drops
+) -> Iterator[Record]:
+    compared = scores(responses, rewards, settings)
+    reasons = record.get("finish_reasons") or [None] * len(responses)
+    open_ = [i for i, reason in enumerate(reasons) if not (settings.drop_truncated and reason == "length")]
+    generator = random.Random(f"{settings.seed} {record['id']}")
+    for _ in range(candidates(len(responses), settings)):
+        if len(open_) < 2:
+            drops.add(TRUNCATED, record["id"])
+            continue
+        best, other = choose_pair([compared[i] for i in open_], settings.choose_type, generator)
+        chosen, rejected = open_[best], open_[other]
+        open_ = [i for i in open_ if i not in (chosen, rejected)]
+        margin = compared[chosen] - compared[rejected]
+        if reason := why_dropped(responses[chosen], responses[rejected], margin, settings):
+            drops.add(reason, record["id"])
+        else:
+            yield pair_record(record, chosen, rejected, margin)
+
+
+def pair_record(record: Record, chosen: int, rejected: int, margin: float) -> Record:
+    """The pair record of two responses of an annotated record, given by their indices."""
+    pair = {name: value for name, value in record.items() if name not in PER_RESPONSE_KEYS}
+    for side, index in (("chosen", chosen), ("rejected", rejected)):
+        pair[side] = record["responses"][index]
+        if record.get("response_token_ids"):
+            pair[f"{side}_token_ids"] = record["response_token_ids"][index]
+        if record.get("finish_reasons"):
+            pair[f"{side}_finish_reason"] = record["finish_reasons"][index]
+        pair[f"{side}_reward"] = record["rewards"][index]
+    return {**pair, "margin": margin}
