@@ -1,4 +1,4 @@
-"""Preference pairs: which two of a prompt's K responses are compared, and which pairs are left out, with the reason.
+"""Preference pairs: which two of a prompt's K responses are compared, and why some pairs are left out.
 
 | choose_type | chosen | rejected |
 | --- | --- | --- |
@@ -36,9 +36,10 @@ UNEQUAL_LENGTHS = "lengths further apart than max_length_ratio"
 class PairSettings:
     """How pairs are chosen. Raises InputError for values that make no sense, before any record is read.
 
-    `len_penalty` is per character; `min_margin` is in units of the reward; `max_length_ratio` compares characters, longer
-    over shorter; `drop_truncated` leaves out responses with finish reason `length` before the pair is chosen. With
-    `pairs_per_prompt` above 1 each further pair is chosen among the responses that no pair before has used.
+    `len_penalty` is per character; `min_margin` is in units of the reward; `max_length_ratio` compares
+    characters, longer over shorter; `drop_truncated` leaves out responses with finish reason `length` before
+    the pair is chosen. With `pairs_per_prompt` above 1 each further pair is chosen among the responses that no
+    pair before has used.
     """
 
     choose_type: ChooseType = "max_min"
@@ -83,7 +84,7 @@ def choose_pair(
 ) -> tuple[int, int]:
     """The indices (chosen, rejected) of one pair among at least two responses, the higher score first.
 
-    Of equal scores the earlier response counts as the better one, so the result depends on nothing but the arguments.
+    Of equal scores the earlier response counts as the better one.
     """
     ranked = sorted(range(len(scores)), key=lambda index: -scores[index])
     if choose_type == "random":
@@ -114,12 +115,13 @@ def why_dropped(chosen: str, rejected: str, margin: float, settings: PairSetting
 def pairs_of(
     records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, prompt_key: str | None = None
 ) -> Iterator[Record]:
-    """Yield the pair records of annotated records, given as ("file:line", record); what is left out goes to `drops`.
+    """Yield the pair records of annotated records, given as ("file:line", record); `drops` gets what is left out.
 
-    Each prompt gives `candidates(K, settings)` pairs or drops, so pairs + drops is that number summed over the records. `margin` is the
-    difference of the `scores` that the pair was chosen by; `chosen_reward` and `rejected_reward` are the rewards as annotated.
-    Random choices derive from the seed and the prompt's id, whatever the order of the records. Raises InputError for
-    records without valid responses and rewards, and for K = 1.
+    Each prompt gives `candidates(K, settings)` pairs or drops, so pairs + drops is that number summed over the
+    records. `margin` is the difference of the `scores` that the pair was chosen by; `chosen_reward` and
+    `rejected_reward` are the rewards as annotated. Random choices derive from the seed and the prompt's id,
+    whatever the order of the records. Raises InputError for records without valid responses and rewards, and
+    for K = 1.
     """
     for where, record in with_ids(iter(records), prompt_key):
         responses, rewards = responses_of(record, where), rewards_of(record, where)
