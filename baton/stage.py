@@ -74,7 +74,8 @@ class Stage:
         is being given, the result of other arguments or other input; the message names the difference.
         """
         asked = {"stage": name, "arguments": identity(arguments) | {"settings": settings or {}}}
-        finished, running = read_manifest(output), read_manifest(in_progress(output))
+        finished = read_manifest(output)
+        running = read_manifest(in_progress(output)) if part_files(output) else None
         if not arguments.overwrite:
             if finished and output.exists() and not (difference := _difference(finished, asked, inputs)):
                 log.info("%s: up to date", output)

@@ -1,0 +1,109 @@
+"""Supervised fine-tuning: demonstrations in, a policy out, on TRL's SFTTrainer.
+
+    python sft/run_sft.py configs/sft.yaml                                                            # one process
+    accelerate launch --config_file configs/zero2.yaml sft/run_sft.py configs/sft.yaml                # eight GPUs
+
+A demonstration is {"prompt", "response"}, or {"messages"} ending with the assistant; every assistant message is learnt,
+up to its end-of-turn token, and nothing else is. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from baton import program
+from baton.arguments import StageArguments, option, parse_with_rest
+from baton.errors import InputError
+from baton.prompts import read_records
+from baton.records import Messages, as_messages, prompt_of
+from baton.stage import Drops, Stage
+from baton.templates import check_model_path, load_tokenizer, response_pieces
+
+
+class Arguments(StageArguments):
+    """What this program adds to SFTConfig."""
+
+    model_name_or_path: str = option(..., "the model to start from: a folder or a Hugging Face name", changes_result=False)
+    dataset_name_or_path: str = option(
+        ..., "demonstrations: .jsonl, .jsonl.gz, .json, .parquet or a Hugging Face dataset", changes_result=False
+    )
+    dataset_split: str = option("train", "split of a Hugging Face dataset")
+    response_key: str = option("response", "key of the demonstrated response beside the prompt")
+    max_samples: int | None = option(None, "use only the first so many demonstrations", ge=1)
+    output_dir: str = option(..., "folder of the finished policy", changes_result=False)
+    max_length: int = option(2048, "longest conversation, in tokens; longer ones are dropped and counted", ge=2)
+    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template")
+
+
+def conversation_of(record: dict[str, Any], where: str, response_key: str) -> Messages:
+    """A demonstration as a conversation that ends with the assistant. Raises InputError if it does not."""
+    if "messages" in record:
+        messages = as_messages(record["messages"], where, "messages")
+        if messages[-1]["role"] != "assistant":
+            raise InputError(f"{where}: `messages` must end with the assistant, this ends with {messages[-1]['role']!r}")
+        return messages
+    response = record.get(response_key)
+    if not isinstance(response, str) or not response.strip():
+        raise InputError(f"{where}: `{response_key}` must be a text that is not empty (see --response_key), got {response!r}")
+    return [*prompt_of(record, where), {"role": "assistant", "content": response}]
+
+
+def demonstrations(arguments: Arguments) -> Iterator[tuple[str, Messages]]:
+    """Yield ("where", conversation) for each demonstration. Raises InputError on the first bad one."""
+    for number, (where, record) in enumerate(read_records(arguments.dataset_name_or_path, arguments.dataset_split)):
+        if number == arguments.max_samples:
+            return
+        yield where, conversation_of(record, where, arguments.response_key)
+
+
+def tokenised(arguments: Arguments, tokenizer: Any, drops: Drops) -> Iterator[dict[str, list[int]]]:
+    """Yield a row `input_ids`, `labels` (-100 where nothing is learnt) for each demonstration that fits."""
+    for where, messages in demonstrations(arguments):
+        pieces = response_pieces(tokenizer, messages, where)
+        input_ids = [id_ for ids, _ in pieces for id_ in ids]
+        if len(input_ids) > arguments.max_length:
+            drops.add(f"longer than max_length {arguments.max_length} tokens", where)
+            continue
+        yield {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}
+
+
+def config_fields() -> tuple:
+    from dataclasses import fields
+
+    from trl import SFTConfig
+
+    return fields(SFTConfig)
+
+
+def main() -> None:
+    arguments, settings = parse_with_rest(Arguments, __doc__, config_fields)
+    check_model_path(arguments.model_name_or_path)
+    inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
+    stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings)
+    if stage is None:
+        return
+    program.check_processes()
+    count = sum(1 for _ in demonstrations(arguments))
+    if count == 0:
+        raise InputError(f"{arguments.dataset_name_or_path}: holds no demonstrations")
+
+    from trl import SFTConfig, SFTTrainer
+
+    from baton import training
+
+    settings |= {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    config = training.trainer_config(SFTConfig, settings, Arguments.model_fields, stage)
+    tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
+    drops = Drops()
+    rows = training.rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), stage, "demonstrations")
+    trainer = SFTTrainer(
+        model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer
+    )
+    training.log_training(trainer)
+    metrics = training.train(trainer, stage)
+    if program.rank() == 0:
+        stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics)
+
+
+if __name__ == "__main__":
+    program.run(main)
