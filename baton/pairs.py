@@ -38,8 +38,8 @@ class PairSettings:
 
     `len_penalty` is per character; `min_margin` is in units of the reward; `max_length_ratio` compares
     characters, longer over shorter; `drop_truncated` leaves out responses with finish reason `length` before
-    the pair is chosen. With `pairs_per_prompt` above 1 each further pair is chosen among the responses that no
-    pair before has used.
+    the pair is chosen. With `pairs_per_prompt` above 1 each further pair is chosen among the responses that
+    no pair before has used.
     """
 
     choose_type: ChooseType = "max_min"
@@ -115,10 +115,10 @@ def why_dropped(chosen: str, rejected: str, margin: float, settings: PairSetting
 def pairs_of(
     records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, prompt_key: str | None = None
 ) -> Iterator[Record]:
-    """Yield the pair records of annotated records, given as ("file:line", record); `drops` gets what is left out.
+    """Yield the pair records of annotated records, given as ("file:line", record); `drops` gets the others.
 
-    Each prompt gives `candidates(K, settings)` pairs or drops, so pairs + drops is that number summed over the
-    records. `margin` is the difference of the `scores` that the pair was chosen by; `chosen_reward` and
+    Each prompt gives `candidates(K, settings)` pairs or drops, so pairs + drops is that number summed over
+    the records. `margin` is the difference of the `scores` that the pair was chosen by; `chosen_reward` and
     `rejected_reward` are the rewards as annotated. Random choices derive from the seed and the prompt's id,
     whatever the order of the records. Raises InputError for records without valid responses and rewards, and
     for K = 1.

@@ -79,9 +79,10 @@ def check_processes() -> None:
     """
     import psutil
 
-    command = psutil.Process().parent().cmdline()
+    parent = psutil.Process().parent()  # None for the first process of a container
+    command = parent.cmdline() if parent else []
     wanted = 0
-    for word, following in zip(command, [*command[1:], ""], strict=True):
+    for word, following in zip(command, [*command, ""][1:], strict=True):
         name, _, value = word.partition("=")
         if name in ("--num_processes", "--num-processes", "--nproc_per_node", "--nproc-per-node"):
             wanted = int(value or following) if (value or following).isdigit() else 0
