@@ -1,0 +1,35 @@
+# shellcheck shell=bash
+# Functions that every script shares. Source this file: it defines names and runs nothing.
+
+BATON_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# The folder that holds the environments inference/ and training/.
+BATON_ENVS="${BATON_ENVS:-$BATON_ROOT/.envs}"
+[[ $BATON_ENVS == /* ]] || BATON_ENVS=$PWD/$BATON_ENVS
+
+# Ends the script with a message and exit code 2: bad arguments or input.
+die() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 2
+}
+
+# Prints a line of progress to stderr, after the time of day.
+say() {
+  printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2
+}
+
+# Succeeds where environment $1 is installed, and not half installed.
+has_env() {
+  [[ -x $BATON_ENVS/$1/bin/python && ! -e $BATON_ENVS/.$1.unfinished ]]
+}
+
+# Runs a command in an environment without activating it: in_env inference|training COMMAND [ARGUMENT ...]
+in_env() {
+  local name=$1 prefix=VIRTUAL_ENV
+  shift
+  [[ $name =~ ^(inference|training)$ ]] || die "no environment '$name'; there are inference and training"
+  has_env "$name" ||
+    die "the $name environment is missing in $BATON_ENVS: run bash scripts/setup_envs.sh"
+  [[ ! -d $BATON_ENVS/$name/conda-meta ]] || prefix=CONDA_PREFIX
+  env -u PYTHONHOME -u VIRTUAL_ENV -u CONDA_PREFIX "$prefix=$BATON_ENVS/$name" \
+    PATH="$BATON_ENVS/$name/bin:$PATH" PYTHONPATH="$BATON_ROOT${PYTHONPATH:+:$PYTHONPATH}" "$@"
+}

