@@ -33,3 +33,24 @@ in_env() {
   env -u PYTHONHOME -u VIRTUAL_ENV -u CONDA_PREFIX "$prefix=$BATON_ENVS/$name" \
     PATH="$BATON_ENVS/$name/bin:$PATH" PYTHONPATH="$BATON_ROOT${PYTHONPATH:+:$PYTHONPATH}" "$@"
 }
+
+# Prints the number of GPUs, 0 where there are none.
+gpu_count() {
+  { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l
+}
+
+# Runs one stage of the run in $run_dir, its output in a log of its own; a failure ends the script with the log's tail.
+# stage NAME COMMAND [ARGUMENT ...]
+stage() {
+  local name=$1 log=$run_dir/logs/$1.log start=$SECONDS code=0
+  shift
+  mkdir -p "$run_dir/logs"
+  say "$name ..."
+  "$@" >>"$log" 2>&1 || code=$?
+  if ((code != 0)); then
+    say "$name: failed with exit code $code; the end of $log:"
+    tail -n 15 "$log" >&2
+    exit "$code"
+  fi
+  say "$name: $((SECONDS - start)) s, $(tail -n 1 "$log" | sed 's/^[0-9:]* INFO //')"
+}
