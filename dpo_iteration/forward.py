@@ -1,0 +1,173 @@
+"""The forward pass that replaces a causal language model's own: packed trees in, log-probabilities of responses out.
+
+`share_prefixes(model)` gives `model.forward(…, labels=…, fused_lm_head=True)` the meaning that TRL's trainers give it
+(per-token log-probabilities where `labels` is not -100), computed from packed rows. Every other call is untouched.
+"""
+
+import types
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dpo_iteration.attention import NAME
+from dpo_iteration.logps import TokenScores, token_scores
+from dpo_iteration.trees import Place, Row, Tokens, pack
+
+# FlexAttention works in blocks of this many tokens, so rows are padded to a multiple of it on a GPU.
+FLEX_BLOCK = 128
+
+
+@dataclass
+class ScoredTokens(ModelOutput):
+    """Scores of every next-token label, (batch, length - 1), zero where the label is -100; see `TokenScores`."""
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = None) -> None:
+    """Make `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` a packed forward pass, in place.
+
+    The inputs are a right-padded batch as TRL's collator makes it: int64 (B, L) each, `labels` -100 on prompts and
+    padding. The result is `ScoredTokens`, equal to the unpacked forward pass in value and gradient. Calls without
+    `fused_lm_head`, generation among them, run the model's own forward with its own attention.
+
+    Args:
+        model: the causal language model itself (inside PEFT's or DDP's wrapper, before FSDP or ZeRO shard it).
+        tokens_per_row: most tokens of a row; rows run one after another. None: one row.
+    Raises:
+        ValueError: the architecture cannot take packed trees (`obstacle` says why).
+    """
+    reason = obstacle(model)
+    if reason:
+        raise ValueError(f"{type(model).__name__} cannot take packed trees: {reason}")
+    own_forward, own_attention = model.forward, model.config._attn_implementation
+
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        if fused_lm_head and not kwargs.get("output_router_logits"):
+            sequences = _sequences(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
+            return _unpack(kwargs["labels"], *score(self, sequences, tokens_per_row))
+        with attention(self, own_attention):
+            return own_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
+
+    # Set for good, not only during the forward pass: gradient checkpointing runs layers again in the backward.
+    model.config._attn_implementation = NAME
+    model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str):
+    """Context in which a model's layers use the attention implementation `name`."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model cannot take packed trees, or None where it can."""
+    config = model.config
+    if config.get_text_config() is not config:
+        return "it is multimodal"
+    if config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    if not model._supports_attention_backend:
+        return "its attention does not go through transformers' attention interface"
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if others:
+        return f"it has layers other than full and sliding-window attention: {', '.join(sorted(others))}"
+    if getattr(config, "attention_chunk_size", None):
+        return "its attention is chunked"
+    if any("sinks" in name for name, _ in model.named_parameters()):
+        return "it has attention sinks"
+    if any(getattr(config, name, None) is not None for name in ("output_multiplier", "lm_head_multiplier")):
+        return "it scales its logits in a way of its own"
+    return None
+
+
+def score(
+    model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None
+) -> tuple[TokenScores, list[slice]]:
+    """Score the responses of `(prompt, response)` token sequences; the model's attention must be `attention.NAME`.
+
+    Returns:
+        the scores of all distinct response tokens in one flat batch, and each sequence's slice of it.
+    """
+    rows, places = pack(sequences, tokens_per_row)
+    hidden = torch.cat([_hidden(model, row) for row in rows])
+    targets = torch.cat([row.targets for row in rows])
+    head = model.get_output_embeddings()
+    # Under FSDP2 the head may be sharded here
+    weight, bias = (
+        part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias)
+    )
+    config = model.config
+    scores = token_scores(
+        hidden.to(weight.device),
+        weight,
+        bias,
+        targets.to(weight.device),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+    row_start = [0]
+    for row in rows:
+        row_start.append(row_start[-1] + len(row.targets))
+    return scores, [_slice(place, row_start) for place in places]
+
+
+def _slice(place: Place, row_start: list[int]) -> slice:
+    start = row_start[place.row] + place.start
+    return slice(start, start + place.length)
+
+
+def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
+    """Last hidden states (N, H) that predict the row's N scored tokens."""
+    device = model.device
+    length = len(row.input_ids)
+    padding = -length % FLEX_BLOCK if device.type == "cuda" else 0
+    input_ids, position_ids = (
+        torch.nn.functional.pad(ids, (0, padding)).to(device, non_blocking=True)[None]
+        for ids in (row.input_ids, row.position_ids)
+    )
+    states = model.base_model(
+        input_ids=input_ids, position_ids=position_ids, layout=row.layout, use_cache=False
+    ).last_hidden_state[0]  # (T, H)
+    return states[row.predictors.to(states.device, non_blocking=True)]
+
+
+def _logit_scale(config) -> float:
+    """Factor on the logits: Cohere multiplies them, Granite divides them."""
+    if getattr(config, "logit_scale", None) is not None:
+        return config.logit_scale
+    return 1 / config.logits_scaling if getattr(config, "logits_scaling", None) else 1.0
+
+
+def _sequences(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[tuple[list[int], list[int]]]:
+    """Cut each row of a right-padded batch at its first label; the first token always counts as prompt."""
+    lengths = attention_mask.sum(dim=1)
+    # (B,) position of the first label; the length where there is none
+    first = torch.where(labels != -100, torch.arange(labels.shape[1], device=labels.device), lengths[:, None])
+    starts = first.amin(dim=1).clamp(min=1)
+    ids, ends, starts = input_ids.tolist(), lengths.tolist(), starts.tolist()
+    return [(row[:start], row[start:end]) for row, start, end in zip(ids, starts, ends, strict=True)]
+
+
+def _unpack(labels: Tensor, scores: TokenScores, slices: list[slice]) -> ScoredTokens:
+    """Flat scores as a batch of TRL's shape, (B, L - 1)."""
+    scored = labels[:, 1:] != -100
+    source = torch.cat([torch.arange(part.start, part.stop) for part in slices]).to(labels.device)
+    return ScoredTokens(
+        *(values.new_zeros(scored.shape).masked_scatter(scored, values[source]) for values in scores)
+    )

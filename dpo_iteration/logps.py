@@ -1,0 +1,133 @@
+"""Log-probabilities of given tokens from hidden states and the LM head, without the [tokens, vocabulary] tensor.
+
+Logits exist for one chunk of tokens at a time; the backward pass computes each chunk's again instead of keeping it.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+# Logits of one chunk in bytes, float32: large enough for a full matrix product, small against a model's weights.
+CHUNK_BYTES = 64 * 2**20
+
+
+class TokenScores(NamedTuple):
+    """What a distribution says of its token; float32 (N,) each, `is_top1` bool. Only `log_probs` has a gradient."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    log_sum_sq_probs: Tensor
+
+
+def token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> TokenScores:
+    """Score `targets` under `softmax(softcap * tanh(scale * (hidden @ weight.T + bias) / softcap))`.
+
+    Args:
+        hidden: (N, H) hidden states that predict the targets.
+        weight: (V, H) LM head (the embedding matrix where they are tied).
+        bias: (V,) or None.
+        targets: int64 (N,).
+        scale: factor on the logits (Cohere, Granite).
+        softcap: `final_logit_softcapping` (Gemma 2); None for none.
+        chunk_bytes: bound on one chunk of float32 logits.
+    Under autocast the matrix products run in its dtype; the rest is float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with gathered(weight, bias):
+        tokens = max(1, chunk_bytes // (4 * weight.shape[0]))
+        return TokenScores(*_TokenScores.apply(hidden, weight, bias, targets, scale, softcap, tokens, dtype))
+
+
+def gathered(*parameters: Tensor | None):
+    """Context in which parameters sharded by ZeRO-3 are whole; the LM head is read without calling its module."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*parameters)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Logits in float32 (n, V); the product in the inputs' dtype."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+class _TokenScores(torch.autograd.Function):
+    """The chunked computation; gradients by hand, since autograd would keep every chunk's logits."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, tokens, dtype):
+        log_probs, entropy, mean_logits, log_sum_sq_probs, log_z = hidden.new_empty(
+            5, len(targets), dtype=torch.float32
+        ).unbind()
+        is_top1 = torch.empty_like(targets, dtype=torch.bool)
+        head = weight.to(dtype), None if bias is None else bias.to(dtype)
+        for start in range(0, len(targets), tokens):
+            part = slice(start, start + tokens)
+            logits = _logits(hidden[part].to(dtype), *head, scale, softcap)  # (n, V)
+            at_target = logits.gather(1, targets[part, None]).squeeze(1)
+            top, best = logits.max(dim=1)
+            mean_logits[part] = logits.mean(dim=1)
+            exp = torch.exp(logits - top[:, None])
+            total = exp.sum(dim=1)
+            log_z[part] = top + total.log()
+            log_probs[part] = at_target - log_z[part]
+            entropy[part] = log_z[part] - torch.linalg.vecdot(exp, logits) / total
+            log_sum_sq_probs[part] = torch.linalg.vecdot(exp, exp).log() - 2 * total.log()
+            is_top1[part] = best == targets[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z)
+        ctx.settings = scale, softcap, tokens, dtype
+        ctx.mark_non_differentiable(entropy, mean_logits, is_top1, log_sum_sq_probs)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy, mean_logits, is_top1, log_sum_sq_probs
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, *_):
+        hidden, weight, bias, targets, log_z = ctx.saved_tensors
+        scale, softcap, tokens, dtype = ctx.settings
+        if grad_log_probs is None:
+            return (None,) * 8
+        with gathered(weight, bias):
+            wanted = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            grad_hidden, grad_weight, grad_bias = (
+                torch.zeros_like(value, dtype=torch.float32) if needed else None for value, needed in wanted
+            )
+            head = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for start in range(0, len(targets), tokens):
+                part = slice(start, start + tokens)
+                inputs = hidden[part].to(dtype)
+                logits = _logits(inputs, *head, scale, softcap)
+                # d log p(target) / d logits = onehot(target) - softmax(logits)
+                grad = torch.exp(logits - log_z[part, None]).mul_(-grad_log_probs[part, None])
+                grad.scatter_add_(1, targets[part, None], grad_log_probs[part, None])
+                if softcap is not None:
+                    grad.mul_(1 - (logits / softcap).square_())
+                grad = grad.mul_(scale).to(dtype) if scale != 1.0 else grad.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad @ head[0]
+                if grad_weight is not None:
+                    grad_weight += grad.T @ inputs
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0, dtype=torch.float32)
+        grads = zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), strict=True)
+        return (*(None if grad is None else grad.to(value.dtype) for grad, value in grads), *(None,) * 5)

@@ -1,0 +1,148 @@
+"""TRL's DPO trainer with another forward pass: packed trees instead of a padded batch.
+
+Configuration, losses, metrics, callbacks and checkpoints are TRL's own code; `forward.share_prefixes` replaces only
+what `model(…, fused_lm_head=True)` computes, so every loss type sees the numbers it would have seen.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from baton.errors import InputError
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from dpo_iteration.forward import obstacle, share_prefixes
+
+logger = logging.getLogger(__name__)
+
+TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
+REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
+
+
+class PackedDPOTrainer(DPOTrainer):
+    """`trl.DPOTrainer` on packed rows of prefix-sharing trees.
+
+    Takes what `trl.DPOTrainer` takes, and rows that are already tokenised: `prompt_ids`, `chosen_ids`, `rejected_ids`
+    (lists of token ids, used as they are), optionally `ref_chosen_logps` and `ref_rejected_logps` (summed
+    log-probabilities in nats; then no reference model is loaded) and `margin` (chosen reward minus rejected reward).
+
+    Args:
+        tokens_per_row: most tokens of one packed row; None: one row for the whole batch. The batch stays
+            `per_device_train_batch_size` pairs, whatever the rows.
+        margin_scale: the `sigmoid` loss becomes -log sigmoid(beta * logratio difference - margin_scale * margin).
+        packed: False for TRL's own forward pass on the same rows, for comparison.
+    Raises:
+        InputError: `margin_scale` with a loss that has no such offset, or without margins.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        *,
+        args: DPOConfig,
+        train_dataset: Dataset,
+        tokens_per_row: int | None = None,
+        margin_scale: float = 0.0,
+        packed: bool = True,
+        **kwargs,
+    ):
+        self._tokens_per_row = tokens_per_row
+        self._margin_scale = margin_scale
+        self._packed = packed
+        self._forward_replaced = False
+        if margin_scale or REFERENCE_COLUMNS <= set(train_dataset.column_names or ()):
+            args.precompute_ref_log_probs = True
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self._check_margin()
+        if margin_scale:
+            self.data_collator = _with_margin(self.data_collator)
+        self._replace_forward()
+
+    def _check_margin(self) -> None:
+        if not self._margin_scale:
+            return
+        if "sigmoid" not in self.loss_types or set(self.loss_types) - {"sigmoid", "sft"}:
+            raise InputError(f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {self.loss_types}")
+        if self.f_divergence_type != "reverse_kl":
+            raise InputError(f"margin_scale needs f_divergence_type reverse_kl, not {self.f_divergence_type}")
+        if "margin" not in self.train_dataset.column_names:
+            raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
+
+    def _replace_forward(self) -> None:
+        """Pack the policy's forward pass, and that of a reference model in memory; TRL's own where that cannot be."""
+        if self._forward_replaced or not self._packed:
+            return
+        self._forward_replaced = True
+        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        reason = "its prompt tuning adds virtual tokens" if _has_virtual_tokens(self.model) else obstacle(policy)
+        if reason:
+            logger.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
+            return
+        share_prefixes(policy, self._tokens_per_row)
+        if self.ref_model is not None:
+            share_prefixes(self.accelerator.unwrap_model(self.ref_model), self._tokens_per_row)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if TOKEN_COLUMNS <= set(dataset.column_names or ()):
+            return dataset
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "margin" not in self._signature_columns:
+            self._signature_columns.append("margin")
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if REFERENCE_COLUMNS <= set(dataset.column_names):
+            return dataset
+        self._replace_forward()
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        margin = inputs.pop("margin", None)
+        if margin is None or not self._margin_scale:
+            return super()._compute_loss(model, inputs, return_outputs)
+        # beta * (logratio difference - margin_scale / beta * margin): the offset acts like a larger reference
+        # log-probability of the chosen response. TRL's code runs twice on one forward pass, since its metrics must
+        # not see the offset.
+        model = _once(model)
+        metrics, tokens = self._metrics, self._total_train_tokens
+        self._metrics = defaultdict(lambda: defaultdict(list))
+        offset = inputs["ref_chosen_logps"] + self._margin_scale / self.beta * margin
+        loss = super()._compute_loss(model, {**inputs, "ref_chosen_logps": offset}, False)
+        self._metrics, self._total_train_tokens = metrics, tokens
+        reported = super()._compute_loss(model, inputs, return_outputs)
+        return (loss, reported[1]) if return_outputs else loss
+
+
+def _has_virtual_tokens(model) -> bool:
+    """Whether a PEFT model prepends learned tokens (prompt and prefix tuning)."""
+    return is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values())
+
+
+def _with_margin(collate: Callable[[list[dict]], dict[str, Any]]) -> Callable[[list[dict]], dict[str, Any]]:
+    """A collator that also hands the rows' margins on, float32 (B,)."""
+
+    def collate_with_margin(rows: list[dict]) -> dict[str, Any]:
+        margins = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+        return {**collate(rows), "margin": margins}
+
+    return collate_with_margin
+
+
+def _once(function: Callable) -> Callable:
+    """A function that runs once and gives the same result to every later call, whatever the arguments."""
+    results = []
+
+    def call(*args, **kwargs):
+        if not results:
+            results.append(function(*args, **kwargs))
+        return results[0]
+
+    return call
