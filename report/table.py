@@ -1,0 +1,99 @@
+"""The report on the terminal: rounds, stages, and what the model says, which is untrusted text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from metrics import Round
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LONGEST = 600  # characters of a prompt or a response that are printed
+
+ROUND_COLUMNS = (  # heading, name in the summary, format
+    ("round", "round", "{}"),
+    ("gold", "gold_mean", "{:.3f}"),
+    ("proxy", "proxy_mean", "{:.3f}"),
+    ("win rate", "win_rate", "{:.3f}"),
+    ("95 % interval", "win_rate_ci", "[{:.3f}, {:.3f}]"),
+    ("KL", "kl", "{:.2f}"),
+    ("length", "length_mean", "{:.1f}"),
+    ("distinct", "distinct", "{:.3f}"),
+    ("within prompt", "distinct_within", "{:.3f}"),
+)
+STAGE_COLUMNS = (
+    ("in", "in", "{:,}"),
+    ("out", "out", "{:,}"),
+    ("dropped", "dropped", "{:,}"),
+    ("seconds", "seconds", "{:,.1f}"),
+    ("tokens", "tokens", "{:,}"),
+)
+
+
+def print_rounds(console: Console, rounds: Sequence[dict[str, Any]]) -> None:
+    """The numbers of each round, and below them what they are."""
+    judge, unit, prompts = (rounds[0][name] for name in ("win_rate_by", "length_unit", "prompts"))
+    table = _table("Held-out prompts, round by round")
+    for heading, _, _ in ROUND_COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for summary in rounds:
+        table.add_row(*(_cell(form, summary[name]) for _, name, form in ROUND_COLUMNS))
+    console.print(table)
+    notes = (
+        f"{prompts} prompts that no stage trained on; round 0 is the model that the run started from.",
+        "gold: mean of the score that the loop never sees. proxy: mean of the reward that it optimises.",
+        f"win rate: against round 0's responses to the same prompt, by {judge}, ties half.",
+        f"KL: to round 0's model, nats per response. length: {unit} per response.",
+        "distinct: share of different texts among all responses; within prompt: among one prompt's samples.",
+    )
+    console.print(Text("\n".join(notes), style="dim"))
+
+
+def print_stages(console: Console, stages: Sequence[dict[str, Any]]) -> None:
+    """What each stage took in, gave out and dropped, and its time; the shards of one stage are one row."""
+    table = _table("Stages")
+    table.add_column("folder")
+    table.add_column("stage")
+    for heading, _, _ in STAGE_COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage in stages:
+        names = (Text(printable(stage[name])) for name in ("folder", "stage"))
+        table.add_row(*names, *(_cell(form, stage[name]) for _, name, form in STAGE_COLUMNS))
+    console.print(table)
+    total = sum(stage["seconds"] for stage in stages)
+    console.print(Text(f"{total:,.0f} s in all, shards that ran at the same time added up.", style="dim"))
+
+
+def print_samples(console: Console, first: Round, last: Round, number: int, count: int) -> None:
+    """What round 0 and round `number` say to the first `count` prompts: their first samples, side by side."""
+    table = _table("The first sample of each, not the best", box=box.ROUNDED, show_lines=True, expand=True)
+    for heading, ratio in (("prompt", 2), ("round 0", 3), (f"round {number}", 3)):
+        table.add_column(heading, ratio=ratio)
+    for id_ in list(first)[:count]:
+        texts = (first[id_].prompt, first[id_].responses[0], last[id_].responses[0])
+        table.add_row(*(Text(printable(text)) for text in texts))
+    console.print(table)
+
+
+def printable(text: str) -> str:
+    """`text` as harmless characters: terminal controls, bidirectional marks and the like become escapes.
+
+    Line breaks and tabs stay white space; at most LONGEST characters are kept.
+    """
+    shown = text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else _escaped(c) for c in shown)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _table(title: str, **options: Any) -> Table:
+    return Table(title=title, title_style="bold", title_justify="left", **{"box": box.SIMPLE_HEAD, **options})
+
+
+def _cell(form: str, value: Any) -> Text:
+    """A number, or the numbers of a list, as plain text; a dash for None."""
+    values = value if isinstance(value, list) else [value]
+    return Text("–" if value is None else form.format(*values))
