@@ -1,7 +1,7 @@
 """Promise 1: `program.py [config.yaml] [--flag value …]`, checked in full before anything heavy is loaded.
 
-A stage states its arguments as a pydantic model whose fields are made with `option`. Flags override the file; a key that
-nobody knows, or a value of the wrong type or range, is an InputError that names it.
+A stage states its arguments as a pydantic model whose fields are made with `option`. Flags override the file;
+a key that nobody knows, or a value of the wrong type or range, is an InputError that names it.
 """
 
 import argparse
@@ -23,10 +23,13 @@ from baton.errors import InputError
 def option(default: Any, help: str, *, changes_result: bool = True, **constraints: Any) -> Any:
     """A field of a stage's arguments; `...` as default makes it required.
 
-    `changes_result=False` marks what may differ between two runs of the same work: paths (inputs are compared by their
-    content), memory, log settings. `constraints` are pydantic's (`ge`, `gt`, `le`, `lt`, `min_length`).
+    `changes_result=False` marks what may differ between two runs of the same work: paths (inputs are compared
+    by their content), memory, log settings. `constraints` are pydantic's (`ge`, `gt`, `le`, `lt`,
+    `min_length`).
     """
-    return Field(default, description=help, json_schema_extra={"changes_result": changes_result}, **constraints)
+    return Field(
+        default, description=help, json_schema_extra={"changes_result": changes_result}, **constraints
+    )
 
 
 class StageArguments(BaseModel):
@@ -55,12 +58,15 @@ def parse(model: type[A], description: str, argv: Sequence[str] | None = None) -
 
 
 def parse_with_rest(
-    model: type[A], description: str, other_fields: Callable[[], Sequence[Any]], argv: Sequence[str] | None = None
+    model: type[A],
+    description: str,
+    other_fields: Callable[[], Sequence[Any]],
+    argv: Sequence[str] | None = None,
 ) -> tuple[A, dict[str, Any]]:
     """Read `model`, and return beside it the settings that it does not know, unchecked: see `build_config`.
 
-    `other_fields` gives the dataclass fields that such settings belong to (a trainer's configuration); it is called for
-    `--help` alone, so that a library is not imported just to parse.
+    `other_fields` gives the dataclass fields that such settings belong to (a trainer's configuration); it is
+    called for `--help` alone, so that a library is not imported just to parse.
     """
     settings = _read_settings(model, description, other_fields, argv)
     rest = {name: settings.pop(name) for name in list(settings) if name not in model.model_fields}
@@ -72,11 +78,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file)") from None
+        raise InputError(
+            f"{path}: no such file (the first argument without a flag is the YAML file)"
+        ) from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise InputError(f"{path}: expected a mapping of settings by name, got {type(settings).__name__}")
     return settings
 
 
@@ -93,16 +103,22 @@ def check_known(names: typing.Iterable[str], known: typing.Iterable[str]) -> Non
 def build_config(config_class: type, settings: dict[str, Any], own_names: typing.Iterable[str] = ()) -> Any:
     """A trainer's configuration dataclass from YAML values and flag strings, each converted to its field's type.
 
-    `own_names` are the stage's own settings, named as nearest matches too. Raises InputError on an unknown name, a value that
-    does not convert, or a combination that the dataclass itself refuses.
+    `own_names` are the stage's own settings, named as nearest matches too. Raises InputError on an unknown
+    name, a value that does not convert, or a combination that the dataclass itself refuses.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     check_known(settings, [*fields, *own_names])
     hints = typing.get_type_hints(config_class)
     values = {}
     for name, value in settings.items():
+        if not isinstance(value, list) and {
+            typing.get_origin(kind) for kind in _union_members(hints[name])
+        } == {list}:
+            value = [value]
         try:
-            values[name] = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            values[name] = TypeAdapter(
+                hints[name], config=ConfigDict(arbitrary_types_allowed=True)
+            ).validate_python(value)
         except ValidationError as error:
             raise InputError(_explain(error.errors()[0] | {"loc": (name,)})) from None
     try:
@@ -152,8 +168,16 @@ def _add_flag(parser: Any, name: str, annotation: Any, help: str) -> None:
     """One `--name`, whose value stays a string (or a list of them) for pydantic to convert."""
     members = _union_members(annotation)
     kinds = {typing.get_origin(kind) or kind for kind in members}
-    choices = [str(choice) for kind in members if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
-    options: dict[str, Any] = {"metavar": "{" + ",".join(choices) + "}" if choices else "X", "help": help.replace("%", "%%")}
+    choices = [
+        str(choice)
+        for kind in members
+        if typing.get_origin(kind) is typing.Literal
+        for choice in typing.get_args(kind)
+    ]
+    options: dict[str, Any] = {
+        "metavar": "{" + ",".join(choices) + "}" if choices else "X",
+        "help": help.replace("%", "%%"),
+    }
     if kinds & {list, tuple}:
         options["nargs"] = "+"
     elif bool in kinds:
@@ -176,10 +200,15 @@ def _loose_flags(words: Sequence[str]) -> dict[str, Any]:
             name, _, value = word[2:].partition("=")
             settings[name] = [value] if value else []
         elif name is None:
-            raise InputError(f"unexpected argument `{word}`: every value needs a flag, and the YAML file comes first")
+            raise InputError(
+                f"unexpected argument `{word}`: every value needs a flag, and the YAML file comes first"
+            )
         else:
             settings[name].append(word)
-    return {name: True if not values else values[0] if len(values) == 1 else values for name, values in settings.items()}
+    return {
+        name: True if not values else values[0] if len(values) == 1 else values
+        for name, values in settings.items()
+    }
 
 
 def _explain(problem: Any) -> str:

@@ -6,14 +6,16 @@ from typing import Any
 import xxhash
 
 CHUNK = 1 << 22  # bytes read at a time
-SAMPLED_ABOVE = 64 << 20  # in a model's folder, of a larger file only the size, the head and the tail are hashed
+SAMPLED_ABOVE = (
+    64 << 20
+)  # in a model's folder, of a larger file only the size, the head and the tail are hashed
 
 
 def fingerprint(source: str | Path) -> dict[str, Any]:
     """Describe a file by its content, a model's folder by its files, and a hub name by itself.
 
-    Weights of a folder that are larger than 64 MiB are hashed by their size, first and last 4 MiB: training changes every
-    tensor, and reading 16 GB to notice it would cost more than some stages do.
+    Weights of a folder that are larger than 64 MiB are hashed by their size, first and last 4 MiB: training
+    changes every tensor, and reading 16 GB to notice it would cost more than some stages do.
     """
     path = Path(source)
     if path.is_dir():
@@ -42,7 +44,10 @@ def unchanged(known: dict[str, Any], source: str | Path) -> bool:
 
 def _cheap(files: list[Path]) -> dict[str, int]:
     stats = [file.stat() for file in files]
-    return {"bytes": sum(s.st_size for s in stats), "mtime_ns": max((s.st_mtime_ns for s in stats), default=0)}
+    return {
+        "bytes": sum(s.st_size for s in stats),
+        "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
+    }
 
 
 def _hash_file(hash_: Any, path: Path, sampled: bool) -> None:

@@ -1,7 +1,8 @@
 """JSON Lines: read with line numbers in the errors, write one whole record at a time."""
 
 import gzip
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,8 +17,8 @@ def open_lines(path: Path) -> IO[bytes]:
     """Open a `.jsonl` or `.jsonl.gz` file for reading bytes."""
     try:
         return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
 def dump(record: object) -> bytes:
@@ -44,11 +45,11 @@ def read(path: Path) -> Iterator[tuple[str, Record]]:
                 if line.strip():
                     where = f"{path}:{number}"
                     yield where, parse(line, where)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{path}: broken gzip file: {error}") from None
 
 
-def write(path: Path, records) -> int:
+def write(path: Path, records: Iterable[object]) -> int:
     """Write records to `path` atomically (a temporary name, then a rename); returns how many."""
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)

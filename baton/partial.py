@@ -1,7 +1,8 @@
 """Promise 3 for JSONL outputs: finished records on disk at once, in any order, and in input order at the end.
 
-A part file holds a line `[position, record]` for each finished record, where position counts the input's records from 0. Every
-process appends to a part of its own, so no two write to one file; all parts together say what is done.
+A part file holds a line `[position, record]` for each finished record, where position counts the input's
+records from 0. Every process appends to a part of its own, so no two write to one file; all parts together
+say what is done.
 """
 
 import errno
@@ -33,7 +34,9 @@ class PartialRecords:
         self.done = sum(1 for part in self.part_of if part >= 0)
         self.own = output.with_name(f"{output.name}.partial{program.rank() or ''}")
         if self.own.exists():
-            os.truncate(self.own, max((offset + len(line) for _, offset, line in _lines(self.own)), default=0))
+            os.truncate(
+                self.own, max((offset + len(line) for _, offset, line in _lines(self.own)), default=0)
+            )
         self.file = None
 
     def __contains__(self, position: int) -> bool:

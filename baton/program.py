@@ -30,10 +30,16 @@ def world_size() -> int:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage's `main` and exit: 0 done, 2 bad input, 3 failures listed, 130 interrupted, 1 a bug."""
     level = logging.INFO if rank() == 0 else logging.WARNING
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # SIGINT too: a shell's background job starts with it ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         main()
         code = 0
@@ -43,16 +49,26 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         log.error("interrupted; everything finished so far is kept, run the same command again to go on")
         code = 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        log.error("%s: the disk is full; what is written is whole: free some space and run the same command again", error.filename)
-        code = 2
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if _disk_is_full(error):
+            log.error("%s: what is written is whole; free some space and run the same command again", error)
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
     logging.shutdown()
     sys.exit(code)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says so: by its number, or by its text where a library wraps it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,9 @@ class Progress:
     def __init__(self, total: int, unit: str, done: int = 0):
         self.total, self.unit, self.done, self.already = total, unit, done, done
         self.start = self.last_line = time.monotonic()
-        self.bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr) if sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total, initial=done, unit=unit, file=sys.stderr) if sys.stderr.isatty() else None
+        )
 
     def update(self, count: int = 1, note: str = "") -> None:
         self.done += count
@@ -29,7 +31,16 @@ class Progress:
             self.last_line = now
             rate = (self.done - self.already) / (now - self.start)
             left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-            log.info("%d of %d %s, %.1f %s/s, %s left %s", self.done, self.total, self.unit, rate, self.unit, left, note)
+            log.info(
+                "%d of %d %s, %.1f %s/s, %s left %s",
+                self.done,
+                self.total,
+                self.unit,
+                rate,
+                self.unit,
+                left,
+                note,
+            )
 
     def close(self) -> None:
         if self.bar is not None:

@@ -23,7 +23,8 @@ LOCAL_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 def read_records(source: str, split: str = "train") -> Iterator[tuple[str, Record]]:
     """Yield ("where", record) from a local .jsonl, .jsonl.gz, .json or .parquet file, or from a Hugging Face dataset.
 
-    All but `.json` are streamed. A `.json` file holds a list, {"instances": list}, or, as some toolkits write it, JSON Lines.
+    All but `.json` are streamed. A `.json` file holds a list, {"instances": list}, or, as some toolkits write
+    it, JSON Lines.
     """
     path = Path(source)
     if source.endswith(".parquet"):
@@ -41,7 +42,8 @@ def read_records(source: str, split: str = "train") -> Iterator[tuple[str, Recor
 class PromptSet:
     """The prompts of one source, in order, with ids that do not depend on the shard.
 
-    Making it reads the source once. It holds 12 bytes a prompt; the records themselves are streamed again for each shard.
+    Making it reads the source once. It holds 12 bytes a prompt; the records themselves are streamed again for
+    each shard.
     """
 
     def __init__(self, source: str, key: str | None = None, split: str = "train"):
@@ -67,13 +69,20 @@ class PromptSet:
         records = islice(read_records(self.source, self.split), span.start, span.stop)
         for position, (where, record) in zip(span, records, strict=True):
             messages = prompt_of(record, where, self.key)
-            yield position - span.start, where, {**record, "id": self.id(position), "prompt": messages}, messages
+            yield (
+                position - span.start,
+                where,
+                {**record, "id": self.id(position), "prompt": messages},
+                messages,
+            )
 
 
 def shard_range(total: int, index: int, count: int) -> range:
     """The positions of shard `index` of `count`: contiguous, sizes differing by at most one, every position in one shard."""
     if not 0 <= index < count:
-        raise InputError(f"shard {index} of {count}: --local_index must be within 0..{count - 1} (0..my_world_size-1)")
+        raise InputError(
+            f"shard {index} of {count}: --local_index must be within 0..{count - 1} (0..my_world_size-1)"
+        )
     return range(total * index // count, total * (index + 1) // count)
 
 
@@ -94,9 +103,10 @@ def with_ids(records: Iterator[tuple[str, Record]], key: str | None = None) -> I
     for where, record in records:
         if "id" not in record:
             hash_ = prompt_hash(prompt_of(record, where, key))
-            record = {"id": prompt_id(hash_, seen[hash_]), **record}
+            yield where, {"id": prompt_id(hash_, seen[hash_]), **record}
             seen[hash_] += 1
-        yield where, record
+        else:
+            yield where, record
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
@@ -111,6 +121,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
         raise InputError(f"{path}: not JSON: {error}") from None
     if isinstance(content, dict):
         content = content["instances"] if isinstance(content.get("instances"), list) else [content]
+    if not isinstance(content, list):
+        raise InputError(f"{path}: expected a list of records, got {type(content).__name__}")
     for number, record in enumerate(content, 1):
         if not isinstance(record, dict):
             raise InputError(f"{path}: item {number}: expected a JSON object, got {type(record).__name__}")

@@ -1,9 +1,10 @@
 """The records that stages hand each other, and the checks that each field must pass.
 
-    prompt      id, prompt: list of {"role", "content"}
-    generated   + responses, response_token_ids, finish_reasons: K of each
-    annotated   + rewards: K floats; rewards_by: {scorer: K floats}
-    pair        id, prompt, chosen, rejected, their token ids and finish reasons, chosen_reward, rejected_reward, margin
+prompt      id, prompt: list of {"role", "content"}
+generated   + responses, response_token_ids, finish_reasons: K of each
+annotated   + rewards: K floats; rewards_by: {scorer: K floats}
+pair        id, prompt, chosen, rejected, their token ids and finish reasons, chosen_reward, rejected_reward,
+margin
 """
 
 import math
@@ -31,7 +32,9 @@ def as_messages(value: object, where: str, field: str) -> Messages:
         raise InputError(f"{where}: `{field}` must be a string or a list of messages, got {_short(value)}")
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"{where}: `{field}`: a message needs `role` and `content`, got {_short(message)}")
+            raise InputError(
+                f"{where}: `{field}`: a message needs `role` and `content`, got {_short(message)}"
+            )
         if not isinstance(message.get("content"), str):
             raise InputError(f"{where}: `{field}`: `content` must be a string, got {_short(message)}")
     return value
@@ -63,11 +66,15 @@ def responses_of(record: Record, where: str) -> list[str]:
     """The K responses of a generated record. Raises InputError if they are missing, empty or not strings."""
     responses = record.get("responses")
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
-        raise InputError(f"{where}: `responses` must be a list of at least one string, got {_short(responses)}")
+        raise InputError(
+            f"{where}: `responses` must be a list of at least one string, got {_short(responses)}"
+        )
     for name in ("response_token_ids", "finish_reasons"):
         values = record.get(name)
         if values is not None and (not isinstance(values, list) or len(values) != len(responses)):
-            raise InputError(f"{where}: `{name}` must hold one entry for each of the {len(responses)} responses")
+            raise InputError(
+                f"{where}: `{name}` must hold one entry for each of the {len(responses)} responses"
+            )
     return responses
 
 
@@ -75,7 +82,9 @@ def rewards_of(record: Record, where: str) -> list[float]:
     """The K rewards of an annotated record, one finite number for each response. Raises InputError otherwise."""
     responses, rewards = responses_of(record, where), record.get("rewards")
     if not isinstance(rewards, list):
-        raise InputError(f"{where}: `rewards` must be a list of numbers, got {_short(rewards)}; annotate the file first")
+        raise InputError(
+            f"{where}: `rewards` must be a list of numbers, got {_short(rewards)}; annotate the file first"
+        )
     if len(rewards) != len(responses):
         raise InputError(f"{where}: {len(rewards)} `rewards` for {len(responses)} `responses`")
     for reward in rewards:

@@ -1,14 +1,15 @@
 """Promises 2, 3 and 4: an output that appears only when complete, a manifest beside it, resume, and every record accounted for.
 
-    stage = Stage.begin("generate", arguments, output, {"prompts": path, "model": path})
-    if stage is None:
-        return                      # up to date: said so, nothing to do
-    ...                             # load the model; write to partial records or into `stage.partial_folder`
-    stage.finish(records_in=n, records_out=m, drops=drops, tokens=t)
+stage = Stage.begin("generate", arguments, output, {"prompts": path, "model": path})
+if stage is None:
+    return                      # up to date: said so, nothing to do
+...                             # load the model; write to partial records or into `stage.partial_folder`
+stage.finish(records_in=n, records_out=m, drops=drops, tokens=t)
 """
 
 import fcntl
 import logging
+import os
 import shutil
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from baton.fingerprint import fingerprint, unchanged
 from baton.partial import part_files
 
 log = logging.getLogger("baton")
+
+UP_TO_DATE, RESUMES, STARTS = "up to date", "going on where it stopped", "starting"
 
 NAMED_DROPS = 20  # how many drops of each reason are named in the log; the manifest names NAMED_DROPS_KEPT
 NAMED_DROPS_KEPT = 1000
@@ -70,41 +73,28 @@ class Stage:
     ) -> "Stage | None":
         """Start or resume the work on `output`, or return None (and say so) where it is up to date.
 
-        `settings` are those of a library underneath, which decide the result as well. Raises InputError where `output` holds, or
-        is being given, the result of other arguments or other input; the message names the difference.
+        `settings` are those of a library underneath, which decide the result as well. Where work starts
+        afresh, what `output` held before is removed. Raises InputError where `output` holds, or is being
+        given, the result of other arguments or other input; the message names the difference.
         """
         asked = {"stage": name, "arguments": identity(arguments) | {"settings": settings or {}}}
-        finished = read_manifest(output)
-        running = read_manifest(in_progress(output)) if part_files(output) else None
-        if not arguments.overwrite:
-            if finished and output.exists() and not (difference := _difference(finished, asked, inputs)):
-                log.info("%s: up to date", output)
-                if program.rank() == 0:
-                    remove_partial(output)
-                return None
-            if running and (difference := _difference(running, asked, inputs)):
-                raise InputError(
-                    f"{output}: unfinished work with another {difference}; go on with the same, or start afresh with --overwrite"
-                )
-            if not running and finished and output.exists():
-                raise InputError(f"{output}: finished with another {difference}; --overwrite replaces it")
-            if not running and output.exists():
-                raise InputError(f"{output}: exists, and no manifest says that this stage made it; --overwrite replaces it")
-        resumes = running is not None and not arguments.overwrite
         stage = cls(name, output, asked)
-        if program.rank() == 0:
+        plan = _plan(asked, output, inputs, arguments.overwrite)
+        if program.rank() == 0 and plan != UP_TO_DATE:
             output.parent.mkdir(parents=True, exist_ok=True)
             stage._lock()
-            stage.manifest = running if resumes else asked | {
-                "inputs": {key: fingerprint(value) for key, value in inputs.items()},
-                "versions": program.versions(),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            }
-            if not resumes:
+            # Another process may have finished the work before the lock was ours.
+            plan = _plan(asked, output, inputs, arguments.overwrite)
+        log.info("%s: %s", output, plan)
+        if program.rank() == 0:
+            if plan == UP_TO_DATE:
                 remove_partial(output)
-                _write_json(manifest_path(in_progress(output)), stage.manifest)
-        log.info("%s: %s", output, "going on where it stopped" if resumes else "starting")
-        return stage
+                stage._unlock()
+            elif plan == RESUMES:
+                stage.manifest = read_manifest(in_progress(output))
+            else:
+                stage._start_afresh(inputs)
+        return None if plan == UP_TO_DATE else stage
 
     @property
     def partial_folder(self) -> Path:
@@ -114,14 +104,16 @@ class Stage:
     def finish(self, *, records_in: int, records_out: int, drops: Drops | None = None, **facts: Any) -> None:
         """Give the output its final name where it is still a partial folder, write the manifest, and log the account.
 
-        `facts` (tokens, metrics, …) go into the manifest as they are. To be called by process 0 alone.
+        `facts` (tokens, metrics, …) go into the manifest as they are; its seconds are those of this process.
+        To be called by process 0 alone.
         """
         drops = drops or Drops()
         if records_in != records_out + drops.counts.total():
-            raise RuntimeError(f"{self.output}: {records_in} records in, but {records_out} out and dropped: {drops}")
+            raise RuntimeError(
+                f"{self.output}: {records_in} records in, but {records_out} out and dropped: {drops}"
+            )
         if self.partial_folder.is_dir():
-            if self.output.exists():
-                shutil.rmtree(self.output)
+            _remove(self.output)
             self.partial_folder.replace(self.output)
         seconds = round(time.monotonic() - self.start, 2)
         counts = {"in": records_in, "out": records_out, "dropped": dict(drops.counts)}
@@ -129,16 +121,43 @@ class Stage:
         _write_json(manifest_path(self.output), self.manifest)
         remove_partial(self.output)
         self._unlock()
-        log.info("%s: %d in, %d out, dropped: %s; %.1f s", self.output, records_in, records_out, drops, seconds)
+        log.info(
+            "%s: %d in, %d out, dropped: %s; %.1f s", self.output, records_in, records_out, drops, seconds
+        )
+
+    def _start_afresh(self, inputs: dict[str, str | Path]) -> None:
+        """Write the manifest of work in progress, and remove what was there before.
+
+        In this order a death at any point leaves either the old output with its manifest, or the new work
+        begun.
+        """
+        self.manifest |= {
+            "inputs": {key: fingerprint(value) for key, value in inputs.items()},
+            "versions": program.versions(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        remove_partial(self.output)
+        _write_json(manifest_path(in_progress(self.output)), self.manifest)
+        manifest_path(self.output).unlink(missing_ok=True)
+        _remove(self.output)
 
     def _lock(self) -> None:
         """Hold a lock on the output until this process ends, however it ends."""
         path = self.output.with_name(self.output.name + ".partial.lock")
-        self.lock = path.open("w")
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self.output}: another process is working on it; wait for it or stop it") from None
+        while True:
+            self.lock = path.open("w")
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise InputError(
+                    f"{self.output}: another process is working on it; wait for it or stop it"
+                ) from None
+            try:
+                if os.path.samestat(os.fstat(self.lock.fileno()), path.stat()):
+                    return
+            except FileNotFoundError:
+                pass
+            self.lock.close()  # its holder finished and removed the file after it was opened here
 
     def _unlock(self) -> None:
         if self.lock is not None:
@@ -170,8 +189,38 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
 def remove_partial(output: Path) -> None:
     """Delete what unfinished work left behind. The manifest goes last, so that a death in between is harmless."""
     for part in part_files(output):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
+        _remove(part)
     manifest_path(in_progress(output)).unlink(missing_ok=True)
+
+
+def _plan(asked: dict[str, Any], output: Path, inputs: dict[str, str | Path], overwrite: bool) -> str:
+    """What is to be done for `output`: UP_TO_DATE, RESUMES or STARTS. Raises InputError where it is in the way."""
+    for name, source in inputs.items():
+        if output.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise InputError(f"{output}: the output cannot replace or hold the input `{name}` ({source})")
+    finished, running = read_manifest(output), read_manifest(in_progress(output))
+    if overwrite:
+        if output.is_dir() and not finished and not running:
+            raise InputError(f"{output}: a folder that no stage made; name another, or remove it yourself")
+        return STARTS
+    if finished and output.exists():
+        if difference := _difference(finished, asked, inputs):
+            raise InputError(f"{output}: finished with another {difference}; --overwrite replaces it")
+        return UP_TO_DATE
+    if running:
+        difference = _difference(running, asked, inputs)
+        if difference is None:
+            return RESUMES
+        if part_files(output) or output.exists():
+            raise InputError(
+                f"{output}: unfinished work with another {difference}; go on with the same, or start afresh with "
+                "--overwrite"
+            )
+    elif output.exists():
+        raise InputError(
+            f"{output}: exists, and no manifest says that this stage made it; --overwrite replaces it"
+        )
+    return STARTS
 
 
 def _difference(manifest: dict[str, Any], asked: dict[str, Any], inputs: dict[str, str | Path]) -> str | None:
@@ -193,3 +242,11 @@ def _write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".writing")
     partial.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
     partial.replace(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""SFT, reward-model and DPO training as users run them: what they learn, what they refuse, and what a kill leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tests.training.conftest import ROOT, read_jsonl, run_program
+
+SMALL = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]
+SHORT = ["--max_length", 128, "--per_device_train_batch_size", 8, *SMALL]
+
+
+def sft(task, output, *more):
+    return run_program(
+        "sft/run_sft.py", "--model_name_or_path", task / "base", "--dataset_name_or_path", task / "data/sft.jsonl",
+        "--output_dir", output, "--learning_rate", 3e-3, *SHORT, *more,
+    )  # fmt: skip
+
+
+def dpo_words(task, annotated, output, *more):
+    return [
+        "dpo_iteration/run_dpo.py", "--model_name_or_path", task / "base", "--dataset_name_or_path", annotated,
+        "--output_dir", output, "--max_prompt_length", 64, "--learning_rate", 1e-3, *SHORT, *more,
+    ]  # fmt: skip
+
+
+def logged(stderr, name):
+    """The values of a metric, one for each line of the log that names it."""
+    return [float(line.split(f" {name} ")[1].split(",")[0]) for line in stderr.splitlines() if f" {name} " in line]
+
+
+def test_sft_learns_and_leaves_a_model_with_its_manifest(task, tmp_path):
+    done = sft(task, tmp_path / "sft", "--max_steps", 12)
+    assert done.returncode == 0, done.stderr
+    losses = logged(done.stderr, "loss")
+    assert losses[-1] < losses[0] - 0.2
+    manifest = json.loads((tmp_path / "sft.manifest.json").read_text())
+    assert manifest["counts"] == {"in": 600, "out": 600, "dropped": {}}
+    assert not list(tmp_path.glob("sft/checkpoint-*")) and not list(tmp_path.glob("*.partial*"))
+
+    again = sft(task, tmp_path / "sft", "--max_steps", 12)
+    assert again.returncode == 0 and "up to date" in again.stderr
+    other = sft(task, tmp_path / "sft", "--max_steps", 13)
+    assert other.returncode == 2 and "max_steps" in other.stderr
+
+
+def test_reward_model_reports_its_held_out_accuracy(task, tmp_path):
+    done = run_program(
+        "reward_model/run_rm.py", "--model_name_or_path", task / "base",
+        "--dataset_name_or_path", task / "data/rm_train.jsonl", "--eval_dataset_name_or_path", task / "data/rm_test.jsonl",
+        "--output_dir", tmp_path / "rm", "--max_steps", 2, *SHORT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    held_out = json.loads((tmp_path / "rm.manifest.json").read_text())["held_out"]
+    assert 0 <= held_out["accuracy"] <= 1 and held_out["pairs"] == 40
+    assert ("little better than chance" in done.stderr) == (held_out["accuracy"] < 0.6)
+
+
+def test_dpo_prefers_the_chosen_and_accounts_for_every_prompt(task, annotated, tmp_path):
+    done = run_program(*dpo_words(task, annotated, tmp_path / "policy", "--num_train_epochs", 2))
+    assert done.returncode == 0, done.stderr
+    margins = logged(done.stderr, "rewards/margins")
+    assert margins[-1] > 0.1 > abs(margins[0]) - 0.1
+    pairs = read_jsonl(tmp_path / "policy.pairs.jsonl")
+    manifest = json.loads((tmp_path / "policy.manifest.json").read_text())
+    assert manifest["counts"]["in"] == 48 == len(pairs) + sum(manifest["counts"]["dropped"].values())
+    assert all(pair["chosen_reward"] > pair["rejected_reward"] and pair["source"] == "test" for pair in pairs)
+
+
+def test_dpo_killed_and_started_again_ends_with_the_same_weights(task, annotated, tmp_path):
+    steps = ["--max_steps", 8, "--save_steps", 2]
+    whole = run_program(*dpo_words(task, annotated, tmp_path / "whole", *steps))
+    assert whole.returncode == 0, whole.stderr
+
+    words = [sys.executable, *map(str, dpo_words(task, annotated, tmp_path / "killed", *steps))]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "step 5:" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed").exists()
+
+    resumed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert resumed.returncode == 0 and "going on from" in resumed.stderr, resumed.stderr
+    expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert expected.keys() == got.keys() and all((expected[name] == got[name]).all() for name in expected)
+
+
+def altered(source, target, change):
+    """A copy of a JSONL file whose second record is changed."""
+    records = read_jsonl(source)
+    change(records[1])
+    target.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        (lambda r: r.update(responses=r["responses"][:1], rewards=r["rewards"][:1]), [], "bad.jsonl:2: a pair needs at least 2"),
+        (lambda r: r.update(rewards=r["rewards"][:3]), [], "bad.jsonl:2: 3 `rewards` for 4 `responses`"),
+        (lambda r: r["rewards"].__setitem__(0, None), [], "bad.jsonl:2: `rewards` holds None"),
+        (lambda r: r.pop("prompt"), [], "bad.jsonl:2: the record has no `prompt`"),
+        (lambda r: None, ["--loss_typ", "ipo"], "unknown setting `loss_typ`: did you mean `loss_type`?"),
+        (lambda r: None, ["--learning_rate", "fast"], "`learning_rate`"),
+        (lambda r: None, ["--choose_type", "best"], "`choose_type`"),
+        (lambda r: None, ["--model_name_or_path", "no/such/model"], "no/such/model: no such folder"),
+        (lambda r: None, ["--len_penalty", "0.1"], "`len_penalty` acts with choose_type max_min_p only"),
+        (lambda r: None, ["--max_prompt_length", "128"], "`max_prompt_length` must be smaller"),
+        (lambda r: None, ["--min_margin", "9"], "no pair is left; dropped: 48 margin below min_margin"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(task, annotated, tmp_path, change, words, message):
+    data = altered(annotated, tmp_path / "bad.jsonl", change)
+    done = run_program(*dpo_words(task, data, tmp_path / "policy", *words))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "policy").exists()
+
+
+def test_yaml_file_with_an_unknown_key_names_the_nearest(task, annotated, tmp_path):
+    config = tmp_path / "training.yaml"
+    config.write_text("beta: 0.1\nlerning_rate: 5.0e-7\n")
+    words = dpo_words(task, annotated, tmp_path / "policy")
+    done = run_program(words[0], config, *words[1:])
+    assert done.returncode == 2 and "unknown setting `lerning_rate`: did you mean `learning_rate`?" in done.stderr
+
+
+def test_every_launch_configuration_is_one_that_accelerate_accepts():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for name in ("cpu", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"):
+        assert load_config_from_file(str(ROOT / f"configs/{name}.yaml")).num_processes >= 1
+
+
+def test_published_training_configuration_is_one_that_the_programs_accept():
+    from baton.arguments import build_config, read_yaml
+    from trl import DPOConfig, RewardConfig, SFTConfig
+
+    for name, config_class in (("training", DPOConfig), ("sft", SFTConfig), ("rm", RewardConfig)):
+        settings = read_yaml(Path(ROOT / f"configs/{name}.yaml"))
+        fields = {field: value for field, value in settings.items() if field in config_class.__dataclass_fields__}
+        build_config(config_class, fields | {"use_cpu": True})
