@@ -70,7 +70,7 @@ manager_of() {
 # Prints the stamp of a complete environment $1. Line 1: what made it, and where. Line 2: its device and pins.
 stamp() {
   echo "$(manager_of "$1") $BATON_ENVS/$1"
-  echo "$device $(pins "$1" | sha256sum | cut -d ' ' -f 1)"
+  echo "$device $(pins "$1" | normalised | sha256sum | cut -d ' ' -f 1)"
 }
 
 # Succeeds where environment $1 is complete and holds exactly its pins.
