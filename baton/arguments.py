@@ -101,7 +101,7 @@ def check_known(names: typing.Iterable[str], known: typing.Iterable[str]) -> Non
 
 
 def build_config(config_class: type, settings: dict[str, Any], own_names: typing.Iterable[str] = ()) -> Any:
-    """A trainer's configuration dataclass from YAML values and flag strings, each converted to its field's type.
+    """A trainer's configuration dataclass from YAML values and flag strings, converted to the fields' types.
 
     `own_names` are the stage's own settings, named as nearest matches too. Raises InputError on an unknown
     name, a value that does not convert, or a combination that the dataclass itself refuses.
@@ -109,18 +109,7 @@ def build_config(config_class: type, settings: dict[str, Any], own_names: typing
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     check_known(settings, [*fields, *own_names])
     hints = typing.get_type_hints(config_class)
-    values = {}
-    for name, value in settings.items():
-        if not isinstance(value, list) and {
-            typing.get_origin(kind) for kind in _union_members(hints[name])
-        } == {list}:
-            value = [value]
-        try:
-            values[name] = TypeAdapter(
-                hints[name], config=ConfigDict(arbitrary_types_allowed=True)
-            ).validate_python(value)
-        except ValidationError as error:
-            raise InputError(_explain(error.errors()[0] | {"loc": (name,)})) from None
+    values = {name: _converted(name, value, hints[name]) for name, value in settings.items()}
     try:
         return config_class(**values)
     except (ValueError, TypeError) as error:
@@ -164,6 +153,17 @@ def _validate(model: type[A], settings: dict[str, Any]) -> A:
         raise InputError("\n".join(_explain(problem) for problem in error.errors())) from None
 
 
+def _converted(name: str, value: Any, annotation: Any) -> Any:
+    """One setting as a value of its field's type; where a list is wanted, a single value is a list of one."""
+    if not isinstance(value, list) and {typing.get_origin(k) for k in _union_members(annotation)} == {list}:
+        value = [value]
+    adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise InputError(_explain(error.errors()[0] | {"loc": (name,)})) from None
+
+
 def _add_flag(parser: Any, name: str, annotation: Any, help: str) -> None:
     """One `--name`, whose value stays a string (or a list of them) for pydantic to convert."""
     members = _union_members(annotation)
@@ -192,7 +192,7 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _loose_flags(words: Sequence[str]) -> dict[str, Any]:
-    """Flags that no field claims: `--a 1 --b=2 --c x y --d` as {"a": "1", "b": "2", "c": ["x", "y"], "d": True}."""
+    """Flags that no field claims: `--a 1 --c x y --d` as {"a": "1", "c": ["x", "y"], "d": True}."""
     settings: dict[str, Any] = {}
     name = None
     for word in words:

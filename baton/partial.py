@@ -17,13 +17,13 @@ from baton.jsonl import Record, dump, parse
 
 
 class PartialRecords:
-    """The finished records of one output: `in` tells what is done, `append` adds, `assemble` makes the final file.
+    """One output's finished records: `in` tells what is done, `append` adds, `assemble` makes the final file.
 
     Holds 12 bytes a record, whatever the record's length.
     """
 
     def __init__(self, output: Path, count: int):
-        """Read what earlier runs finished of `count` records; a half-written last line of this process's part is cut."""
+        """Read what earlier runs finished of `count` records; cut this process's half-written last line."""
         self.output, self.count = output, count
         self.part_of = array("i", [-1]) * count
         self.offset_of = array("q", [0]) * count
@@ -102,7 +102,7 @@ def part_files(output: Path) -> list[Path]:
 
 
 def _lines(part: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (position, byte offset, line) of each whole line; the half-written last one of a killed process is left out."""
+    """Yield (position, byte offset, line) of each whole line: all but what a killed process half wrote."""
     offset = 0
     with part.open("rb") as file:
         for line in file:

@@ -61,7 +61,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says so: by its number, or by its text where a library wraps it."""
+    """Whether an error, or one that it came from, says so, by number, or by text where a library wraps it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
@@ -104,6 +104,6 @@ def check_processes() -> None:
             wanted = int(value or following) if (value or following).isdigit() else 0
     if wanted > world_size():
         raise InputError(
-            f"the launcher was told to start {wanted} processes but started {world_size()}. On CPU, start them with "
+            f"the launcher was told to start {wanted} processes but started {world_size()}. On CPU, use "
             f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {wanted}` or torchrun"
         )

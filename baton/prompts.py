@@ -1,4 +1,4 @@
-"""Prompt sets: records from a local file or a Hugging Face dataset, their ids, and the shards they are cut into."""
+"""Prompt sets: records from a local file or a Hugging Face dataset, their ids, and their shards."""
 
 import logging
 from array import array
@@ -21,7 +21,7 @@ LOCAL_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 def read_records(source: str, split: str = "train") -> Iterator[tuple[str, Record]]:
-    """Yield ("where", record) from a local .jsonl, .jsonl.gz, .json or .parquet file, or from a Hugging Face dataset.
+    """Yield ("where", record) of a local .jsonl, .jsonl.gz, .json or .parquet file or a Hugging Face dataset.
 
     All but `.json` are streamed. A `.json` file holds a list, {"instances": list}, or, as some toolkits write
     it, JSON Lines.
@@ -64,7 +64,7 @@ class PromptSet:
         return prompt_id(int(self.hashes[position]), int(self.ordinals[position]))
 
     def shard(self, index: int, count: int) -> Iterator[tuple[int, str, Record, Messages]]:
-        """Yield (position in the shard, where, record with `id` and `prompt`, messages) of shard `index` of `count`."""
+        """Yield (position in the shard, where, record with `id` and `prompt`, messages) of one shard."""
         span = shard_range(len(self), index, count)
         records = islice(read_records(self.source, self.split), span.start, span.stop)
         for position, (where, record) in zip(span, records, strict=True):
@@ -78,7 +78,7 @@ class PromptSet:
 
 
 def shard_range(total: int, index: int, count: int) -> range:
-    """The positions of shard `index` of `count`: contiguous, sizes differing by at most one, every position in one shard."""
+    """The positions of shard `index` of `count`: contiguous, in one shard each, sizes at most one apart."""
     if not 0 <= index < count:
         raise InputError(
             f"shard {index} of {count}: --local_index must be within 0..{count - 1} (0..my_world_size-1)"
@@ -98,7 +98,7 @@ def ordinals(hashes: np.ndarray) -> np.ndarray:
 
 
 def with_ids(records: Iterator[tuple[str, Record]], key: str | None = None) -> Iterator[tuple[str, Record]]:
-    """Yield records with an `id`, made from the prompt (under `key`) where another toolkit's file has none."""
+    """Yield records with an `id`, made from the prompt (under `key`) where a file has none."""
     seen: Counter[int] = Counter()
     for where, record in records:
         if "id" not in record:
@@ -151,7 +151,8 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Record]]:
         dataset = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"{name}: neither a local file ({', '.join(LOCAL_ENDINGS)}) nor a Hugging Face dataset that can be loaded: {error}"
+            f"{name}: neither a local file ({', '.join(LOCAL_ENDINGS)}) nor a Hugging Face dataset that "
+            f"can be loaded: {error}"
         ) from None
     for number, record in enumerate(dataset, 1):
         yield f"{name}: row {number}", record

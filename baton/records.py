@@ -46,9 +46,9 @@ def prompt_of(record: Record, where: str, key: str | None = None) -> Messages:
         if name in record:
             return as_messages(record[name], where, name)
     wanted = f"`{key}`" if key else " or ".join(f"`{name}`" for name in PROMPT_KEYS)
+    found = ", ".join(f"`{name}`" for name in record) or "no keys"
     raise InputError(
-        f"{where}: the record has no {wanted}, it has {', '.join(f'`{name}`' for name in record) or 'no keys'}; "
-        "name the key of the prompt with --dataset_key"
+        f"{where}: the record has no {wanted}, it has {found}; name the key of the prompt with --dataset_key"
     )
 
 
@@ -79,7 +79,7 @@ def responses_of(record: Record, where: str) -> list[str]:
 
 
 def rewards_of(record: Record, where: str) -> list[float]:
-    """The K rewards of an annotated record, one finite number for each response. Raises InputError otherwise."""
+    """The K rewards of an annotated record, a finite number for each response. Raises InputError if not."""
     responses, rewards = responses_of(record, where), record.get("rewards")
     if not isinstance(rewards, list):
         raise InputError(

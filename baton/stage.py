@@ -1,4 +1,4 @@
-"""Promises 2, 3 and 4: an output that appears only when complete, a manifest beside it, resume, and every record accounted for.
+"""Promises 2, 3 and 4: complete outputs or none, a manifest beside each, resume, every record counted.
 
 stage = Stage.begin("generate", arguments, output, {"prompts": path, "model": path})
 if stage is None:
@@ -102,7 +102,7 @@ class Stage:
         return self.output.with_name(self.output.name + ".partial")
 
     def finish(self, *, records_in: int, records_out: int, drops: Drops | None = None, **facts: Any) -> None:
-        """Give the output its final name where it is still a partial folder, write the manifest, and log the account.
+        """Give a partial folder its final name, write the manifest, log the account.
 
         `facts` (tokens, metrics, …) go into the manifest as they are; its seconds are those of this process.
         To be called by process 0 alone.
@@ -187,14 +187,14 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
 
 
 def remove_partial(output: Path) -> None:
-    """Delete what unfinished work left behind. The manifest goes last, so that a death in between is harmless."""
+    """Delete what unfinished work left behind; the manifest last, so that a death in between is harmless."""
     for part in part_files(output):
         _remove(part)
     manifest_path(in_progress(output)).unlink(missing_ok=True)
 
 
 def _plan(asked: dict[str, Any], output: Path, inputs: dict[str, str | Path], overwrite: bool) -> str:
-    """What is to be done for `output`: UP_TO_DATE, RESUMES or STARTS. Raises InputError where it is in the way."""
+    """What to do for `output`: UP_TO_DATE, RESUMES or STARTS. Raises InputError where it is in the way."""
     for name, source in inputs.items():
         if output.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
             raise InputError(f"{output}: the output cannot replace or hold the input `{name}` ({source})")
@@ -213,8 +213,8 @@ def _plan(asked: dict[str, Any], output: Path, inputs: dict[str, str | Path], ov
             return RESUMES
         if part_files(output) or output.exists():
             raise InputError(
-                f"{output}: unfinished work with another {difference}; go on with the same, or start afresh with "
-                "--overwrite"
+                f"{output}: unfinished work with another {difference}; go on with the same, or start "
+                "afresh with --overwrite"
             )
     elif output.exists():
         raise InputError(
