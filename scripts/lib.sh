@@ -42,7 +42,7 @@ gpu_count() {
 # Runs one stage of the run in $run_dir, its output in a log of its own; a failure ends the script with the log's tail.
 # stage NAME COMMAND [ARGUMENT ...]
 stage() {
-  local name=$1 log=$run_dir/logs/$1.log start=$SECONDS code=0
+  local name=$1 log=${run_dir:?the caller sets it}/logs/$1.log start=$SECONDS code=0
   shift
   mkdir -p "$run_dir/logs"
   say "$name ..."
