@@ -1,0 +1,98 @@
+"""A whole run of annotation: score what is missing, keep each score at once, write the output in input order, and account."""
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import orjson
+
+from baton.errors import InputError
+from baton.jsonl import Record
+from baton.program import rank, world_size
+from baton.progress import Progress
+from baton.stage import Drops, Stage
+from processes import barrier
+from summary import Summary
+from work import Responses, Score, Scores, Task, write_records
+
+log = logging.getLogger("baton")
+
+Scorer = Callable[[Iterable[Task]], Iterator[Score]]
+Merge = Callable[[Record, dict[str, list[float]]], tuple[Record, dict[str, list[float]]]]
+
+NAMED = 20  # how many prompts a warning names; the summary names NAMED_KEPT
+NAMED_KEPT = 1000
+
+
+def annotate(
+    stage: Stage,
+    responses: Responses,
+    scorers: dict[str, Scorer],
+    merge: Merge,
+) -> None:
+    """Score `responses` with each of `scorers` and finish `stage`.
+
+    `merge(record, {scorer: scores})` gives the output's record, and columns of K numbers to summarise. Raises InputError, naming the record, for a score that is not finite.
+    """
+    barrier()  # process 0 has cleared what an earlier run with other arguments left
+    scores = Scores(stage.output, responses, list(scorers))
+    barrier()  # all have seen what is done
+    progress = Progress(scores.partial.count // world_size(), "scores", scores.partial.done // world_size())
+    if scores.partial.done:
+        log.info("%d of %d scores are done, %d to go", scores.partial.done, scores.partial.count)
+    for name, scorer in scorers.items():
+        for score in scorer(scores.tasks(name)):
+            if score.value is not None and not math.isfinite(score.value):
+                raise InputError(
+                    f"{score.task.where}: response {score.index + 1} of prompt {score.task.record['id']}: {name} gave "
+                    f"{score.value}, which is no number to rank by; is the dtype wide enough (--dtype float32)?"
+                )
+            scores.keep(name, score)
+            progress.update()
+    progress.close()
+    barrier()  # all scores are on disk
+    if rank() == 0:
+        finish(stage, scores, merge)
+
+
+def finish(stage: Stage, scores: Scores, merge: Merge) -> None:
+    """Write the output, its summary and its manifest. Records that a scorer could not score are dropped, and named."""
+    drops = Drops()
+    summaries: defaultdict[str, Summary] = defaultdict(Summary)
+    noted: defaultdict[str, list[str]] = defaultdict(list)
+
+    def records() -> Iterator[Record]:
+        for where, record, by_scorer, notes in scores.all():
+            if any(value is None for values in by_scorer.values() for value in values):
+                drops.add(notes[-1], f"{record['id']} ({where})")
+                continue
+            for note in notes:
+                noted[note].append(record["id"])
+            record, columns = merge(record, by_scorer)
+            for name, values in columns.items():
+                summaries[name].add(record["responses"], values)
+            yield record
+
+    written = write_records(stage.output, records())
+    for note, ids in noted.items():
+        log.warning("%d responses %s; prompts %s", len(ids), note, ", ".join(ids[:NAMED]) + ", …" * (len(ids) > NAMED))
+    numbers = {name: summary.numbers() for name, summary in summaries.items()}
+    for name, values in numbers.items():
+        log.info("%s: %s", name, " ".join(f"{key} {_short(value)}" for key, value in values.items()))
+    noted_facts = {note: {"responses": len(ids), "prompts": ids[:NAMED_KEPT]} for note, ids in noted.items()}
+    account = {"in": len(scores.responses.counts), "out": written, "dropped": dict(drops.counts)}
+    summary_path(stage.output).write_bytes(
+        orjson.dumps({**numbers, "records": account, "noted": noted_facts}, option=orjson.OPT_INDENT_2)
+    )
+    stage.finish(records_in=len(scores.responses.counts), records_out=written, drops=drops, summary=numbers, noted=noted_facts)
+
+
+def summary_path(output: Path) -> Path:
+    """Where the summary of an output stands."""
+    return output.with_name(output.name + ".summary.json")
+
+
+def _short(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4g}"

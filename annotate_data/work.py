@@ -1,0 +1,138 @@
+"""The work of annotation: which responses still lack a score; each score is on disk as soon as it is known."""
+
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from baton.errors import InputError
+from baton.jsonl import Record, dump
+from baton.partial import PartialRecords
+from baton.program import rank, world_size
+from baton.prompts import read_records, with_ids
+from baton.records import Messages, prompt_of, responses_of
+
+
+class Task(NamedTuple):
+    """One record of which a scorer has yet to score the responses `missing`."""
+
+    position: int  # of the record in the input, from 0
+    where: str  # "file:line", for errors
+    record: Record  # with its `id`
+    prompt: Messages
+    responses: list[str]
+    missing: list[int]
+
+
+class Score(NamedTuple):
+    """The score of response `index` of a task; None where there is none, and then `note` says why."""
+
+    task: Task
+    index: int
+    value: float | None
+    note: str | None = None
+
+
+class Responses:
+    """The generated records of one source, checked in full when this is made; 4 bytes a record are held."""
+
+    def __init__(self, source: str, key: str | None = None, K: int | None = None):
+        """Raises InputError for a record without prompt or responses or with other than `K`, and for no record."""
+        self.source, self.key = source, key
+        self.counts = array("I")
+        for where, record in read_records(source):
+            prompt_of(record, where, key)
+            count = len(responses_of(record, where))
+            if K is not None and count != K:
+                raise InputError(f"{where}: {count} `responses`, but --K {K}; leave --K out to take what the file has")
+            self.counts.append(count)
+        if not self.counts:
+            raise InputError(f"{source}: holds no records")
+
+    def __iter__(self) -> Iterator[tuple[str, Record]]:
+        """Yield ("file:line", record with `id`) in the order of the source."""
+        return with_ids(read_records(self.source), self.key)
+
+
+class Scores:
+    """The scores of all responses under each of several scorers, and what earlier runs left of them.
+
+    Every process makes one before any of them keeps a score, so that all see the same work as done; see `processes.barrier`.
+    Holds 12 bytes for each response and scorer.
+    """
+
+    def __init__(self, output: Path, responses: Responses, scorers: list[str]):
+        self.responses, self.scorers, self.output = responses, scorers, output
+        self.total = sum(responses.counts)
+        self.first = array("Q", [0])  # where each record's responses begin among all responses
+        for count in responses.counts:
+            self.first.append(self.first[-1] + count)
+        self.partial = PartialRecords(output, self.total * len(scorers))
+
+    def tasks(self, scorer: str) -> Iterator[Task]:
+        """Yield this process's share of the records that `scorer` has not finished.
+
+        Unfinished records are dealt to the processes in turn, so the share is fair however many processes there are now.
+        """
+        turn = 0
+        base = self.scorers.index(scorer) * self.total
+        for position, (where, record) in enumerate(self.responses):
+            first = base + self.first[position]
+            missing = [i for i in range(self.responses.counts[position]) if first + i not in self.partial]
+            if missing:
+                if turn % world_size() == rank():
+                    prompt = prompt_of(record, where, self.responses.key)
+                    yield Task(position, where, record, prompt, record["responses"], missing)
+                turn += 1
+
+    def keep(self, scorer: str, score: Score) -> None:
+        """Put one score on disk."""
+        place = self.scorers.index(scorer) * self.total + self.first[score.task.position] + score.index
+        note = {} if score.note is None else {"note": score.note}
+        self.partial.append(place, {"score": score.value} | note)
+
+    def all(self) -> Iterator[tuple[str, Record, dict[str, list[float | None]], list[str]]]:
+        """Yield ("file:line", record, {scorer: scores of its responses}, notes) of every record, in input order."""
+        self.partial.close()
+        values = array("d", [float("nan")]) * (self.total * len(self.scorers))
+        notes: dict[int, str] = {}
+        for place, kept in PartialRecords(self.output, len(values)).records():
+            values[place] = float("nan") if kept["score"] is None else kept["score"]
+            if "note" in kept:
+                notes[place] = kept["note"]
+        for position, (where, record) in enumerate(self.responses):
+            spans = {
+                name: range(base + self.first[position], base + self.first[position + 1])
+                for name, base in zip(self.scorers, range(0, len(values), self.total), strict=True)
+            }
+            scores = {name: [_number(values[place]) for place in span] for name, span in spans.items()}
+            yield where, record, scores, [notes[place] for span in spans.values() for place in span if place in notes]
+
+
+def check_output(output: Path) -> None:
+    """Raise InputError if `output` is a folder."""
+    if output.is_dir():
+        raise InputError(f"--output_dir {output}: is a folder; give the name of the output file, {output}/rewards.jsonl for one")
+
+
+def write_records(output: Path, records: Iterator[Record]) -> int:
+    """Write the finished output atomically; returns the number of records. On a full disk nothing is left behind."""
+    unfinished = output.with_name(output.name + ".sorting")
+    count = 0
+    try:
+        with unfinished.open("wb", buffering=1 << 20) as file:
+            for record in records:
+                file.write(dump(record))
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(output)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(output)) from None
+    return count
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
