@@ -9,12 +9,13 @@ declare -A owner=([contract]=training [inference]=inference [training]=training 
 
 # Arguments that begin with tests/ are paths and choose the environment; all others go to pytest in both.
 declare -A paths=([inference]="" [training]="")
-options=()
+options=() previous=""
 for argument in "$@"; do
   argument=${argument#./}
   argument=${argument#"$BATON_ROOT/"}
-  if [[ $argument != tests && $argument != tests/?* ]]; then
+  if [[ $argument != tests && $argument != tests/?* || $previous =~ ^--(deselect|ignore)$ ]]; then
     options+=("$argument")
+    previous=$argument
     continue
   fi
   [[ -e ${argument%%::*} ]] || die "there is no ${argument%%::*}"
@@ -49,5 +50,5 @@ for name in training inference; do
 done
 
 echo "== result"
-for log in "$logs"/*; do printf '%-10s %s\n' "$(basename "$log")" "$(tail -n 1 "$log")"; done
+for log in "$logs"/*; do printf '%-10s %s\n' "$(basename "$log")" "$(grep . "$log" | tail -n 1)"; done
 exit "$code"
