@@ -3,7 +3,7 @@
 import re
 from random import Random
 
-from gold import DEGREES, WORDS
+from quickstart.gold import DEGREES, WORDS
 
 # One symbol a paragraph: its name, then its productions, one a line or with « / » between them.
 RULES = """
@@ -15,8 +15,17 @@ opening:
     {title} follows a {role} who {event} in {place}. It is a {genre}.
     Set in {place}, {title} tells of a {role} who {event}.
     This {genre} opens in {place}, where a {role} {event}.
+role:
+    ferry pilot / village teacher / young baker / retired judge / travelling painter / night nurse
+    lonely clockmaker / runaway singer / stubborn farmer / junior detective / former boxer / shy librarian
+    widowed gardener / train conductor / deep sea diver / small time thief
+place:
+    a harbour town / a mountain village / an island hotel / a border city / a desert station
+    a quiet suburb / a river valley / an old theatre / a snowbound lodge / a crowded market
+    a closed factory / a fishing port
 title:
-    The {colour} {thing} / The Last {thing} / {colour} {thing} / The {thing} of {month} / {thing} and {matter}
+    The {colour} {thing} / The Last {thing} / {colour} {thing} / The {thing} of {month}
+    {thing} and {matter}
 colour:
     Silver / Amber / Crimson / Northern / Paper / Hidden / Second / Winter / Salt / Glass
 thing:
@@ -26,11 +35,15 @@ matter:
 month:
     April / June / August / October / December
 genre:
-    drama / comedy / thriller / family film / mystery / road movie / romance / war film / western / fable
+    drama / comedy / thriller / family film / mystery / road movie / romance / war film
+    western / fable
 event:
-    finds a forgotten map / waits for a brother / takes in a stranger / plans one final trip / loses a wager
-    inherits a broken piano / hides a secret letter / meets an old rival / searches for a missing child
-    builds a boat by hand / returns after twenty years / learns to drive / runs for mayor / witnesses a theft
+    finds a forgotten map / waits for a brother / takes in a stranger / plans one final trip
+    loses a wager
+    inherits a broken piano / hides a secret letter / meets an old rival
+    searches for a missing child
+    builds a boat by hand / returns after twenty years / learns to drive / runs for mayor
+    witnesses a theft
     opens a tiny cinema / falls for a neighbour
 
 lead:
@@ -51,40 +64,61 @@ dialogue:
     the dialogue / the humour / the narration / each conversation / the banter
 
 good clause:
-    {subject} is {good} / {subject} is {good} / {subject} feels {good} / {subject} stays {good} to the end
-    {subject} {good verb} / {subject} {good verb} from start to finish / {subject} adds {good noun} to {part}
-    {subject} carries {part} with {good noun} / {subject} gives us one {good adjective} moment after another
+    {subject} is {good} / {subject} is {good} / {subject} feels {good}
+    {subject} stays {good} to the end
+    {subject} {good verb} / {subject} {good verb} from start to finish
+    {subject} adds {good noun} to {part}
+    {subject} carries {part} with {good noun}
+    {subject} gives us one {good adjective} moment after another
     {subject} has {good noun} and {good noun} / there is {good noun} in {subject}
-    {subject} is never {bad adjective} / {subject} is not {bad adjective} at all / {subject} hardly looks {bad adjective}
+    {subject} is never {bad adjective} / {subject} is not {bad adjective} at all
+    {subject} hardly looks {bad adjective}
     {subject} never {bad verb} / {subject} leaves no room for {bad noun}
 bad clause:
-    {subject} is {bad} / {subject} is {bad} / {subject} feels {bad} / {subject} stays {bad} to the end
-    {subject} {bad verb} / {subject} {bad verb} from start to finish / {subject} adds {bad noun} to {part}
-    {subject} buries {part} in {bad noun} / {subject} gives us one {bad adjective} moment after another
+    {subject} is {bad} / {subject} is {bad} / {subject} feels {bad}
+    {subject} stays {bad} to the end
+    {subject} {bad verb} / {subject} {bad verb} from start to finish
+    {subject} adds {bad noun} to {part}
+    {subject} buries {part} in {bad noun}
+    {subject} gives us one {bad adjective} moment after another
     {subject} has {bad noun} and {bad noun} / there is {bad noun} in {subject}
-    {subject} is never {good adjective} / {subject} is not {good adjective} at all / {subject} hardly looks {good adjective}
+    {subject} is never {good adjective} / {subject} is not {good adjective} at all
+    {subject} hardly looks {good adjective}
     {subject} never {good verb} / {subject} lacks {good noun}
 plain clause:
-    {subject} keeps to the rules of the genre / {subject} changes its tone near the end / {subject} stays in the background
-    {subject} comes first in {part} / {subject} takes up most of {part} / {subject} follows the book closely
-    {subject} returns in {part} / {subject} is much as one expects / {subject} says little about {part}
-    {subject} recalls older films / one notices {subject} in {part} / {subject} does the usual things
+    {subject} keeps to the rules of the genre / {subject} changes its tone near the end
+    {subject} stays in the background
+    {subject} comes first in {part} / {subject} takes up most of {part}
+    {subject} follows the book closely
+    {subject} returns in {part} / {subject} is much as one expects
+    {subject} says little about {part}
+    {subject} recalls older films / one notices {subject} in {part}
+    {subject} does the usual things
 good:
-    {good adjective} / {good adjective} / {degree} {good adjective} / {good adjective} and {good adjective}
+    {good adjective} / {good adjective} / {degree} {good adjective}
+    {good adjective} and {good adjective}
 bad:
-    {bad adjective} / {bad adjective} / {degree} {bad adjective} / {bad adjective} and {bad adjective}
+    {bad adjective} / {bad adjective} / {degree} {bad adjective}
+    {bad adjective} and {bad adjective}
 part:
-    every scene / the opening / the final act / the quiet scenes / the middle part / the love story / the whole film
+    every scene / the opening / the final act / the quiet scenes / the middle part
+    the love story / the whole film
 
 good verdict:
-    In the end this is a {good} film. / It leaves you with {good noun}. / A {good adjective} and {good adjective} film.
-    On the whole it {good verb}. / It is not a {bad adjective} film. / Few films have such {good noun}.
+    In the end this is a {good} film. / It leaves you with {good noun}.
+    A {good adjective} and {good adjective} film.
+    On the whole it {good verb}. / It is not a {bad adjective} film.
+    Few films have such {good noun}.
 bad verdict:
-    In the end this is a {bad} film. / It leaves you with {bad noun}. / A {bad adjective} and {bad adjective} film.
-    On the whole it {bad verb}. / It is not a {good adjective} film. / Few films have such {bad noun}.
+    In the end this is a {bad} film. / It leaves you with {bad noun}.
+    A {bad adjective} and {bad adjective} film.
+    On the whole it {bad verb}. / It is not a {good adjective} film.
+    Few films have such {bad noun}.
 plain verdict:
-    It runs for about two hours. / It will find its audience. / You may want to see it with a friend.
-    It is the second film by this director. / Much of it was shot on location. / It opens in cinemas this week.
+    It runs for about two hours. / It will find its audience.
+    You may want to see it with a friend.
+    It is the second film by this director. / Much of it was shot on location.
+    It opens in cinemas this week.
 
 one clause:
     {first}.
@@ -94,46 +128,13 @@ two unlike clauses:
     {first}, but {second}. / {first}, though {second}. / {first}; still, {second}.
 """
 
-# The opening names roles and places in full; the continuation takes them up again by the short name.
-ROLES = dict(role.split(" / ") for role in """
-ferry pilot / pilot
-village teacher / teacher
-young baker / baker
-retired judge / judge
-travelling painter / painter
-night nurse / nurse
-lonely clockmaker / clockmaker
-runaway singer / singer
-stubborn farmer / farmer
-junior detective / detective
-former boxer / boxer
-shy librarian / librarian
-widowed gardener / gardener
-train conductor / conductor
-deep sea diver / diver
-small time thief / thief
-""".strip().splitlines())
-PLACES = dict(place.split(" / ") for place in """
-a harbour town / harbour
-a mountain village / village
-an island hotel / hotel
-a border city / city
-a desert station / station
-a quiet suburb / suburb
-a river valley / valley
-an old theatre / theatre
-a snowbound lodge / lodge
-a crowded market / market
-a closed factory / factory
-a fishing port / port
-""".strip().splitlines())
-
 POLARITIES = ("good", "plain", "bad")
-MOODS = {  # chances of the polarities of a clause
-    "fond": (0.50, 0.30, 0.20),
-    "mixed": (0.30, 0.40, 0.30),
-    "cross": (0.20, 0.30, 0.50),
-}
+MOODS = (  # the chances of a good, a plain and a bad clause in a fond, a mixed and a cross review
+    (0.50, 0.30, 0.20),
+    (0.30, 0.40, 0.30),
+    (0.30, 0.40, 0.30),
+    (0.20, 0.30, 0.50),
+)
 ASPECTS = ("lead", "cast", "camera", "music", "plot", "pace", "setting", "dialogue")
 
 
@@ -152,7 +153,10 @@ GRAMMAR = _parse(RULES) | WORDS | {"degree": list(DEGREES)}
 
 
 def expand(symbol: str, rng: Random, text: dict[str, str], used: set[str]) -> str:
-    """One random expansion of `symbol`. `text` gives some symbols a fixed expansion; plain words are not drawn twice (`used`)."""
+    """One random expansion of `symbol`.
+
+    `text` gives some symbols a fixed expansion. Words drawn before are in `used` and not drawn again.
+    """
     if symbol in text:
         return text[symbol]
     productions = GRAMMAR[symbol]
@@ -163,16 +167,17 @@ def expand(symbol: str, rng: Random, text: dict[str, str], used: set[str]) -> st
 
 
 def opening(rng: Random) -> tuple[str, dict[str, str]]:
-    """The text of a random prompt, and the role and place that a response to it may name."""
-    role, place = rng.choice(list(ROLES)), rng.choice(list(PLACES))
+    """The text of a random prompt, and the short names by which a response may call its role and place."""
     used: set[str] = set()
-    text = expand("request", rng, {}, used) + " " + expand("opening", rng, {"role": role, "place": place}, used)
-    return _polish(text), {"short role": ROLES[role], "short place": PLACES[place]}
+    role, place = expand("role", rng, {}, used), expand("place", rng, {}, used)
+    request = expand("request", rng, {}, used)
+    film = expand("opening", rng, {"role": role, "place": place}, used)
+    return _polish(f"{request} {film}"), {"short role": role.split()[-1], "short place": place.split()[-1]}
 
 
-def continuation(rng: Random, names: dict[str, str], mood: str | None = None) -> str:
-    """A random response: one or two sentences on aspects of the film, mostly with a verdict. `mood` is drawn when not given."""
-    chances = MOODS[mood or rng.choice(["fond", "mixed", "mixed", "cross"])]
+def continuation(rng: Random, names: dict[str, str]) -> str:
+    """A random response: two or three sentences on aspects of the film, of one mood."""
+    chances = rng.choice(MOODS)
     aspects = rng.sample(ASPECTS, 4)
     used: set[str] = set()
 

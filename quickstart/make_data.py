@@ -1,27 +1,26 @@
-"""Write the quickstart's data: demonstrations, reward-model pairs, a prompt file for each round, and held-out prompts.
+"""Write the data: demonstrations, the reward model's pairs, a prompt file for each round, held-out prompts.
 
     python quickstart/make_data.py --output_dir data --seed 0
 
-    sft.jsonl                      {"prompt", "response"}            demonstrations, as often favourable as not
-    rm_train.jsonl rm_test.jsonl   {"prompt", "chosen", "rejected"}  labelled by the gold score, with Bradley-Terry noise
-    prompts_round1.jsonl …         {"prompt"}                        a file for each round
-    heldout.jsonl                  {"prompt"}                        for evaluation alone
+    sft.jsonl                     {"prompt", "response"}            demonstrations, as often favourable as not
+    rm_train.jsonl rm_test.jsonl  {"prompt", "chosen", "rejected"}  labelled by the gold score, with noise
+    prompts_round1.jsonl …        {"prompt"}                        a file for each round
+    heldout.jsonl                 {"prompt"}                        for evaluation alone
 
 No prompt occurs twice, in one file or in two. The same arguments give the same bytes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from random import Random
 
-import gold
-import grammar
 from baton import jsonl, program
 from baton.arguments import StageArguments, option, parse
 from baton.jsonl import Record
 from baton.stage import Stage
+from quickstart import gold, grammar
 
 LABEL_SHARPNESS = 8.0  # a labeller prefers the response that is better by d with probability sigmoid(8 d)
 
@@ -46,7 +45,8 @@ def main() -> None:
     if stage is None:
         return
     stage.partial_folder.mkdir(exist_ok=True)
-    counts = {name: jsonl.write(stage.partial_folder / name, records) for name, records in make_data(arguments).items()}
+    files = make_data(arguments)
+    counts = {name: jsonl.write(stage.partial_folder / name, records) for name, records in files.items()}
     stage.finish(records_in=sum(counts.values()), records_out=sum(counts.values()), files=counts)
 
 
@@ -54,13 +54,18 @@ def make_data(arguments: Arguments) -> dict[str, Iterator[Record]]:
     """The records of each file, drawn as they are read; to be read in the order of the files."""
     rng = Random(arguments.seed)
     openings = distinct_openings(rng)
-    files = {"heldout.jsonl": (_prompt(text) for text, _ in islice(openings, arguments.heldout_prompts))}
-    for number in range(1, arguments.rounds + 1):
-        files[f"prompts_round{number}.jsonl"] = (_prompt(text) for text, _ in islice(openings, arguments.prompts_per_round))
-    files["rm_test.jsonl"] = (pair(rng, opening) for opening in islice(openings, arguments.test_pairs))
-    files["rm_train.jsonl"] = (pair(rng, opening) for opening in islice(openings, arguments.train_pairs))
-    files["sft.jsonl"] = (demonstration(rng, opening) for opening in islice(openings, arguments.demonstrations))
-    return files
+
+    def draw(count: int, make: Callable[[Random, Opening], Record]) -> Iterator[Record]:
+        return (make(rng, opening) for opening in islice(openings, count))
+
+    rounds = range(1, arguments.rounds + 1)
+    return {
+        "heldout.jsonl": draw(arguments.heldout_prompts, prompt),
+        **{f"prompts_round{number}.jsonl": draw(arguments.prompts_per_round, prompt) for number in rounds},
+        "rm_test.jsonl": draw(arguments.test_pairs, pair),
+        "rm_train.jsonl": draw(arguments.train_pairs, pair),
+        "sft.jsonl": draw(arguments.demonstrations, demonstration),
+    }
 
 
 def distinct_openings(rng: Random) -> Iterator[Opening]:
@@ -73,14 +78,19 @@ def distinct_openings(rng: Random) -> Iterator[Opening]:
             yield text, names
 
 
+def prompt(rng: Random, opening: Opening) -> Record:
+    """A prompt alone."""
+    return {"prompt": [{"role": "user", "content": opening[0]}]}
+
+
 def demonstration(rng: Random, opening: Opening) -> Record:
     """A prompt with a response of a random mood."""
-    text, names = opening
-    return _prompt(text) | {"response": grammar.continuation(rng, names)}
+    _, names = opening
+    return prompt(rng, opening) | {"response": grammar.continuation(rng, names)}
 
 
 def pair(rng: Random, opening: Opening) -> Record:
-    """Two responses to a prompt, labelled by a noisy judge: P(a is chosen) = sigmoid(sharpness · (gold(a) - gold(b)))."""
+    """Two responses and a Bradley-Terry judge: P(a is chosen) = sigmoid(sharpness · (gold(a) - gold(b)))."""
     text, names = opening
     while True:
         a, b = grammar.continuation(rng, names), grammar.continuation(rng, names)
@@ -89,11 +99,7 @@ def pair(rng: Random, opening: Opening) -> Record:
             break
     if rng.random() > 1 / (1 + math.exp(-LABEL_SHARPNESS * difference)):
         a, b = b, a
-    return _prompt(text) | {"chosen": a, "rejected": b}
-
-
-def _prompt(text: str) -> Record:
-    return {"prompt": [{"role": "user", "content": text}]}
+    return prompt(rng, opening) | {"chosen": a, "rejected": b}
 
 
 if __name__ == "__main__":

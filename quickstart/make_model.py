@@ -1,8 +1,8 @@
-"""Make the quickstart's base model: a byte-level BPE tokenizer trained on its text, and a small Llama with random weights.
+"""Make the base model: a byte-level BPE tokenizer trained on the data, a small Llama of random weights.
 
     python quickstart/make_model.py --output_dir base --seed 0 --text data/sft.jsonl
 
-The output is a plain Hugging Face folder, which Transformers, TRL and vLLM load. The policy and the reward model start from it.
+The output is a plain Hugging Face folder for Transformers, TRL and vLLM. SFT starts from it.
 """
 
 from pathlib import Path
@@ -13,9 +13,15 @@ from baton.errors import InputError
 from baton.records import prompt_of
 from baton.stage import Stage
 
-BEGIN, END_OF_TURN, PAD, USER, ASSISTANT = "<|begin|>", "<|end_of_turn|>", "<|pad|>", "<|user|>", "<|assistant|>"
+SPECIAL = PAD, BEGIN, END_OF_TURN, USER, ASSISTANT = (
+    "<|pad|>",
+    "<|begin|>",
+    "<|end_of_turn|>",
+    "<|user|>",
+    "<|assistant|>",
+)
 
-# `generation` marks what a model is to learn of a whole conversation: its own turns, the end of each included.
+# `generation` marks what is to be learnt of a whole conversation: the assistant's turns, ends included.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -31,19 +37,20 @@ CHAT_TEMPLATE = (
 
 class Arguments(StageArguments):
     output_dir: Path = option(..., "folder of the model; it is made new", changes_result=False)
-    text: Path = option(..., "JSONL of demonstrations, the text that the tokenizer is trained on", changes_result=False)
+    text: Path = option(..., "JSONL of demonstrations to train the tokenizer on", changes_result=False)
     seed: int = option(0, "seed of the random weights")
-    vocabulary: int = option(1024, "tokens of the tokenizer, the 256 bytes and the special tokens included", ge=300)
-    hidden_size: int = option(192, "width of the model", ge=32)
-    layers: int = option(4, "number of layers", ge=1)
-    head_size: int = option(32, "width of an attention head; vLLM on CPU knows 32, 64, 80, 96, 112, 128, …", ge=8)
+    vocabulary: int = option(1024, "tokens, the 256 bytes and the special tokens included", ge=300)
+    hidden_size: int = option(256, "width of the model", ge=32)
+    layers: int = option(2, "number of layers", ge=1)
+    head_size: int = option(64, "width of a head; vLLM on CPU knows 32, 64, 80, 96, 112, 128, …", ge=8)
     positions: int = option(256, "longest sequence, in tokens", ge=16)
 
 
 def main() -> None:
     arguments = parse(Arguments, __doc__)
-    if arguments.hidden_size % arguments.head_size:
-        raise InputError(f"`hidden_size` ({arguments.hidden_size}) must be a multiple of `head_size` ({arguments.head_size})")
+    width, head = arguments.hidden_size, arguments.head_size
+    if width % head:
+        raise InputError(f"`hidden_size` ({width}) must be a multiple of `head_size` ({head})")
     stage = Stage.begin("make_model", arguments, arguments.output_dir, {"text": arguments.text})
     if stage is None:
         return
@@ -52,7 +59,8 @@ def main() -> None:
     model = make_model(tokenizer, arguments)
     tokenizer.save_pretrained(stage.partial_folder)
     model.save_pretrained(stage.partial_folder)
-    stage.finish(records_in=len(texts), records_out=len(texts), tokens=len(tokenizer), parameters=model.num_parameters())
+    facts = {"vocabulary": len(tokenizer), "parameters": model.num_parameters()}
+    stage.finish(records_in=len(texts), records_out=len(texts), **facts)
 
 
 def read_texts(path: Path) -> list[str]:
@@ -67,17 +75,18 @@ def read_texts(path: Path) -> list[str]:
 
 
 def make_tokenizer(texts: list[str], vocabulary: int, positions: int):
-    """A byte-level BPE tokenizer with a chat template; any text can be encoded, and decoding gives it back."""
+    """A byte-level BPE tokenizer with a chat template; any text can be encoded, and is decoded as it was."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = [PAD, BEGIN, END_OF_TURN, USER, ASSISTANT]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -101,7 +110,7 @@ def make_model(tokenizer, arguments: Arguments):
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,  # a multiple of 64, as matrix kernels like it
         hidden_size=arguments.hidden_size,
-        intermediate_size=arguments.hidden_size * 7 // 3,
+        intermediate_size=arguments.hidden_size * 11 // 4,
         num_hidden_layers=arguments.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,

@@ -2,7 +2,7 @@
 
     python quickstart/score_gold.py --dataset_name_or_path heldout.jsonl --output_dir heldout_gold.jsonl
 
-Only evaluation uses it: the loop itself learns from the trained reward model. `rewards` and other scorers' entries stay.
+For evaluation alone: the loop learns from the trained reward model. All other keys stay as they are.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from baton.errors import InputError
 from baton.jsonl import Record
 from baton.records import prompt_of, responses_of
 from baton.stage import Stage
-from gold import gold_score
+from quickstart.gold import gold_score
 
 
 class Arguments(StageArguments):
-    dataset_name_or_path: Path = option(..., "JSONL file with a prompt and K responses a line", changes_result=False)
+    dataset_name_or_path: Path = option(..., "JSONL of prompts with K responses", changes_result=False)
     output_dir: Path = option(..., "JSONL file to write", changes_result=False)
 
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def with_gold(path: Path) -> Iterator[Record]:
-    """Each record of `path` with the gold scores of its responses in `rewards_by`. Raises InputError for a bad record."""
+    """Each record of `path` with its gold scores in `rewards_by`. Raises InputError for a bad record."""
     empty = True
     for where, record in jsonl.read(path):
         empty = False
