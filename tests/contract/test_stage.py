@@ -1,0 +1,319 @@
+"""The promises of a stage, kept by a small real program in real processes: resume, refusal, exit codes, the account."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).with_name("small_stage.py")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(
+        b"".join(orjson.dumps({"prompt": f"prompt {i}", "extra": i}) + b"\n" for i in range(300))
+    )
+    return path
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out [1]*.jsonl"  # characters that mean something to a glob
+
+
+def start(
+    prompts: Path, output: Path, *flags: str, python: tuple[str, ...] = (), **options
+) -> subprocess.Popen:
+    """Starts the small stage; its stdin stays open until it is waited for."""
+    command = [
+        sys.executable,
+        *python,
+        PROGRAM,
+        "--dataset_name_or_path",
+        prompts,
+        "--output_dir",
+        output,
+        *flags,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(list(map(str, command)), env=environment, text=True, **pipes, **options)
+
+
+def run(prompts: Path, output: Path, *flags: str, **options) -> tuple[int, str]:
+    """Runs the small stage to its end; returns its exit code and its log."""
+    process = start(prompts, output, *flags, **options)
+    _, log = process.communicate()
+    return process.returncode, log
+
+
+def stop_at(process: subprocess.Popen, position: int, number: signal.Signals) -> tuple[int, str]:
+    """Sends a signal once the stage has said that the record at `position` is on disk."""
+    for line in process.stdout:
+        if int(line) >= position:
+            break
+    process.send_signal(number)
+    _, log = process.communicate()
+    return process.returncode, log
+
+
+def records(path: Path) -> list[dict]:
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def manifest(output: Path) -> dict:
+    return orjson.loads(output.with_name(output.name + ".manifest.json").read_bytes())
+
+
+def files_beside(output: Path) -> set[str]:
+    return {
+        path.name.removeprefix(output.name) for path in output.parent.iterdir() if path.name.startswith("out")
+    }
+
+
+def assert_complete(output: Path, count: int = 300) -> None:
+    """Every record exactly once, in input order, and nothing left over."""
+    assert [record["extra"] for record in records(output)] == list(range(count))
+    assert files_beside(output) == {"", ".manifest.json"}
+
+
+def test_a_finished_stage_leaves_its_output_and_a_manifest_and_nothing_else(prompts, output):
+    code, log = run(prompts, output, "--K", "2")
+    assert code == 0, log
+    assert_complete(output)
+    assert records(output)[7]["responses"] == ["PROMPT 7"] * 2
+    written = manifest(output)
+    assert written["counts"] == {"in": 300, "out": 300, "dropped": {}}
+    assert written["arguments"]["K"] == 2
+    assert written["inputs"]["prompts"]["hash"]
+    assert "300 in, 300 out" in log.splitlines()[-1]
+
+
+def test_every_drop_is_counted_and_named(prompts, output):
+    code, log = run(prompts, output, "--drop", "9")
+    dropped = sum("9" in str(i) for i in range(300))
+    assert code == 0
+    assert manifest(output)["counts"] == {"in": 300, "out": 300 - dropped, "dropped": {"unwanted": dropped}}
+    assert len(manifest(output)["dropped"]["unwanted"]) == dropped
+    assert f"300 in, {300 - dropped} out, dropped: {dropped} unwanted" in log.splitlines()[-1]
+
+
+def test_a_finished_stage_is_up_to_date_and_says_so_before_any_heavy_import(prompts, output):
+    run(prompts, output)
+    before = output.stat().st_mtime_ns
+    code, log = run(prompts, output, python=("-X", "importtime"))
+    imported = {
+        line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")
+    }
+    assert code == 0
+    assert "up to date" in log
+    assert "baton.stage" in imported
+    assert not imported & {"pyarrow", "torch", "transformers", "datasets", "vllm", "trl", "scipy"}
+    assert output.stat().st_mtime_ns == before
+
+
+def test_paths_are_no_difference_where_the_content_is_the_same(prompts, output):
+    run(prompts, output)
+    copy = prompts.with_name("copy.jsonl")
+    copy.write_bytes(prompts.read_bytes())
+    code, log = run(copy, output)
+    assert code == 0
+    assert "up to date" in log
+
+
+def test_other_arguments_are_refused_by_name_until_told_to_overwrite(prompts, output):
+    run(prompts, output)
+    before = output.read_bytes()
+    code, log = run(prompts, output, "--K", "3")
+    assert code == 2
+    assert "K (1, now 3)" in log
+    assert output.read_bytes() == before
+    assert run(prompts, output, "--K", "3", "--overwrite")[0] == 0
+    assert len(records(output)[0]["responses"]) == 3
+    assert_complete(output)
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_another_input_is_refused_by_name(prompts, output, finished):
+    if finished:
+        run(prompts, output)
+    else:
+        stop_at(start(prompts, output), 20, signal.SIGKILL)
+    with prompts.open("a") as file:
+        file.write('{"prompt": "one more", "extra": 300}\n')
+    code, log = run(prompts, output)
+    assert code == 2
+    assert "prompts: the content of" in log
+    assert run(prompts, output, "--overwrite")[0] == 0
+    assert_complete(output, 301)
+
+
+def test_unfinished_work_is_not_continued_with_other_arguments(prompts, output):
+    stop_at(start(prompts, output, "--wait_after", "9"), 9, signal.SIGKILL)
+    code, log = run(prompts, output, "--K", "2")
+    assert code == 2
+    assert "unfinished work with another K (1, now 2)" in log
+    assert run(prompts, output, "--wait_after", "5")[0] == 0  # what does not change the result may differ
+    assert_complete(output)
+
+
+def test_a_file_that_no_stage_made_is_not_replaced(prompts, output):
+    output.write_text("precious")
+    code, log = run(prompts, output)
+    assert code == 2
+    assert "no manifest" in log
+    assert output.read_text() == "precious"
+
+
+def test_a_folder_that_no_stage_made_is_not_replaced_even_when_told_to_overwrite(prompts, output):
+    output.mkdir()
+    (output / "thesis.tex").write_text("precious")
+    assert run(prompts, output, "--overwrite")[0] == 2
+    assert (output / "thesis.tex").read_text() == "precious"
+
+
+def test_an_output_never_replaces_its_input(prompts):
+    before = prompts.read_bytes()
+    code, log = run(prompts, prompts, "--overwrite")
+    assert code == 2
+    assert "cannot replace or hold the input" in log
+    assert prompts.read_bytes() == before
+
+
+def test_overwriting_leaves_no_old_output_that_could_be_taken_for_the_new(prompts, output):
+    run(prompts, output)
+    stop_at(start(prompts, output, "--K", "2", "--overwrite", "--wait_after", "9"), 9, signal.SIGKILL)
+    assert not output.exists()
+    code, log = run(prompts, output)
+    assert code == 2
+    assert "unfinished work with another K (2, now 1)" in log
+    assert run(prompts, output, "--K", "2")[0] == 0
+    assert_complete(output)
+
+
+@pytest.mark.parametrize("left", ["parts and manifests", "manifest in progress alone"])
+def test_a_death_between_the_output_and_its_manifest_is_repaired(prompts, output, left):
+    stop_at(start(prompts, output, "--wait_after", "299"), 299, signal.SIGKILL)
+    part = output.with_name(output.name + ".partial")
+    output.write_bytes(b"".join(line[line.index(b",") + 1 : -2] + b"\n" for line in part.open("rb")))
+    if left != "parts and manifests":
+        part.unlink()
+    code, log = run(prompts, output)
+    assert code == 0, log
+    assert_complete(output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_stage_exits_130_and_keeps_what_it_finished(prompts, output, number):
+    code, log = stop_at(start(prompts, output, "--wait_after", "150"), 150, number)
+    assert code == 130
+    assert "interrupted" in log
+    process = start(prompts, output)
+    out, log = process.communicate()
+    assert process.returncode == 0
+    assert "going on where it stopped" in log
+    assert out.split()[0] == "151"
+    assert_complete(output)
+
+
+def test_a_background_job_of_a_shell_can_be_interrupted(prompts, output):
+    ignoring = start(
+        prompts, output, "--wait_after", "5", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    )
+    assert stop_at(ignoring, 5, signal.SIGINT)[0] == 130
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again_every_record_is_written_exactly_once_and_in_order(prompts, output, seed):
+    generator = random.Random(seed)
+    place = -1
+    while not output.exists():
+        place += generator.randint(10, 120)
+        running = start(
+            prompts, output, "--wait_after", str(place + 5)
+        )  # so that it is not far ahead of its words
+        stop_at(running, place, signal.SIGKILL)
+    assert run(prompts, output)[0] == 0  # a kill may have hit between the output and its manifest
+    assert_complete(output)
+
+
+def test_a_second_process_on_the_same_output_is_refused(prompts, output):
+    first = start(prompts, output, "--wait_after", "10")
+    while int(first.stdout.readline()) != 10:
+        pass
+    for flags in ((), ("--overwrite",)):
+        code, log = run(prompts, output, *flags)
+        assert code == 2
+        assert "another process is working on it" in log
+    assert first.communicate()[1]
+    assert first.returncode == 0
+    assert_complete(output)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected", "message"),
+    [
+        (("--fail",), 3, "the server refused it"),
+        (("--crash",), 1, "ZeroDivisionError: a bug"),
+        (("--temprature", "1"), 2, "unknown setting `temprature`"),
+        (("--K", "0"), 2, "`K`: input should be greater than or equal to 1"),
+        (("--help",), 0, ""),
+    ],
+    ids=["failures", "bug", "unknown flag", "out of range", "help"],
+)
+def test_exit_codes(prompts, output, flags, expected, message):
+    code, log = run(prompts, output, *flags)
+    assert code == expected
+    assert message in log
+    assert ("Traceback" in log) == (expected == 1)
+
+
+def test_bad_input_names_file_and_line_and_leaves_no_output(prompts, output):
+    with prompts.open("a") as file:
+        file.write("{broken\n")
+    code, log = run(prompts, output)
+    assert code == 2
+    assert f"{prompts}:301" in log
+    assert not output.exists()
+
+
+@pytest.fixture(params=["file system", "file size"])
+def small_disk(request, tmp_path: Path) -> Iterator[Path | None]:
+    """A file system of 64 KiB, or None to limit the size of a file instead, which no machine forbids."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    wanted = request.param == "file system" and os.geteuid() == 0
+    mounted = wanted and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    yield folder if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_whole_records_and_a_run_with_space_completes(tmp_path, prompts, small_disk):
+    long = ("--K", "30")  # about 100 KiB in all
+    output = (small_disk or tmp_path) / "out.jsonl"
+    limit = (20_000, 20_000)
+    options = {} if small_disk else {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)}
+    code, log = run(prompts, output, *long, **options)
+    assert code == 2, log
+    assert "what is written is whole" in log
+    assert not output.exists()
+    part = output.with_name("out.jsonl.partial").read_bytes()
+    assert part.endswith(b"]\n")
+    assert [orjson.loads(line)[0] for line in part.splitlines()] == list(range(part.count(b"\n")))
+    if small_disk:
+        subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    code, log = run(prompts, output, *long)
+    assert code == 0, log
+    assert "going on where it stopped" in log
+    assert_complete(output)
