@@ -43,9 +43,14 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
     return tokenizer
 
 
+def prompt_text(tokenizer: Any, messages: Messages, where: str) -> str:
+    """The text of a conversation up to where the response begins. Raises InputError if the template refuses it."""
+    return _text(tokenizer, messages, where, add_generation_prompt=True)
+
+
 def prompt_token_ids(tokenizer: Any, messages: Messages, where: str) -> list[int]:
     """The token ids of a conversation up to where the response begins. Raises InputError if the template refuses it."""
-    return _encode(tokenizer, _text(tokenizer, messages, where, add_generation_prompt=True))
+    return _encode(tokenizer, prompt_text(tokenizer, messages, where))
 
 
 def conversation_token_ids(tokenizer: Any, messages: Messages, where: str) -> list[int]:

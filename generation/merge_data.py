@@ -1,0 +1,148 @@
+"""Join the shards of a generation in order, once all of them are there, finished and of one run.
+
+    python generation/merge_data.py --base_path data/gen_data --num_datasets 8 --output_dir data/gen_data.jsonl
+
+reads data/gen_data0.jsonl … data/gen_data7.jsonl. Lines are copied, not parsed, so memory stays flat. Shards
+by another toolkit, which have no manifests, are taken as they are.
+"""
+
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from baton import program
+from baton.arguments import StageArguments, option, parse
+from baton.errors import InputError
+from baton.partial import part_files
+from baton.stage import Drops, Stage, in_progress, manifest_path, read_manifest
+
+log = logging.getLogger("baton")
+
+CHUNK = 1 << 22  # bytes copied at a time
+
+
+class Arguments(StageArguments):
+    base_path: str = option(..., "shard i is <base_path>i.jsonl", changes_result=False)
+    output_dir: str = option(
+        ..., "the merged file (a file's name, in spite of the flag's)", changes_result=False
+    )
+    num_datasets: int = option(..., "how many shards", ge=1)
+
+
+def main() -> None:
+    arguments = parse(Arguments, __doc__ or "")
+    shards = [Path(f"{arguments.base_path}{index}.jsonl") for index in range(arguments.num_datasets)]
+    manifests = [check_there(shard) for shard in shards]
+    facts = check_one_run(shards, manifests)
+
+    output = Path(arguments.output_dir)
+    stage = Stage.begin("merge", arguments, output, {f"shard{i}": shard for i, shard in enumerate(shards)})
+    if stage is None:
+        return
+    lines = merge(shards, manifests, output)
+    stage.finish(records_in=lines, records_out=lines, drops=Drops(), **facts)
+
+
+def check_there(shard: Path) -> dict[str, Any] | None:
+    """The manifest of a finished shard, None where another toolkit made it. Raises InputError if unfinished."""
+    if manifest_path(in_progress(shard)).exists() or part_files(shard):
+        raise InputError(f"{shard}: unfinished; run its get_hf2.py again (same arguments) to complete it")
+    if not shard.is_file():
+        raise InputError(
+            f"{shard}: missing; generate this shard, or give the right --base_path and --num_datasets"
+        )
+    return read_manifest(shard)
+
+
+def check_one_run(shards: list[Path], manifests: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """What the shards' manifests say of the whole: prompts, drops, tokens.
+
+    Raises InputError if the shards are of different runs, or not all of one.
+    """
+    if not any(manifests):
+        log.info("no shard has a manifest: taken as they are")
+        return {}
+    first = manifests[0]
+    for index, (shard, manifest) in enumerate(zip(shards, manifests, strict=True)):
+        if first is None or manifest is None:
+            without = shards[0] if first is None else shard
+            raise InputError(
+                f"{without}: has no manifest, others have: it is of another run; generate it again"
+            )
+        arguments = manifest["arguments"]
+        place = arguments.get("local_index"), arguments.get("my_world_size")
+        if place != (index, len(shards)):
+            raise InputError(
+                f"{shard}: made as shard {place[0]} of {place[1]}, taken for shard {index} of {len(shards)}; "
+                "give the right --num_datasets, or generate the shards again"
+            )
+        if difference := _difference(first, manifest):
+            raise InputError(f"{shard}: of another run than {shards[0]}: it has another {difference}")
+    dropped = Counter()
+    for manifest in manifests:
+        dropped.update(manifest["counts"]["dropped"])
+    prompts = sum(manifest["counts"]["in"] for manifest in manifests)
+    if prompts != first["prompts"]:
+        raise InputError(f"{shards[0]}: the shards hold {prompts} prompts, the prompt set {first['prompts']}")
+    tokens = sum(manifest["tokens"] for manifest in manifests)
+    return {"prompts": prompts, "dropped_in_shards": dict(dropped), "tokens": tokens}
+
+
+def merge(shards: list[Path], manifests: list[dict[str, Any] | None], output: Path) -> int:
+    """Copy the shards one after another into `output`, atomically; returns the number of lines.
+
+    Raises InputError if a shard has not as many lines as its manifest says.
+    """
+    partial, total = in_progress(output), 0
+    try:
+        with partial.open("wb", buffering=0) as target:
+            for shard, manifest in zip(shards, manifests, strict=True):
+                lines = copy_lines(shard, target)
+                if manifest and lines != manifest["counts"]["out"]:
+                    raise InputError(
+                        f"{shard}: {lines} lines, its manifest says {manifest['counts']['out']}; make it again"
+                    )
+                total += lines
+            os.fsync(target.fileno())
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(output)) from None
+    partial.replace(output)
+    return total
+
+
+def copy_lines(source: Path, target: BinaryIO) -> int:
+    """Append a file to `target` (unbuffered), with a line break at its end; returns the number of lines."""
+    lines, chunk = 0, b"\n"
+    with source.open("rb", buffering=0) as file:
+        while following := file.read(CHUNK):
+            chunk = following
+            lines += chunk.count(b"\n")
+            _write_all(target, chunk)
+    if not chunk.endswith(b"\n"):
+        lines += 1
+        _write_all(target, b"\n")
+    return lines
+
+
+def _write_all(target: BinaryIO, chunk: bytes) -> None:
+    rest = memoryview(chunk)
+    while rest:
+        rest = rest[target.write(rest) :]
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first argument but the shard's place, or the first input, in which two shards' manifests differ."""
+    for name in sorted(one["arguments"].keys() | other["arguments"].keys()):
+        if name != "local_index" and one["arguments"].get(name) != other["arguments"].get(name):
+            return f"{name} ({other['arguments'].get(name)!r}, not {one['arguments'].get(name)!r})"
+    for name in sorted(one["inputs"].keys() | other["inputs"].keys()):
+        if one["inputs"].get(name, {}).get("hash") != other["inputs"].get(name, {}).get("hash"):
+            return f"content of {name} ({other['inputs'].get(name, {}).get('path')})"
+    return None
+
+
+if __name__ == "__main__":
+    program.run(main)
