@@ -1,4 +1,4 @@
-"""A whole run of annotation: score what is missing, keep each score at once, write the output in input order, and account."""
+"""A whole run of annotation: score what is missing, keep each score at once, write the output, and account."""
 
 import logging
 import math
@@ -29,10 +29,10 @@ NAMED_KEPT = 1000
 def annotate(
     stage: Stage,
     responses: Responses,
-    scorers: dict[str, Scorer],
+    scorers: dict[str, Callable[[], Scorer]],
     merge: Merge,
 ) -> None:
-    """Score `responses` with each of `scorers` and finish `stage`.
+    """Score `responses` with each of `scorers`, made one after the other when there is work for it, and finish `stage`.
 
     `merge(record, {scorer: scores})` gives the output's record, and columns of K numbers to summarise. Raises InputError, naming the record, for a score that is not finite.
     """
@@ -42,7 +42,10 @@ def annotate(
     progress = Progress(scores.partial.count // world_size(), "scores", scores.partial.done // world_size())
     if scores.partial.done:
         log.info("%d of %d scores are done, %d to go", scores.partial.done, scores.partial.count)
-    for name, scorer in scorers.items():
+    for name, make in scorers.items():
+        if not scores.missing(name):
+            continue
+        scorer = make()
         for score in scorer(scores.tasks(name)):
             if score.value is not None and not math.isfinite(score.value):
                 raise InputError(
@@ -51,6 +54,7 @@ def annotate(
                 )
             scores.keep(name, score)
             progress.update()
+        del scorer  # before the next one takes the memory
     progress.close()
     barrier()  # all scores are on disk
     if rank() == 0:
@@ -77,7 +81,9 @@ def finish(stage: Stage, scores: Scores, merge: Merge) -> None:
 
     written = write_records(stage.output, records())
     for note, ids in noted.items():
-        log.warning("%d responses %s; prompts %s", len(ids), note, ", ".join(ids[:NAMED]) + ", …" * (len(ids) > NAMED))
+        log.warning(
+            "%d responses %s; prompts %s", len(ids), note, ", ".join(ids[:NAMED]) + ", …" * (len(ids) > NAMED)
+        )
     numbers = {name: summary.numbers() for name, summary in summaries.items()}
     for name, values in numbers.items():
         log.info("%s: %s", name, " ".join(f"{key} {_short(value)}" for key, value in values.items()))
@@ -86,7 +92,13 @@ def finish(stage: Stage, scores: Scores, merge: Merge) -> None:
     summary_path(stage.output).write_bytes(
         orjson.dumps({**numbers, "records": account, "noted": noted_facts}, option=orjson.OPT_INDENT_2)
     )
-    stage.finish(records_in=len(scores.responses.counts), records_out=written, drops=drops, summary=numbers, noted=noted_facts)
+    stage.finish(
+        records_in=len(scores.responses.counts),
+        records_out=written,
+        drops=drops,
+        summary=numbers,
+        noted=noted_facts,
+    )
 
 
 def summary_path(output: Path) -> Path:

@@ -51,8 +51,12 @@ class BradleyTerry:
 
     def token_ids(self, window: list[tuple[Task, int]]) -> list[list[int]]:
         """The token ids of each conversation. Raises InputError naming the record that the template refuses."""
-        conversations = [[*task.prompt, {"role": "assistant", "content": task.responses[i]}] for task, i in window]
-        return conversation_token_ids_of_all(self.tokenizer, conversations, [task.where for task, _ in window])
+        conversations = [
+            [*task.prompt, {"role": "assistant", "content": task.responses[i]}] for task, i in window
+        ]
+        return conversation_token_ids_of_all(
+            self.tokenizer, conversations, [task.where for task, _ in window]
+        )
 
     @torch.inference_mode()
     def rewards(self, sequences: list[list[int]]) -> list[float]:
@@ -61,10 +65,16 @@ class BradleyTerry:
         ids, lengths = padded(sequences, pad or 0, self.device)  # (B, L), (B,)
         if hasattr(self.model, "score"):
             states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, D)
-            last = torch.tensor([_last_but_padding(sequence, pad) for sequence in sequences], device=self.device)
+            last = torch.tensor(
+                [_last_but_padding(sequence, pad) for sequence in sequences], device=self.device
+            )
             states = states[torch.arange(len(sequences), device=self.device), last].float()  # (B, D)
-            return F.linear(states, self.model.score.weight.float(), _float(self.model.score.bias))[:, 0].tolist()
-        mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]  # (B, L), for models that are not causal
+            return F.linear(states, self.model.score.weight.float(), _float(self.model.score.bias))[
+                :, 0
+            ].tolist()
+        mask = (
+            torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        )  # (B, L), for models that are not causal
         return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float().tolist()
 
 

@@ -24,18 +24,28 @@ from work import Responses, check_output
 
 
 class Arguments(StageArguments):
-    dataset_name_or_path: str = option(..., "responses to score: a file or a Hugging Face dataset", changes_result=False)
-    output_dir: Path = option(..., "the output FILE, such as data/data_with_rewards.jsonl", changes_result=False)
+    dataset_name_or_path: str = option(
+        ..., "responses to score: a file or a Hugging Face dataset", changes_result=False
+    )
+    output_dir: Path = option(
+        ..., "the output FILE, such as data/data_with_rewards.jsonl", changes_result=False
+    )
     dataset_key: str | None = option(None, "key of the prompt (else `prompt` or `context_messages`)")
     K: int | None = option(None, "responses of each prompt, checked when given", ge=1)
     reward_name_or_path: str = option(
         "sfairXC/FsfairX-LLaMA3-RM-v0.1", "Bradley-Terry reward model", changes_result=False
     )
     chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template")
-    max_length: int | None = option(None, "tokens of a conversation; longer ones lose their beginning (default: the model's)", ge=8)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the model; auto: the checkpoint's own")
+    max_length: int | None = option(
+        None, "tokens of a conversation; longer ones lose their beginning (default: the model's)", ge=8
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "of the model; auto: the checkpoint's own"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run", changes_result=False)
-    tokens_per_batch: int | None = option(None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1, changes_result=False)
+    tokens_per_batch: int | None = option(
+        None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1, changes_result=False
+    )
 
 
 def main() -> None:
@@ -53,15 +63,13 @@ def main() -> None:
     from bradley_terry import BradleyTerry
 
     device = processes.choose_device(arguments.device)
-    scorer = BradleyTerry(
-        arguments.reward_name_or_path,
-        device,
-        arguments.dtype,
-        arguments.max_length,
-        arguments.tokens_per_batch,
-        arguments.chat_template,
-    )
-    log_what_runs(**processes.described(device), **models.described(scorer.model))
+
+    def scorer() -> BradleyTerry:
+        options = (arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+        model = BradleyTerry(arguments.reward_name_or_path, device, *options)
+        log_what_runs(**processes.described(device), **models.described(model.model))
+        return model
+
     annotate(stage, responses, {"reward": scorer}, add_rewards)
 
 

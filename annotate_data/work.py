@@ -45,7 +45,9 @@ class Responses:
             prompt_of(record, where, key)
             count = len(responses_of(record, where))
             if K is not None and count != K:
-                raise InputError(f"{where}: {count} `responses`, but --K {K}; leave --K out to take what the file has")
+                raise InputError(
+                    f"{where}: {count} `responses`, but --K {K}; leave --K out to take what the file has"
+                )
             self.counts.append(count)
         if not self.counts:
             raise InputError(f"{source}: holds no records")
@@ -69,6 +71,11 @@ class Scores:
         for count in responses.counts:
             self.first.append(self.first[-1] + count)
         self.partial = PartialRecords(output, self.total * len(scorers))
+
+    def missing(self, scorer: str) -> int:
+        """How many responses `scorer` had not scored when this was made."""
+        base = self.scorers.index(scorer) * self.total
+        return sum(place not in self.partial for place in range(base, base + self.total))
 
     def tasks(self, scorer: str) -> Iterator[Task]:
         """Yield this process's share of the records that `scorer` has not finished.
@@ -107,13 +114,20 @@ class Scores:
                 for name, base in zip(self.scorers, range(0, len(values), self.total), strict=True)
             }
             scores = {name: [_number(values[place]) for place in span] for name, span in spans.items()}
-            yield where, record, scores, [notes[place] for span in spans.values() for place in span if place in notes]
+            yield (
+                where,
+                record,
+                scores,
+                [notes[place] for span in spans.values() for place in span if place in notes],
+            )
 
 
 def check_output(output: Path) -> None:
     """Raise InputError if `output` is a folder."""
     if output.is_dir():
-        raise InputError(f"--output_dir {output}: is a folder; give the name of the output file, {output}/rewards.jsonl for one")
+        raise InputError(
+            f"--output_dir {output}: is a folder; give the name of the output file, {output}/rewards.jsonl for one"
+        )
 
 
 def write_records(output: Path, records: Iterator[Record]) -> int:

@@ -1,0 +1,92 @@
+"""Log-probabilities of responses under a causal language model: ln p(response | prompt), in nats."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+import models
+from baton.jsonl import Record
+from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_token_ids
+from batching import batches, padded, windows
+from work import Score, Task
+
+# Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
+
+TOO_LONG = "longer than max_length tokens"
+RETOKENISED = (
+    "tokenised again: no sampled token ids, or ids that this tokenizer does not read as the response"
+)
+
+
+class CausalLM:
+    """A language model on one device. Call it with tasks: it yields the summed log-probability of each missing response.
+
+    Summed are the sampled tokens where the record has their ids, so an end-of-turn token counts where it was sampled. A
+    response that with its prompt is longer than `max_length` tokens has no score.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        device: torch.device,
+        dtype: models.Dtype = "auto",
+        max_length: int | None = None,
+        tokens_per_batch: int | None = None,
+        chat_template: str | None = None,
+    ):
+        from transformers import AutoModelForCausalLM
+
+        self.tokenizer = load_tokenizer(path, chat_template)
+        self.model = models.load(AutoModelForCausalLM, path, dtype).to(device)
+        self.device = device
+        self.max_length = models.longest_input(self.model, max_length)
+        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH[device.type]
+        self.least_filled = models.LEAST_FILLED[device.type]
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
+        for window in windows((task, index) for task in tasks for index in task.missing):
+            kept, sequences, prompts, notes = [], [], [], []
+            for task, index in window:
+                prompt = prompt_token_ids(self.tokenizer, task.prompt, task.where)
+                response, note = self.response(task, index)
+                if len(prompt) + len(response) > self.max_length:
+                    yield Score(task, index, None, TOO_LONG)
+                    continue
+                kept.append((task, index))
+                sequences.append(prompt + response)
+                prompts.append(len(prompt))
+                notes.append(note)
+            for batch in batches([len(ids) for ids in sequences], self.tokens_per_batch, self.least_filled):
+                logps = self.logps([sequences[i] for i in batch], [prompts[i] for i in batch])
+                for i, logp in zip(batch, logps, strict=True):
+                    yield Score(*kept[i], logp, notes[i])
+
+    def response(self, task: Task, index: int) -> tuple[list[int], str | None]:
+        """The token ids of one response, with a note where they are not those that were sampled."""
+        text, ids = task.responses[index], _at(task.record, "response_token_ids", index)
+        if ids is not None and decodes_to(self.tokenizer, ids, text):
+            return ids, None
+        stopped = _at(task.record, "finish_reasons", index) != "length"
+        return response_token_ids(self.tokenizer, task.prompt, text, stopped, task.where), RETOKENISED
+
+    @torch.inference_mode()
+    def logps(self, sequences: list[list[int]], prompts: list[int]) -> list[float]:
+        """The summed log-probability, in float32, of each sequence's tokens after the first `prompts` ones."""
+        ids, lengths = padded(sequences, 0, self.device)  # (B, L), (B,)
+        first = min(prompts) - 1  # a token is predicted at the one before it
+        places = torch.arange(first, ids.shape[1] - 1, device=self.device)  # (S,)
+        logits = self.model(
+            input_ids=ids, use_cache=False, logits_to_keep=places
+        ).logits  # (B, S, vocabulary)
+        logps = []
+        for row, tokens, prompt, length in zip(logits, ids, prompts, lengths.tolist(), strict=True):
+            predictions = row[prompt - 1 - first : length - 1 - first].float()  # (response, vocabulary)
+            logps.append(-F.cross_entropy(predictions, tokens[prompt:length], reduction="sum").item())
+        return logps
+
+
+def _at(record: Record, field: str, index: int) -> object:
+    values = record.get(field)
+    return None if values is None else values[index]

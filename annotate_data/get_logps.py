@@ -1,0 +1,97 @@
+"""Annotate responses with their log-probabilities under one or several causal language models.
+
+    python annotate_data/get_logps.py --dataset_name_or_path data/gen_data.jsonl --output_dir data/logps.jsonl \\
+        --models policy=runs/a/round3/policy initial=runs/a/sft
+    # eight GPUs
+    accelerate launch --num_processes 8 annotate_data/get_logps.py --dataset_name_or_path …
+
+Each record of the output is the input's, with `logps_by: {name: K floats}`: ln p(response | prompt) in nats, summed over the
+response's tokens. Of responses sampled from `policy`, the mean of policy - initial estimates KL(policy || initial).
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import models
+from baton.arguments import StageArguments, option, parse
+from baton.errors import InputError
+from baton.jsonl import Record
+from baton.program import check_processes, log_what_runs, run
+from baton.stage import Stage
+from baton.templates import check_model_path
+from work import Responses, check_output
+
+
+class Arguments(StageArguments):
+    dataset_name_or_path: str = option(
+        ..., "responses: a file or a Hugging Face dataset", changes_result=False
+    )
+    output_dir: Path = option(..., "the output FILE, such as data/logps.jsonl", changes_result=False)
+    models: list[str] = option(..., "the models, each as NAME=PATH", changes_result=False, min_length=1)
+    dataset_key: str | None = option(None, "key of the prompt (else `prompt` or `context_messages`)")
+    chat_template: Path | None = option(None, "Jinja file, for models that have no chat template")
+    max_length: int | None = option(
+        None,
+        "tokens of prompt and response; a record with longer ones is dropped (default: the model's)",
+        ge=8,
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: the checkpoint's own")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run", changes_result=False)
+    tokens_per_batch: int | None = option(
+        None, "tokens in a batch (default: 8192 on a GPU, 2048 on CPU)", ge=1, changes_result=False
+    )
+
+
+def main() -> None:
+    arguments = parse(Arguments, __doc__)
+    check_processes()
+    paths = models_by_name(arguments.models)
+    check_output(arguments.output_dir)
+    inputs = {
+        "dataset": arguments.dataset_name_or_path,
+        **{f"model {name}": path for name, path in paths.items()},
+    }
+    stage = Stage.begin("logps", arguments, arguments.output_dir, inputs)
+    if stage is None:
+        return
+    responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key)
+
+    import processes
+    from annotate import annotate
+    from causal_lm import CausalLM
+
+    device = processes.choose_device(arguments.device)
+
+    def scorer(path: str) -> CausalLM:
+        options = (arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+        model = CausalLM(path, device, *options)
+        log_what_runs(**processes.described(device), **models.described(model.model))
+        return model
+
+    annotate(
+        stage, responses, {name: lambda path=path: scorer(path) for name, path in paths.items()}, add_logps
+    )
+
+
+def models_by_name(words: list[str]) -> dict[str, str]:
+    """NAME=PATH arguments as {name: path}. Raises InputError for another form, a name given twice, or a missing model."""
+    paths: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or not name or not path:
+            raise InputError(f"--models {word}: expected NAME=PATH, such as policy=runs/a/round1/policy")
+        if name in paths:
+            raise InputError(f"--models: the name {name} is given twice")
+        check_model_path(path)
+        paths[name] = path
+    return paths
+
+
+def add_logps(record: Record, scores: dict[str, list[float]]) -> tuple[Record, dict[str, list[float]]]:
+    """The record with its log-probabilities beside those of other models, and the same for the summary."""
+    columns = {f"logps {name}": values for name, values in scores.items()}
+    return {**record, "logps_by": {**record.get("logps_by", {}), **scores}}, columns
+
+
+if __name__ == "__main__":
+    run(main)
