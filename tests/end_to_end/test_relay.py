@@ -1,0 +1,121 @@
+"""The whole relay with every real part, small: killed again and again it loses nothing, and its end is clear."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+K, PROMPTS, HELDOUT, ROUNDS = 4, 24, 8, 2
+
+RECIPE = f"""
+INITIAL_POLICY=$RUN_DIR/sft
+REWARD_MODEL=$RUN_DIR/reward_model
+PROMPTS=("$RUN_DIR"/data/prompts_round{{1,2}}.jsonl)
+K={K}
+MAX_NEW_TOKENS=24
+MAX_MODEL_LEN=128
+GPUS=0
+DPO_CONFIG=configs/quickstart/dpo.yaml
+DPO_ARGS=(--max_steps 6 --save_steps 2)
+HELDOUT_PROMPTS=$RUN_DIR/data/heldout.jsonl
+HELDOUT_K=2
+GOLD_SCORER=quickstart/score_gold.py
+"""
+
+
+def shell(*words, **options):
+    return subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def program(*words):
+    """Run a program of the training environment (the one that these tests run in)."""
+    done = shell("python", *words)
+    assert done.returncode == 0, done.stderr
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run's folder with data, a briefly trained policy and reward model, and a recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    data, base = folder / "data", folder / "base"
+    sizes = ["--demonstrations", 800, "--train_pairs", 100, "--test_pairs", 20]
+    program("quickstart/make_data.py", "--output_dir", data, *sizes, "--prompts_per_round", PROMPTS, "--heldout_prompts", HELDOUT)
+    program("quickstart/make_model.py", "--text", data / "sft.jsonl", "--output_dir", base, "--hidden_size", 64, "--layers", 2)
+    steps = ["--max_steps", 30]
+    program(
+        "sft/run_sft.py", "configs/quickstart/sft.yaml", "--model_name_or_path", base, "--dataset_name_or_path",
+        data / "sft.jsonl", "--output_dir", folder / "sft", *steps,
+    )  # fmt: skip
+    program(
+        "reward_model/run_rm.py", "configs/quickstart/rm.yaml", "--model_name_or_path", base, "--dataset_name_or_path",
+        data / "rm_train.jsonl", "--output_dir", folder / "reward_model", *steps,
+    )  # fmt: skip
+    (folder / "tiny.env").write_text(RECIPE)
+    return folder
+
+
+def run_loop(run_dir, recipe="tiny.env"):
+    return ["bash", "scripts/run_loop.sh", str(run_dir / recipe), "--run_dir", str(run_dir)]
+
+
+def test_relay_killed_at_random_moments_ends_with_every_prompt_once(run_dir):
+    generator = random.Random()
+    for _ in range(4):
+        process = subprocess.Popen(run_loop(run_dir), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=generator.uniform(3, 40))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    done = shell(*run_loop(run_dir))
+    assert done.returncode == 0, done.stderr
+
+    for number in range(1, ROUNDS + 1):
+        asked = [record["prompt"] for record in records(run_dir / f"data/prompts_round{number}.jsonl")]
+        for name in ("gen_data", "data_with_rewards"):
+            got = records(run_dir / f"round{number}/{name}.jsonl")
+            assert [record["prompt"] for record in got] == asked
+            assert len({record["id"] for record in got}) == PROMPTS
+            assert all(len(record["responses"]) == len(record["response_token_ids"]) == K for record in got)
+        assert all(len(record["rewards"]) == K for record in got)
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert [entry["round"] for entry in summary["rounds"]] == list(range(ROUNDS + 1))
+    for entry in summary["rounds"]:
+        assert entry["gold_mean"] is not None and 0 <= entry["win_rate"] <= 1 and entry["length_mean"] > 0
+    assert abs(summary["rounds"][0]["kl"]) < 1e-3 < summary["rounds"][-1]["kl"] + 1
+    assert (run_dir / "progress.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_relay_run_again_does_nothing_twice(run_dir):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.glob("round*/**/*") if path.is_file()}
+    done = shell(*run_loop(run_dir))
+    assert done.returncode == 0, done.stderr
+    assert before and before == {path: path.stat().st_mtime_ns for path in run_dir.glob("round*/**/*") if path.is_file()}
+
+
+def test_failed_stage_stops_the_loop_with_its_message(run_dir, tmp_path):
+    (run_dir / "broken.env").write_text(RECIPE + "DPO_ARGS=(--learning_rat 1)\n")
+    done = shell(*run_loop(run_dir, "broken.env"))
+    assert done.returncode == 2
+    assert "round1-train: failed with exit code 2" in done.stderr and "learning_rat" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [("", "sets no INITIAL_POLICY"), (RECIPE + "REFERENCE=first\n", "REFERENCE is initial or previous"),
+     (RECIPE + "ROUNDS=5\n", "5 ROUNDS, but PROMPTS names 2 sets")],
+)  # fmt: skip
+def test_recipe_that_cannot_run_is_refused_at_once(run_dir, tmp_path, recipe, message):
+    (tmp_path / "bad.env").write_text(recipe)
+    done = shell("bash", "scripts/run_loop.sh", tmp_path / "bad.env", "--run_dir", tmp_path / "run")
+    assert done.returncode == 2 and message in done.stderr
