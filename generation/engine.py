@@ -16,7 +16,8 @@ from baton.errors import InputError
 
 log = logging.getLogger("baton")
 
-GIB = 1 << 30
+CPU_BLOCK, CPU_SEQUENCES = 128, 256  # vLLM's own on CPU: tokens of a cache block, sequences at once
+FLOAT32_BYTES = 4
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -43,7 +44,7 @@ def prepare_environment() -> None:
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process when its parent dies: `kill -9` of a program then leaves no engine behind."""
+    """Have Linux kill this process when its parent dies, so that `kill -9` leaves no engine behind."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
@@ -56,6 +57,16 @@ def runs_on_cpu() -> bool:
         name.startswith("vllm") and "cpu" in f"{name} {version}"
         for name, version in program.versions().items()
     )
+
+
+def leave() -> None:
+    """End a program whose output is complete, where the engine runs inside it.
+
+    Taking vLLM apart object by object takes seconds, and only frees what the operating system frees anyway.
+    """
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+        logging.shutdown()
+        os._exit(0)
 
 
 def start(
@@ -86,7 +97,7 @@ def start(
     if current_platform.is_cpu():
         # Compiling takes longer than it saves on the models that run on a CPU.
         enforce_eager = True if enforce_eager is None else enforce_eager
-        settings["kv_cache_memory_bytes"] = min(GIB, psutil.virtual_memory().available // 4)
+        settings["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(model, max_model_len, max_num_seqs)
     try:
         llm = LLM(
             model,
@@ -121,7 +132,7 @@ def window(engine: Any, samples_per_request: int) -> int:
 def stream(
     engine: Any, requests: Iterable[tuple[str, list[int], Any]], ahead: int
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (key, vllm.RequestOutput) of each request (key, prompt token ids, vllm.SamplingParams) as it finishes.
+    """Yield (key, vllm.RequestOutput) as requests (key, prompt token ids, vllm.SamplingParams) finish.
 
     At most `ahead` requests are with the engine; more are drawn from `requests` as soon as some finish.
     """
@@ -140,6 +151,22 @@ def stream(
             if output.finished:
                 running -= 1
                 yield output.request_id, output
+
+
+def _cache_bytes_on_cpu(model: str, max_model_len: int | None, max_num_seqs: int | None) -> int:
+    """Bytes of the key-value cache: what all sequences need at full length, at most a quarter of free memory.
+
+    vLLM would take nearly all memory, and fill it with zeros first. VLLM_CPU_KVCACHE_SPACE overrides.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * head_size * FLOAT32_BYTES
+    length = max_model_len or config.max_position_embeddings
+    needed = per_token * math.ceil(length / CPU_BLOCK + 1) * CPU_BLOCK * (max_num_seqs or CPU_SEQUENCES)
+    return min(needed, psutil.virtual_memory().available // 4)
 
 
 def _attention_backend(config: Any) -> str:

@@ -95,10 +95,11 @@ def main() -> None:
         tokens += generate(arguments, prompts, partial, drops)
     written = partial.assemble()
     stage.finish(records_in=count, records_out=written, drops=drops, prompts=len(prompts), tokens=tokens)
+    engine.leave()
 
 
 def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, drops: Drops) -> int:
-    """Sample responses to the shard's unfinished prompts, each on disk once it is finished; returns the tokens."""
+    """Sample responses to the unfinished prompts, each on disk once it is finished; returns the tokens."""
     shard = arguments.local_index, arguments.my_world_size
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     check_templates(tokenizer, prompts, shard)

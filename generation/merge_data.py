@@ -1,6 +1,6 @@
 """Join the shards of a generation in order, once all of them are there, finished and of one run.
 
-    python generation/merge_data.py --base_path data/gen_data --num_datasets 8 --output_dir data/gen_data.jsonl
+    python generation/merge_data.py --base_path data/gen_data --num_datasets 8 --output_dir data/gen.jsonl
 
 reads data/gen_data0.jsonl … data/gen_data7.jsonl. Lines are copied, not parsed, so memory stays flat. Shards
 by another toolkit, which have no manifests, are taken as they are.
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def check_there(shard: Path) -> dict[str, Any] | None:
-    """The manifest of a finished shard, None where another toolkit made it. Raises InputError if unfinished."""
+    """The manifest of a finished shard, or None: another toolkit made it. Raises InputError if unfinished."""
     if manifest_path(in_progress(shard)).exists() or part_files(shard):
         raise InputError(f"{shard}: unfinished; run its get_hf2.py again (same arguments) to complete it")
     if not shard.is_file():
@@ -101,8 +101,9 @@ def merge(shards: list[Path], manifests: list[dict[str, Any] | None], output: Pa
             for shard, manifest in zip(shards, manifests, strict=True):
                 lines = copy_lines(shard, target)
                 if manifest and lines != manifest["counts"]["out"]:
+                    expected = manifest["counts"]["out"]
                     raise InputError(
-                        f"{shard}: {lines} lines, its manifest says {manifest['counts']['out']}; make it again"
+                        f"{shard}: {lines} lines, but {expected} in its manifest; generate it again"
                     )
                 total += lines
             os.fsync(target.fileno())

@@ -61,7 +61,7 @@ def unfinished(
     drops: Drops,
     context: int,
 ) -> Iterator[tuple[int, Record, list[int]]]:
-    """Yield (position, record, prompt token ids) of what is to do; a prompt of `context` tokens is dropped."""
+    """Yield (position, record, prompt token ids) of what is to do; drop prompts of `context` tokens."""
     for position, where, record, messages in prompts.shard(*shard):
         if position in partial:
             continue
