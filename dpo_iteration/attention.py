@@ -1,9 +1,9 @@
 """Attention over packed trees: a prompt sees itself, a response sees its prompt and itself.
 
 Registered with transformers as the attention implementation `shared_prefix`; every model that goes through
-transformers' attention interface passes its keyword arguments on to it, the row's `Layout` among them. On a GPU it is
-FlexAttention with a block mask; elsewhere scaled dot product attention tree by tree, which computes no masked pair of
-different trees at all.
+transformers' attention interface passes its keyword arguments on to it, the row's `Layout` among them. On a
+GPU it is FlexAttention with a block mask; elsewhere scaled dot product attention tree by tree, which computes
+no masked pair of different trees at all.
 """
 
 import functools
@@ -36,8 +36,8 @@ def shared_prefix_attention(
     """Attention of one row of trees.
 
     Args:
-        query: (1, heads, T, D); key, value: (1, key heads, T, D). T may exceed the layout's length: what follows it
-            is padding, whose output is meaningless.
+        query: (1, heads, T, D); key, value: (1, key heads, T, D). T may exceed the layout's length: what
+            follows it is padding, whose output is meaningless.
         layout: where the trees lie. `attention_mask` is ignored, it says nothing of trees.
         sliding_window: a token sees the `sliding_window` positions up to its own (Gemma, Mistral).
         softcap: `softcap * tanh(score / softcap)` on the scores (Gemma 2).
@@ -47,7 +47,9 @@ def shared_prefix_attention(
         ValueError: called without a layout, that is by another forward pass than `forward.py`'s.
     """
     if layout is None:
-        raise ValueError(f"the {NAME!r} attention needs the layout of a packed row; use model.forward(fused_lm_head=True)")
+        raise ValueError(
+            f"the {NAME!r} attention needs the layout of a packed row; use model.forward(fused_lm_head=True)"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
         output = _flex(query, key, value, layout, scaling, sliding_window, softcap)
@@ -60,7 +62,9 @@ def _tree_by_tree(query, key, value, layout, scaling, dropout, window, softcap) 
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = functools.partial(_attend, layout=layout, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
+    attend = functools.partial(
+        _attend, layout=layout, scaling=scaling, dropout=dropout, window=window, softcap=softcap
+    )
     lengths = [length for prompt, responses in layout.trees for length in (prompt, *responses)]
     lengths.append(query.shape[2] - layout.length)
     queries, keys, values = (iter(states.split(lengths, dim=2)) for states in (query, key, value))
@@ -83,7 +87,9 @@ def _attend(query, key, value, *, layout, scaling, dropout, window, softcap) -> 
     queries, keys = query.shape[2], key.shape[2]
     window = window if window is not None and window < keys else None
     if softcap is None and window is None and queries == keys:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True)
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scaling, is_causal=True
+        )
     mask = _mask(layout, queries, keys, window, query)
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scaling)
@@ -93,7 +99,7 @@ def _attend(query, key, value, *, layout, scaling, dropout, window, softcap) -> 
 
 
 def _mask(layout: Layout, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-    """Additive causal mask (queries, keys) of the last `queries` positions, within `window` where there is one."""
+    """Additive causal mask (queries, keys) of the last `queries` positions, within `window` if given."""
     name = queries, keys, window, like.dtype
     if name not in layout.masks:
         distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]

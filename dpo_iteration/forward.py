@@ -1,7 +1,8 @@
-"""The forward pass that replaces a causal language model's own: packed trees in, log-probabilities of responses out.
+"""A causal language model's forward pass on packed trees: tokens in, log-probabilities of responses out.
 
-`share_prefixes(model)` gives `model.forward(…, labels=…, fused_lm_head=True)` the meaning that TRL's trainers give it
-(per-token log-probabilities where `labels` is not -100), computed from packed rows. Every other call is untouched.
+`share_prefixes(model)` gives `model.forward(…, labels=…, fused_lm_head=True)` the meaning that TRL's trainers
+give it (per-token log-probabilities where `labels` is not -100), computed from packed rows. Every other call
+is untouched.
 """
 
 import types
@@ -25,7 +26,7 @@ FLEX_BLOCK = 128
 
 @dataclass
 class ScoredTokens(ModelOutput):
-    """Scores of every next-token label, (batch, length - 1), zero where the label is -100; see `TokenScores`."""
+    """`TokenScores` of every next-token label, (batch, length - 1), zero where the label is -100."""
 
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
@@ -37,12 +38,14 @@ class ScoredTokens(ModelOutput):
 def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = None) -> None:
     """Make `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` a packed forward pass, in place.
 
-    The inputs are a right-padded batch as TRL's collator makes it: int64 (B, L) each, `labels` -100 on prompts and
-    padding. The result is `ScoredTokens`, equal to the unpacked forward pass in value and gradient. Calls without
-    `fused_lm_head`, generation among them, run the model's own forward with its own attention.
+    The inputs are a right-padded batch as TRL's collator makes it: int64 (B, L) each, `labels` -100 on
+    prompts and padding. The result is `ScoredTokens`, equal to the unpacked forward pass in value and
+    gradient. Calls without `fused_lm_head`, generation among them, run the model's own forward with its own
+    attention.
 
     Args:
-        model: the causal language model itself (inside PEFT's or DDP's wrapper, before FSDP or ZeRO shard it).
+        model: the causal language model itself (inside PEFT's or DDP's wrapper, before FSDP or ZeRO shard
+            it).
         tokens_per_row: most tokens of a row; rows run one after another. None: one row.
     Raises:
         ValueError: the architecture cannot take packed trees (`obstacle` says why).
@@ -59,7 +62,8 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = None) ->
         with attention(self, own_attention):
             return own_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
 
-    # Set for good, not only during the forward pass: gradient checkpointing runs layers again in the backward.
+    # Set for good, not only during the forward pass: gradient checkpointing runs layers again in the
+    # backward.
     model.config._attn_implementation = NAME
     model.forward = types.MethodType(forward, model)
 
@@ -99,7 +103,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
 def score(
     model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None
 ) -> tuple[TokenScores, list[slice]]:
-    """Score the responses of `(prompt, response)` token sequences; the model's attention must be `attention.NAME`.
+    """Score the responses of `(prompt, response)` token sequences; the attention must be `attention.NAME`.
 
     Returns:
         the scores of all distinct response tokens in one flat batch, and each sequence's slice of it.
@@ -154,7 +158,9 @@ def _logit_scale(config) -> float:
     return 1 / config.logits_scaling if getattr(config, "logits_scaling", None) else 1.0
 
 
-def _sequences(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[tuple[list[int], list[int]]]:
+def _sequences(
+    input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> list[tuple[list[int], list[int]]]:
     """Cut each row of a right-padded batch at its first label; the first token always counts as prompt."""
     lengths = attention_mask.sum(dim=1)
     # (B,) position of the first label; the length where there is none

@@ -1,6 +1,7 @@
-"""Log-probabilities of given tokens from hidden states and the LM head, without the [tokens, vocabulary] tensor.
+"""Log-probabilities of tokens from hidden states and the LM head, without a [tokens, vocabulary] tensor.
 
-Logits exist for one chunk of tokens at a time; the backward pass computes each chunk's again instead of keeping it.
+Logits exist for one chunk of tokens at a time; the backward pass computes each chunk's again instead of
+keeping it.
 """
 
 from contextlib import nullcontext
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-# Logits of one chunk in bytes, float32: large enough for a full matrix product, small against a model's weights.
+# Logits of one chunk in bytes, float32: large enough for a full matrix product, small against a model's
+# weights.
 CHUNK_BYTES = 64 * 2**20
 
 
 class TokenScores(NamedTuple):
-    """What a distribution says of its token; float32 (N,) each, `is_top1` bool. Only `log_probs` has a gradient."""
+    """What distributions say of their tokens; float32 (N,), `is_top1` bool. Gradients: `log_probs` only."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -54,7 +56,7 @@ def token_scores(
 
 
 def gathered(*parameters: Tensor | None):
-    """Context in which parameters sharded by ZeRO-3 are whole; the LM head is read without calling its module."""
+    """Context in which ZeRO-3 shards are whole: the head is read without calling its module."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -62,7 +64,9 @@ def gathered(*parameters: Tensor | None):
     return maybe_gather_lm_head_ctx(*parameters)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     """Logits in float32 (n, V); the product in the inputs' dtype."""
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
     if scale != 1.0:

@@ -1,7 +1,7 @@
 """Log-probabilities of the reference model, computed once, packed, and kept in a file.
 
-The file is named by a hash of everything that decides its numbers, so that later epochs, restarts and reruns find it
-and another reference model, tokenizer or data set does not.
+The file is named by a hash of everything that decides its numbers, so that later epochs, restarts and reruns
+find it and another reference model, tokenizer or data set does not.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ def kept_reference_logps(
     Every process of a distributed run scores its share of the pairs and gets all of them.
 
     Args:
-        load_reference: called only when there is no file; the model on its device, the whole of it in each process.
+        load_reference: called only when there is no file; the model on its device, the whole of it in each
+            process.
         key: what else decides the numbers: the reference model's fingerprint, the tokenizer's, the dtype.
         settings: `tokens_per_row` and `ld_alpha` of `reference_logps`.
     Returns:
@@ -107,7 +108,7 @@ def _weighted_sum(token_logps: Tensor, shared: int, ld_alpha: float | None) -> T
 
 
 def _batches(pairs: Sequence[Pair], tokens: int) -> list[list[int]]:
-    """Indices of pairs in groups of at most `tokens` tokens; pairs of one prompt stay together where they fit."""
+    """Indices of pairs in groups of at most `tokens` tokens; pairs of one prompt side by side."""
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), tuple(pairs[i][0])))
     batches: list[list[int]] = []
     room = 0

@@ -1,7 +1,8 @@
 """TRL's DPO trainer with another forward pass: packed trees instead of a padded batch.
 
-Configuration, losses, metrics, callbacks and checkpoints are TRL's own code; `forward.share_prefixes` replaces only
-what `model(…, fused_lm_head=True)` computes, so every loss type sees the numbers it would have seen.
+Configuration, losses, metrics, callbacks and checkpoints are TRL's own code; `forward.share_prefixes`
+replaces only what `model(…, fused_lm_head=True)` computes, so every loss type sees the numbers it would have
+seen.
 """
 
 import logging
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from baton.errors import InputError
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
+from baton.errors import InputError
 from dpo_iteration.forward import obstacle, share_prefixes
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,16 @@ REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
 class PackedDPOTrainer(DPOTrainer):
     """`trl.DPOTrainer` on packed rows of prefix-sharing trees.
 
-    Takes what `trl.DPOTrainer` takes, and rows that are already tokenised: `prompt_ids`, `chosen_ids`, `rejected_ids`
-    (lists of token ids, used as they are), optionally `ref_chosen_logps` and `ref_rejected_logps` (summed
-    log-probabilities in nats; then no reference model is loaded) and `margin` (chosen reward minus rejected reward).
+    Takes what `trl.DPOTrainer` takes, and rows that are already tokenised: `prompt_ids`, `chosen_ids`,
+    `rejected_ids` (lists of token ids, used as they are), optionally `ref_chosen_logps` and
+    `ref_rejected_logps` (summed log-probabilities in nats; then no reference model is loaded) and `margin`
+    (chosen reward minus rejected reward).
 
     Args:
         tokens_per_row: most tokens of one packed row; None: one row for the whole batch. The batch stays
             `per_device_train_batch_size` pairs, whatever the rows.
-        margin_scale: the `sigmoid` loss becomes -log sigmoid(beta * logratio difference - margin_scale * margin).
+        margin_scale: the `sigmoid` loss becomes -log sigmoid(beta * logratio difference - margin_scale *
+            margin).
         packed: False for TRL's own forward pass on the same rows, for comparison.
     Raises:
         InputError: `margin_scale` with a loss that has no such offset, or without margins.
@@ -56,7 +59,7 @@ class PackedDPOTrainer(DPOTrainer):
         self._margin_scale = margin_scale
         self._packed = packed
         self._forward_replaced = False
-        if margin_scale or REFERENCE_COLUMNS <= set(train_dataset.column_names or ()):
+        if margin_scale or set(train_dataset.column_names or ()) >= REFERENCE_COLUMNS:
             args.precompute_ref_log_probs = True
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self._check_margin()
@@ -68,28 +71,36 @@ class PackedDPOTrainer(DPOTrainer):
         if not self._margin_scale:
             return
         if "sigmoid" not in self.loss_types or set(self.loss_types) - {"sigmoid", "sft"}:
-            raise InputError(f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {self.loss_types}")
+            raise InputError(
+                f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {self.loss_types}"
+            )
         if self.f_divergence_type != "reverse_kl":
             raise InputError(f"margin_scale needs f_divergence_type reverse_kl, not {self.f_divergence_type}")
         if "margin" not in self.train_dataset.column_names:
-            raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
+            raise InputError(
+                "margin_scale needs a `margin` in every row: chosen reward minus rejected reward"
+            )
 
     def _replace_forward(self) -> None:
-        """Pack the policy's forward pass, and that of a reference model in memory; TRL's own where that cannot be."""
+        """Pack the forward passes of policy and in-memory reference, where the architecture allows it."""
         if self._forward_replaced or not self._packed:
             return
         self._forward_replaced = True
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        reason = "its prompt tuning adds virtual tokens" if _has_virtual_tokens(self.model) else obstacle(policy)
+        reason = (
+            "its prompt tuning adds virtual tokens" if _has_virtual_tokens(self.model) else obstacle(policy)
+        )
         if reason:
-            logger.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
+            logger.warning(
+                "%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason
+            )
             return
         share_prefixes(policy, self._tokens_per_row)
         if self.ref_model is not None:
             share_prefixes(self.accelerator.unwrap_model(self.ref_model), self._tokens_per_row)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if TOKEN_COLUMNS <= set(dataset.column_names or ()):
+        if set(dataset.column_names or ()) >= TOKEN_COLUMNS:
             return dataset
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
@@ -99,7 +110,7 @@ class PackedDPOTrainer(DPOTrainer):
             self._signature_columns.append("margin")
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        if REFERENCE_COLUMNS <= set(dataset.column_names):
+        if set(dataset.column_names) >= REFERENCE_COLUMNS:
             return dataset
         self._replace_forward()
         return super()._precompute_ref_logps(dataset, name, batch_size)
@@ -109,8 +120,8 @@ class PackedDPOTrainer(DPOTrainer):
         if margin is None or not self._margin_scale:
             return super()._compute_loss(model, inputs, return_outputs)
         # beta * (logratio difference - margin_scale / beta * margin): the offset acts like a larger reference
-        # log-probability of the chosen response. TRL's code runs twice on one forward pass, since its metrics must
-        # not see the offset.
+        # log-probability of the chosen response. TRL's code runs twice on one forward pass, since its metrics
+        # must not see the offset.
         model = _once(model)
         metrics, tokens = self._metrics, self._total_train_tokens
         self._metrics = defaultdict(lambda: defaultdict(list))

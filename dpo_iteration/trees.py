@@ -2,8 +2,9 @@
 
 A tree is one prompt and the distinct responses to it. In a row the trees lie one after another, each as
 `prompt | response 1 | response 2 | …`; the positions of every response go on from the end of its prompt, and
-attention (`attention.py`) lets a response see its prompt and itself only, so that a row's numbers are those of each
-sequence alone (arXiv 2410.20305). The last token of a response is never an input: nothing is predicted from it.
+attention (`attention.py`) lets a response see its prompt and itself only, so that a row's numbers are those
+of each sequence alone (arXiv 2410.20305). The last token of a response is never an input: nothing is
+predicted from it.
 """
 
 from bisect import bisect_left, insort
@@ -20,8 +21,8 @@ Tokens = Sequence[int]
 class Layout:
     """Where the trees of one row lie, in tokens: all that attention needs to know.
 
-    `trees` holds, in row order, `(prompt length, [input length of each response])`; every length counts tokens of
-    the row. `masks` keeps what attention derives from it, shared by all layers of a forward pass.
+    `trees` holds, in row order, `(prompt length, [input length of each response])`; every length counts
+    tokens of the row. `masks` keeps what attention derives from it, shared by all layers of a forward pass.
     """
 
     trees: list[tuple[int, list[int]]]
@@ -36,8 +37,8 @@ class Layout:
 class Row:
     """One packed row of T tokens with N scored response tokens.
 
-    `input_ids` and `position_ids` are int64 (T,). Scored token n is `targets[n]`, predicted from the hidden state at
-    `predictors[n]`; both int64 (N,).
+    `input_ids` and `position_ids` are int64 (T,). Scored token n is `targets[n]`, predicted from the hidden
+    state at `predictors[n]`; both int64 (N,).
     """
 
     input_ids: Tensor
@@ -49,19 +50,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sequence's response tokens are scored: `rows[row]`, scored tokens `start` to `start + length`."""
+    """Where a sequence is scored: in `rows[row]`, its scored tokens `start` to `start + length`."""
 
     row: int
     start: int
     length: int
 
 
-def pack(sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None) -> tuple[list[Row], list[Place]]:
+def pack(
+    sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None
+) -> tuple[list[Row], list[Place]]:
     """Pack `(prompt, response)` token sequences into rows of at most `tokens_per_row` tokens (None: one row).
 
-    Sequences with the same prompt share it, equal sequences share everything. A tree that alone is longer than a row
-    is split between responses, its prompt repeated; one prompt with one response is never split, so a row can be
-    longer than asked when a single sequence is.
+    Sequences with the same prompt share it, equal sequences share everything. A tree that alone is longer
+    than a row is split between responses, its prompt repeated; one prompt with one response is never split,
+    so a row can be longer than asked when a single sequence is.
 
     Args:
         sequences: prompts of at least 1 token; responses of any length, 0 included (then nothing is scored).
@@ -143,5 +146,7 @@ def _row(trees: list[tuple[tuple[int, ...], list[tuple[int, ...]]]]) -> Row:
             input_ids += response[:-1]
             position_ids += range(len(prompt), len(prompt) + max(len(response) - 1, 0))
         lengths.append((len(prompt), [max(len(response) - 1, 0) for response in responses]))
-    ids = (torch.tensor(values, dtype=torch.int64) for values in (input_ids, position_ids, predictors, targets))
+    ids = (
+        torch.tensor(values, dtype=torch.int64) for values in (input_ids, position_ids, predictors, targets)
+    )
     return Row(*ids, Layout(lengths))

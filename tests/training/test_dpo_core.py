@@ -1,7 +1,8 @@
-"""The packed forward pass gives the numbers of the padded one: log-probabilities, losses, gradients, training steps."""
+"""The packed forward pass gives the padded one's numbers: log-probabilities, losses, gradients, weights."""
 
 import copy
 import logging
+import math
 import random
 
 import numpy as np
@@ -117,7 +118,11 @@ def pairs_of(rows: list[dict]) -> list[tuple]:
 
 
 @given(
-    st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=6)), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=6)),
+        min_size=1,
+        max_size=12,
+    ),
     st.none() | st.integers(1, 30),
 )
 def test_every_response_token_is_scored_once_at_its_place(sequences, tokens_per_row):
@@ -131,7 +136,11 @@ def test_every_response_token_is_scored_once_at_its_place(sequences, tokens_per_
 
 
 @given(
-    st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=6)), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=6)),
+        min_size=1,
+        max_size=12,
+    ),
     st.integers(1, 30),
 )
 def test_rows_keep_to_the_token_budget_unless_one_sequence_exceeds_it(sequences, tokens_per_row):
@@ -162,7 +171,9 @@ def test_an_empty_prompt_is_refused():
 @given(data=st.data())
 def test_packed_logps_are_those_of_each_sequence_alone(model, data):
     some_prompts = data.draw(st.lists(prompts, min_size=1, max_size=3))
-    sequences = data.draw(st.lists(st.tuples(st.sampled_from(some_prompts), responses), min_size=1, max_size=6))
+    sequences = data.draw(
+        st.lists(st.tuples(st.sampled_from(some_prompts), responses), min_size=1, max_size=6)
+    )
     tokens_per_row = data.draw(st.none() | st.integers(10, 120))
     with torch.no_grad():
         packed = logps_packed(model, sequences, tokens_per_row)
@@ -171,12 +182,16 @@ def test_packed_logps_are_those_of_each_sequence_alone(model, data):
 
 
 def test_gradients_are_those_of_the_sequences_alone(model):
-    sequences = [(row["prompt_ids"], row[side]) for row in random_pairs(4) for side in ("chosen_ids", "rejected_ids")]
+    sequences = [
+        (row["prompt_ids"], row[side]) for row in random_pairs(4) for side in ("chosen_ids", "rejected_ids")
+    ]
     weights = torch.linspace(-1, 1, len(sequences))
     parameters = list(model.parameters())
 
     packed = logps_packed(model, sequences, 60)
-    gradients = torch.autograd.grad(sum(w * p.sum() for w, p in zip(weights, packed, strict=True)), parameters)
+    gradients = torch.autograd.grad(
+        sum(w * p.sum() for w, p in zip(weights, packed, strict=True)), parameters
+    )
     alone = [logps_alone(model, *sequence) for sequence in sequences]
     expected = torch.autograd.grad(sum(w * p.sum() for w, p in zip(weights, alone, strict=True)), parameters)
     for gradient, wanted in zip(gradients, expected, strict=True):
@@ -207,7 +222,9 @@ def test_chunked_scores_equal_the_full_softmax(softcap, scale, with_bias):
     torch.testing.assert_close(scores.log_sum_sq_probs, full.exp().square().sum(-1).log())
     assert scores.is_top1.tolist() == (logits.argmax(-1) == targets).tolist()
     gradients = torch.autograd.grad((scores.log_probs * upstream).sum(), inputs)
-    for gradient, wanted in zip(gradients, torch.autograd.grad((logps * upstream).sum(), inputs), strict=True):
+    for gradient, wanted in zip(
+        gradients, torch.autograd.grad((logps * upstream).sum(), inputs), strict=True
+    ):
         torch.testing.assert_close(gradient, wanted)
 
 
@@ -218,7 +235,9 @@ def test_chunked_scores_equal_the_full_softmax(softcap, scale, with_bias):
 )
 @settings(max_examples=30, deadline=None)
 def test_the_flex_mask_lets_a_token_see_its_own_past_and_nothing_else(trees, window, padding):
-    sequences = [([3 + t] * prompt, [3 + t] * (r + 1)) for t, (prompt, sizes) in enumerate(trees) for r in sizes or [0]]
+    sequences = [
+        ([3 + t] * prompt, [3 + t] * (r + 1)) for t, (prompt, sizes) in enumerate(trees) for r in sizes or [0]
+    ]
     (row,), _ = pack(sequences, None)
     owner = []  # (tree, response or None for the prompt, position) of every token
     for tree, (prompt, sizes) in enumerate(row.layout.trees):
@@ -244,10 +263,21 @@ def tokenizer():
     )  # fmt: skip
 
 
-def trainer_of(model, rows, tokenizer, folder, packed=True, margin_scale=0.0, tokens_per_row=None, lora=False, **config):
-    arguments = {"gradient_checkpointing": False, "report_to": "none", "use_cpu": True, "max_length": None, "beta": 0.3}
+def trainer_of(
+    model, rows, tokenizer, folder, packed=True, margin_scale=0.0, tokens_per_row=None, lora=False, **config
+):
+    arguments = {
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "max_length": None,
+        "beta": 0.3,
+    }
+    needs_reference = not lora and "ref_chosen_logps" not in rows[0]
     return PackedDPOTrainer(
         copy.deepcopy(model),
+        ref_model=copy.deepcopy(model) if needs_reference else None,
         args=DPOConfig(str(folder), **{**arguments, "save_strategy": "no", "disable_tqdm": True, **config}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -270,11 +300,15 @@ def loss_and_gradients(trainer, rows) -> tuple[float, dict[str, torch.Tensor], d
 
 
 def with_reference(rows: list[dict], model, seed: int = 1) -> list[dict]:
-    """Rows with reference log-probabilities that are some nats away from the model's, as after some training."""
+    """Rows whose reference log-probabilities are some nats away from the model's."""
     rng = random.Random(seed)
     logps = reference_logps(model, pairs_of(rows)).tolist()
     return [
-        {**row, "ref_chosen_logps": chosen + rng.uniform(-2, 2), "ref_rejected_logps": rejected + rng.uniform(-2, 2)}
+        {
+            **row,
+            "ref_chosen_logps": chosen + rng.uniform(-2, 2),
+            "ref_rejected_logps": rejected + rng.uniform(-2, 2),
+        }
         for row, (chosen, rejected) in zip(rows, logps, strict=True)
     ]
 
@@ -297,7 +331,7 @@ LOSSES = {
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gemma2"])
 def trainers(request, tokenizer, tmp_path_factory):
-    """The packed trainer and TRL's forward pass on the same model and rows; with what any loss needs of the model."""
+    """The packed trainer and TRL's forward pass on the same model and rows, ready for every loss."""
     model = model_of(request.param)
     rows = with_reference(random_pairs(5), model)
     folder = tmp_path_factory.mktemp(request.param)
@@ -307,8 +341,16 @@ def trainers(request, tokenizer, tmp_path_factory):
 
 def set_loss(trainer, config: dict) -> None:
     """Give a trainer the loss settings that TRL's constructor would have read from `config`."""
-    settings = {"loss_type": ["sigmoid"], "loss_weights": None, "label_smoothing": 0.0, "ld_alpha": None,
-                "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "use_weighting": False} | config  # fmt: skip
+    defaults = {
+        "loss_type": ["sigmoid"],
+        "loss_weights": None,
+        "label_smoothing": 0.0,
+        "ld_alpha": None,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "use_weighting": False,
+    }
+    settings = {**defaults, **config}
     trainer.loss_types = settings.pop("loss_type")
     trainer.loss_weights = settings.pop("loss_weights") or [1.0] * len(trainer.loss_types)
     for name, value in settings.items():
@@ -329,3 +371,134 @@ def test_loss_gradients_and_metrics_are_those_of_trl(loss, trainers):
     assert largest > 0
     for name, wanted in wanted_gradients.items():
         assert (gradients[name] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6 * largest, name
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"gradient_checkpointing": True}, {"lora": True}, {"tokens_per_row": 60}]
+)
+def test_training_steps_are_those_of_trl(setting, tokenizer, tmp_path):
+    rows = random_pairs(12)
+    config = {
+        "per_device_train_batch_size": 3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        **setting,
+    }
+    losses, weights = {}, {}
+    for packed in (True, False):
+        trainer = trainer_of(model_of("llama"), rows, tokenizer, tmp_path, packed=packed, **config)
+        trainer.train()
+        losses[packed] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        weights[packed] = trainer.model.state_dict()
+    assert len(losses[True]) == 4
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    for name, value in weights[False].items():
+        torch.testing.assert_close(weights[True][name], value, atol=2e-4, rtol=1e-3)
+
+
+def test_training_bf16_weights_follows_trl(tokenizer, tmp_path):
+    rows = random_pairs(6)
+    values = {}
+    for packed in (True, False):
+        model = model_of("llama").to(torch.bfloat16)
+        trainer = trainer_of(
+            model, with_reference(rows, model), tokenizer, tmp_path, packed=packed, bf16=True
+        )
+        values[packed], gradients, _ = loss_and_gradients(trainer, trainer.train_dataset.to_list())
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert values[True] == pytest.approx(values[False], rel=0.05)
+
+
+def test_the_margin_is_an_offset_in_the_sigmoid_and_metrics_do_not_see_it(tokenizer, tmp_path):
+    model = model_of("llama")
+    rows = with_reference(random_pairs(5), model)
+    plain = trainer_of(model, rows, tokenizer, tmp_path)
+    trainer = trainer_of(model, rows, tokenizer, tmp_path, margin_scale=0.7)
+    loss, _, metrics = loss_and_gradients(trainer, rows)
+    _, _, plain_metrics = loss_and_gradients(plain, rows)
+
+    policy = reference_logps(model, pairs_of(rows))
+    reference = torch.tensor([[row["ref_chosen_logps"], row["ref_rejected_logps"]] for row in rows])
+    margin = torch.tensor([row["margin"] for row in rows])
+    chosen, rejected = (policy - reference).unbind(1)
+    expected = -torch.nn.functional.logsigmoid(0.3 * (chosen - rejected) - 0.7 * margin).mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert metrics == pytest.approx(plain_metrics)
+    assert trainer._total_train_tokens == plain._total_train_tokens
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"loss_type": ["ipo"]}, "margin_scale needs loss_type sigmoid"),
+        ({"f_divergence_type": "forward_kl"}, "margin_scale needs f_divergence_type reverse_kl"),
+    ],
+)
+def test_a_margin_with_another_loss_is_refused(config, message, tokenizer, tmp_path):
+    with pytest.raises(InputError, match=message):
+        trainer_of(model_of("llama"), random_pairs(3), tokenizer, tmp_path, margin_scale=1.0, **config)
+
+
+def test_a_margin_scale_without_margins_is_refused(tokenizer, tmp_path):
+    rows = [{name: row[name] for name in row if name != "margin"} for row in random_pairs(3)]
+    with pytest.raises(InputError, match="needs a `margin` in every row"):
+        trainer_of(model_of("llama"), rows, tokenizer, tmp_path, margin_scale=1.0)
+
+
+def test_an_architecture_that_cannot_be_packed_is_padded_and_says_so(tokenizer, tmp_path, caplog):
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0)
+    model = AutoModelForCausalLM.from_config(config)
+    rows = random_pairs(4)
+    with caplog.at_level(logging.WARNING, logger="dpo_iteration.trainer"):
+        trainer = trainer_of(model, rows, tokenizer, tmp_path, max_steps=1, logging_steps=1)
+    assert caplog.text.count("BloomForCausalLM: its attention does not go through") == 1
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_generation_and_plain_calls_are_untouched():
+    model = model_of("gemma2")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    logits = model(ids).logits
+    generated = model.generate(ids, max_new_tokens=8, do_sample=False)
+    share_prefixes(model)
+    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), generated)
+
+
+# The reference
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.4])
+def test_reference_logps_are_those_of_trl(ld_alpha, tokenizer, tmp_path):
+    model, rows = model_of("llama"), random_pairs(7)
+    trainer = trainer_of(model, rows, tokenizer, tmp_path, packed=False, ld_alpha=ld_alpha)
+    batch = trainer.data_collator([{name: row[name] for name in row if name != "margin"} for row in rows])
+    wanted = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), dim=1)
+    for tokens_per_row in (50, 10_000):
+        logps = reference_logps(model, pairs_of(rows), tokens_per_row, ld_alpha)
+        torch.testing.assert_close(logps, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_reference_logps_are_computed_once_and_again_only_for_another_key_or_data(tmp_path):
+    loads = []
+
+    def load():
+        loads.append(1)
+        return model_of("llama")
+
+    pairs = pairs_of(random_pairs(5))
+    first = kept_reference_logps(pairs, load, tmp_path, ["model-a"])
+    np.testing.assert_array_equal(kept_reference_logps(pairs, load, tmp_path, ["model-a"]), first)
+    assert len(loads) == 1
+    kept_reference_logps(pairs, load, tmp_path, ["model-b"])
+    kept_reference_logps(pairs[:4], load, tmp_path, ["model-a"])
+    kept_reference_logps(pairs, load, tmp_path, ["model-a"], ld_alpha=0.5)
+    assert len(loads) == 4
+    assert len(list(tmp_path.glob("*.npy"))) == 4
+    assert not list(tmp_path.glob("*.partial"))

@@ -1,0 +1,334 @@
+"""DPO training speed and memory: TRL's trainer and the packed one in turn, on the same pairs and optimizer steps.
+
+    python benchmarks/dpo.py --data alpaca_eval_k8.jsonl.gz                       # the default sides, on what is there
+    python benchmarks/dpo.py --data … --sides trl:4 packed:8 --turns 3            # long prompts
+    python benchmarks/dpo.py --data … --device cuda --model 1b --gradient_checkpointing
+
+The data file holds `prompt`, `responses`, `rewards` a line; the best response against the worst makes a pair. The
+model (a Llama of random weights) and its byte-level BPE tokenizer are made on the spot. A side is `trl:B` (TRL's forward
+pass, B pairs a micro-batch), `trl_precompute:B` (the same with `precompute_ref_log_probs`) or `packed:B`. Each side runs
+in a process of its own, so that peak memory is its own; its time counts the reference model's log-probabilities and all
+epochs, not loading and not a warm-up on the first pairs. `packed` also runs where TRL is not installed, by the plain
+loop at the end of this file.
+"""
+
+import argparse
+import gzip
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+MODELS = {  # hidden size, layers, heads, intermediate size, vocabulary
+    "17m": (384, 6, 6, 1024, 8192),
+    "1b": (2048, 16, 32, 8192, 128256),
+}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, by name of the GPU
+SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="annotated responses, .jsonl or .jsonl.gz")
+    parser.add_argument("--sides", nargs="+", default=["trl:4", "packed:8"], help="trl:B trl_precompute:B packed:B")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs of the data set")
+    parser.add_argument("--pairs_per_step", type=int, default=8, help="pairs of one optimizer step, on every side")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=0, help="earlier question-answer turns in every prompt")
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens; longer responses are cut")
+    parser.add_argument("--model", choices=MODELS, default="17m")
+    parser.add_argument("--dtype", choices=["float32", "autocast", "bf16"], default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--tokens_per_row", type=int, default=None)
+    parser.add_argument("--learning_rate", type=float, default=1e-6)
+    parser.add_argument("--run_side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run_side:
+        print(json.dumps(run_side(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(args, Path(folder))
+        results = [
+            json.loads(
+                subprocess.run(
+                    [sys.executable, *sys.argv, "--run_side", side, "--folder", folder],
+                    check=True,
+                    stdout=subprocess.PIPE,
+                ).stdout.splitlines()[-1]
+            )
+            for side in args.sides
+        ]
+    report(args, results)
+
+
+# Data and model
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Write the tokenizer and the tokenised pairs to `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    opened = gzip.open if args.data.endswith(".gz") else open
+    with opened(args.data, "rt", encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = (text for record in records for text in (record["prompt"][-1]["content"], *record["responses"]))
+    size = min(MODELS[args.model][4], 32768)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rows = pairs(records, bpe, args.turns, args.max_length)[: args.pairs]
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def pairs(records: list[dict], bpe, turns: int, max_length: int) -> list[dict]:
+    """Tokenised best-against-worst pairs, after `turns` turns taken from the records before; ties left out."""
+    user, assistant, end = (bpe.token_to_id(token) for token in SPECIAL[1:])
+
+    def turn(record: dict, response: str | None) -> list[int]:
+        question = [user, *bpe.encode(record["prompt"][-1]["content"]).ids, end, assistant]
+        return question if response is None else [*question, *bpe.encode(response).ids, end]
+
+    def ranked(record: dict) -> list[int]:
+        return sorted(range(len(record["rewards"])), key=record["rewards"].__getitem__)
+
+    rows = []
+    for index in range(turns, len(records)):
+        record = records[index]
+        order = ranked(record)
+        if record["rewards"][order[0]] == record["rewards"][order[-1]]:
+            continue
+        prompt = []
+        for earlier in records[index - turns : index]:
+            prompt += turn(earlier, earlier["responses"][ranked(earlier)[-1]])
+        prompt += turn(record, None)
+        room = max_length - len(prompt)
+        if room < 16:
+            continue
+        chosen, rejected = ([*bpe.encode(record["responses"][i]).ids, end][:room] for i in (order[-1], order[0]))
+        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+    return rows
+
+
+def make_model(args: argparse.Namespace):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, layers, heads, intermediate, vocabulary = MODELS[args.model]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=8192,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    with torch.device(args.device):
+        return LlamaForCausalLM(config).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+
+
+# One side
+
+
+def run_side(args: argparse.Namespace) -> dict:
+    """Train as `args.run_side` says; pairs/s, seconds, peak memory and the loss of every step."""
+    rows = json.loads((args.folder / "rows.json").read_text())
+    side, batch_size = args.run_side.split(":")
+    train = with_trainer if trl_is_there() else without_trl
+    if args.device == "cuda":
+        train(args, side, int(batch_size), rows[: args.pairs_per_step], make_model(args), epochs=1)
+        torch.cuda.reset_peak_memory_stats()
+    before = peak_memory(args.device)
+    model = make_model(args)
+    start = time.perf_counter()
+    losses = train(args, side, int(batch_size), rows, model, args.epochs)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {
+        "side": args.run_side,
+        "seconds": seconds,
+        "pairs_per_second": args.epochs * len(rows) / seconds,
+        "memory": peak_memory(args.device) - before,
+        "losses": losses,
+        "flops": useful_flops(model, rows, args.epochs),
+    }
+
+
+def trl_is_there() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("trl") is not None
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU's allocator, or of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def with_trainer(args, side: str, batch_size: int, rows: list[dict], model, epochs: int) -> list[float]:
+    """The trainer as users run it; the loss of every optimizer step."""
+    import copy
+
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig
+
+    from dpo_iteration.reference import reference_logps
+    from dpo_iteration.trainer import PackedDPOTrainer
+
+    packed = side == "packed"
+    if packed:
+        with autocast(args):
+            logps = reference_logps(model, [tuple(row.values()) for row in rows]).tolist()
+        rows = [row | {"ref_chosen_logps": c, "ref_rejected_logps": r} for row, (c, r) in zip(rows, logps, strict=True)]
+    config = DPOConfig(
+        output_dir=str(args.folder / "out"),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=args.pairs_per_step // batch_size,
+        num_train_epochs=epochs,
+        learning_rate=args.learning_rate,
+        bf16=args.dtype != "float32",
+        gradient_checkpointing=args.gradient_checkpointing,
+        precompute_ref_log_probs=side == "trl_precompute",
+        use_cpu=args.device == "cpu",
+        max_length=None,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = PackedDPOTrainer(
+        model,
+        ref_model=copy.deepcopy(model) if side == "trl" else None,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(args.folder / "tokenizer"),
+        tokens_per_row=args.tokens_per_row,
+        packed=packed,
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def autocast(args: argparse.Namespace):
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "autocast")
+
+
+def without_trl(args, side: str, batch_size: int, rows: list[dict], model, epochs: int) -> list[float]:
+    """The packed forward pass under a plain loop of AdamW; the loss of every optimizer step."""
+    from dpo_iteration.forward import share_prefixes
+    from dpo_iteration.reference import reference_logps
+
+    if side != "packed":
+        raise SystemExit(f"{side}: TRL is not installed here (pip install trl==1.16.0), only packed sides run")
+    with autocast(args):
+        reference = reference_logps(model, [tuple(row.values()) for row in rows])  # (pairs, 2)
+    share_prefixes(model, args.tokens_per_row)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    losses = []
+    for epoch in range(epochs):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(epoch)).tolist()
+        for first in range(0, len(rows), args.pairs_per_step):
+            step = order[first : first + args.pairs_per_step]
+            losses.append(0.0)
+            for start in range(0, len(step), batch_size):
+                members = step[start : start + batch_size]
+                with autocast(args):
+                    logps = pair_logps(model, [rows[i] for i in members])
+                loss = sigmoid_loss(logps, reference[members]).sum() / len(step)
+                loss.backward()
+                losses[-1] += loss.item()
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+def pair_logps(model, rows: list[dict]) -> Tensor:
+    """Summed log-probabilities (pairs, 2) of chosen and rejected, from TRL's kind of batch."""
+    sequences = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+    length = max(len(prompt) + len(response) for prompt, response in sequences)
+    input_ids = torch.zeros(len(sequences), length, dtype=torch.int64)
+    labels = torch.full_like(input_ids, -100)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, (prompt, response) in enumerate(sequences):
+        end = len(prompt) + len(response)
+        input_ids[i, :end] = torch.tensor([*prompt, *response])
+        labels[i, len(prompt) : end] = torch.tensor(response)
+        attention_mask[i, :end] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    return torch.stack(model(**inputs, fused_lm_head=True).log_probs.sum(dim=1).chunk(2), dim=1)
+
+
+def sigmoid_loss(logps: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
+    """-log sigmoid(beta * (chosen log-ratio - rejected log-ratio)), (pairs,); arXiv 2305.18290, eq. 7."""
+    chosen, rejected = (logps - reference).unbind(dim=1)
+    return -torch.nn.functional.logsigmoid(beta * (chosen - rejected))
+
+
+# Report
+
+
+def useful_flops(model, rows: list[dict], epochs: int) -> float:
+    """Floating-point operations of the matrix products that training these pairs needs, whoever does them.
+
+    2 per weight and token forward, twice that backward; each distinct prompt token once, the LM head on response
+    tokens only; the reference's forward pass once. Attention scores and recomputation are not counted.
+    """
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters()) - 2 * head
+    scored = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    tokens = scored + sum(len(row["prompt_ids"]) for row in rows)
+    forward = 2 * (body * tokens + head * scored)
+    return forward * (3 * epochs + 1)
+
+
+def report(args: argparse.Namespace, results: list[dict]) -> None:
+    """Print both sides, the ratios to each TRL side, and the largest difference of a step's loss."""
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if gpu and name in gpu), None)
+    where = gpu or f"{torch.get_num_threads()} CPU threads"
+    rows = f"{args.pairs} pairs x {args.epochs} epochs, {args.pairs_per_step} a step, {args.turns} earlier turns"
+    print(f"{args.model} Llama, {args.dtype}, {where}; {rows}")
+    print(f"{'side':<20} {'pairs/s':>8} {'seconds':>8} {'peak GiB':>9} {'MFU':>6}")
+    for result in results:
+        mfu = f"{result['flops'] / result['seconds'] / peak:6.3f}" if peak else "     -"
+        print(
+            f"{result['side']:<20} {result['pairs_per_second']:8.2f} {result['seconds']:8.1f}"
+            f" {result['memory'] / 2**30:9.2f} {mfu}"
+        )
+    for ours in (result for result in results if result["side"].startswith("packed")):
+        for trls in (result for result in results if result["side"].startswith("trl")):
+            difference = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"], trls["losses"], strict=True))
+            print(
+                f"{ours['side']} / {trls['side']}: {ours['pairs_per_second'] / trls['pairs_per_second']:.2f} x speed,"
+                f" {ours['memory'] / trls['memory']:.2f} x memory,"
+                f" largest relative difference of a step's loss {difference:.1e}"
+            )
+
+
+if __name__ == "__main__":
+    main()
