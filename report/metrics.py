@@ -45,9 +45,10 @@ def read_round(path: Path) -> Round:
     """The evaluated prompts of one round. Raises InputError, naming file:line, for a bad record."""
     prompts: Round = {}
     for where, record in with_ids(jsonl.read(path)):
-        if record["id"] in prompts:
-            raise InputError(f"{where}: the id {record['id']} was already on {prompts[record['id']].where}")
-        prompts[record["id"]] = _evaluated(record, where)
+        id_ = str(record["id"])
+        if id_ in prompts:
+            raise InputError(f"{where}: the id {id_} was already on {prompts[id_].where}")
+        prompts[id_] = _evaluated(record, where)
     if not prompts:
         raise InputError(f"{path}: holds no records")
     return prompts

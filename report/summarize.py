@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from metrics import read_round, summarize
 from rich.console import Console
-from table import print_rounds, print_samples, print_stages
 
 from baton import program
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.stage import read_manifest
+from metrics import read_round, summarize
+from table import print_rounds, print_samples, print_stages
 
 log = logging.getLogger("baton")
 

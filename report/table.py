@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from metrics import Round
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from metrics import Round
 
 LONGEST = 600  # characters of a prompt or a response that are printed
 

@@ -1,4 +1,4 @@
-"""Records on disk as they finish: whatever the order, the processes and the moment of death, the output is the same."""
+"""Records on disk as they finish: whatever the order, processes and time of death, the output is the same."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

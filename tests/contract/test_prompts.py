@@ -1,4 +1,4 @@
-"""Prompt sets: every file format read alike, ids stable and unique, every prompt in exactly one shard, memory flat."""
+"""Prompt sets: formats read alike, ids stable and unique, each prompt in exactly one shard, memory flat."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""The promises of a stage, kept by a small real program in real processes: resume, refusal, exit codes, the account."""
+"""What a stage promises, kept by a small program in real processes: resume, refusal, exit codes, accounts."""
 
 import os
 import random

@@ -1,0 +1,320 @@
+"""The report: numbers that mean what they say, nothing invented, one clear message for each bad input."""
+
+import math
+import os
+import pty
+import runpy
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[2]
+metrics = SimpleNamespace(**runpy.run_path(str(ROOT / "report/metrics.py")))  # report/ is no package
+KEYS = {
+    "round", "gold_mean", "proxy_mean", "win_rate", "win_rate_ci", "length_mean", "kl", "distinct",
+}  # fmt: skip
+
+Record = dict
+
+
+def record(number: int, round_: int, **changes: object) -> Record:
+    """The held-out prompt `number` as the policy of `round_` answered it, twice, better in every round."""
+    return {
+        "id": f"{number:016x}",
+        "prompt": [{"role": "user", "content": f"Film {number}"}],
+        "responses": [f"good {number} {round_}", f"fine {number} {round_}"],
+        "response_token_ids": [[1, 2, 3], [1, 2, 3, 4, 5]],
+        "rewards": [round_ + number / 10, round_ + number / 10 + 0.05],
+        "rewards_by": {"gold": [round_ / 2, 0.25]},
+        "logps_by": {"policy": [-10.0, -12.0], "initial": [-10.0 - round_, -12.0 - 3 * round_]},
+    } | changes
+
+
+def write_round(run_dir: Path, number: int, records: list[Record]) -> Path:
+    path = run_dir / "heldout" / f"round{number}" / "evaluated.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in records))
+    return path
+
+
+def write_run(
+    run_dir: Path, rounds: int = 3, change: Callable[[Record], Record] = lambda record: record
+) -> Path:
+    for round_ in range(rounds):
+        write_round(run_dir, round_, [change(record(number, round_)) for number in range(5)])
+    return run_dir
+
+
+def without(*keys: str) -> Callable[[Record], Record]:
+    return lambda record: {key: value for key, value in record.items() if key not in keys}
+
+
+def report(run_dir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "report/summarize.py", "--run_dir", run_dir, *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def summary(run_dir: Path) -> dict:
+    done = report(run_dir)
+    assert done.returncode == 0, done.stderr
+    return orjson.loads((run_dir / "summary.json").read_bytes())
+
+
+def test_the_summary_holds_every_number_of_every_round(tmp_path):
+    rounds = summary(write_run(tmp_path))["rounds"]
+    assert [entry["round"] for entry in rounds] == [0, 1, 2]
+    assert all(entry.keys() >= KEYS for entry in rounds)
+    last = rounds[2]
+    assert last["gold_mean"] == pytest.approx((1 + 0.25) / 2)
+    assert last["proxy_mean"] == pytest.approx(2 + 0.2 + 0.025)
+    assert last["kl"] == pytest.approx((2 + 6) / 2)
+    assert last["length_mean"] == 4
+    assert last["length_unit"] == "tokens"
+    assert last["distinct"] == 1
+    # gold [1, 0.25] against [0, 0.25]: the first wins twice, the second once and ties once
+    assert last["win_rate"] == pytest.approx((2 + 1.5) / 4)
+    assert last["win_rate_by"] == "gold"
+    assert (rounds[0]["win_rate"], rounds[0]["win_rate_ci"], rounds[0]["kl"]) == (0.5, [0.5, 0.5], 0)
+
+
+@pytest.mark.parametrize(
+    ("missing", "nulls", "says"),
+    [
+        (("rewards_by",), {"gold_mean", "gold_mean_ci"}, {"win_rate_by": "proxy", "win_rate": 1.0}),
+        (("logps_by",), {"kl", "kl_ci"}, {"win_rate_by": "gold"}),
+        (("response_token_ids",), set(), {"length_unit": "words", "length_mean": 3.0}),
+        (("rewards_by", "logps_by"), {"gold_mean", "gold_mean_ci", "kl", "kl_ci"}, {"win_rate_by": "proxy"}),
+    ],
+    ids=["no gold", "no log-probabilities", "no token ids", "neither"],
+)
+def test_what_was_not_measured_is_null_and_never_invented(tmp_path, missing, nulls, says):
+    last = summary(write_run(tmp_path, change=without(*missing)))["rounds"][-1]
+    assert {key for key, value in last.items() if value is None} == nulls
+    assert {key: last[key] for key in says} == says
+
+
+def test_a_number_that_one_round_lacks_is_null_in_that_round_alone(tmp_path):
+    write_run(tmp_path)
+    write_round(tmp_path, 0, [without("logps_by")(record(number, 0)) for number in range(5)])
+    assert [entry["kl"] for entry in summary(tmp_path)["rounds"]] == [None, 2, 4]
+
+
+def test_one_round_and_one_prompt_are_enough_and_have_no_interval(tmp_path):
+    write_round(tmp_path, 0, [record(0, 0)])
+    write_round(tmp_path, 1, [record(0, 1)])
+    last = summary(tmp_path)["rounds"][-1]
+    assert last["proxy_mean"] == pytest.approx(1.025)
+    assert last["win_rate_ci"] is None
+
+
+def test_rounds_may_hold_the_prompts_in_another_order_and_without_ids(tmp_path):
+    write_run(tmp_path)
+    expected = summary(tmp_path)["rounds"]
+    for round_ in range(3):
+        write_round(
+            tmp_path,
+            round_,
+            [without("id")(record(n, round_)) for n in (range(5), (4, 2, 0, 1, 3))[round_ % 2]],
+        )
+    found = summary(tmp_path)["rounds"]
+    assert [entry["win_rate"] for entry in found] == [entry["win_rate"] for entry in expected]
+    assert [entry["gold_mean"] for entry in found] == pytest.approx([e["gold_mean"] for e in expected])
+
+
+scores = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=6).map(np.array)
+
+
+@given(st.lists(st.tuples(scores, scores), min_size=1, max_size=5))
+def test_the_win_rate_is_that_of_mann_and_whitney_and_swapping_the_sides_gives_the_rest(prompts):
+    ours, theirs = zip(*prompts, strict=True)
+    rates = metrics.win_rates(ours, theirs)
+    expected = [stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)) for a, b in prompts]
+    assert rates == pytest.approx(expected)
+    assert rates + metrics.win_rates(theirs, ours) == pytest.approx(1)
+    assert metrics.win_rates(ours, ours) == pytest.approx(0.5)
+
+
+def test_the_interval_is_students_and_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=30)
+    mean, interval = metrics.mean_and_interval(values)
+    expected = stats.t.interval(0.95, 29, loc=mean, scale=stats.sem(values))
+    assert interval == pytest.approx(expected)
+    intervals = [metrics.mean_and_interval(generator.exponential(size=100))[1] for _ in range(2000)]
+    assert 0.92 < np.mean([low < 1 < high for low, high in intervals]) < 0.97
+
+
+def test_distinctness_sees_one_answer_for_all_prompts_and_within_a_prompt_equal_samples(tmp_path):
+    for round_, texts in enumerate((["a", "b"], ["c", "c"])):
+        write_round(tmp_path, round_, [record(number, round_, responses=texts) for number in range(5)])
+    first, last = summary(tmp_path)["rounds"]
+    assert (first["distinct"], first["distinct_within"]) == (0.2, 1)
+    assert (last["distinct"], last["distinct_within"]) == (0.1, 0.5)
+
+
+def test_the_picture_is_a_png_drawn_again_only_when_a_number_changes(tmp_path):
+    summary(write_run(tmp_path))
+    picture = tmp_path / "progress.png"
+    content = picture.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    assert content.startswith(b"\x89PNG\r\n")
+    assert width > 1000
+    assert height > 500
+    stamp = picture.stat().st_mtime_ns
+    summary(tmp_path)
+    assert picture.stat().st_mtime_ns == stamp
+    write_round(tmp_path, 3, [record(number, 3) for number in range(5)])
+    assert len(summary(tmp_path)["rounds"]) == 4
+    assert picture.stat().st_mtime_ns > stamp
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_accounts_of_stages_are_added_up_over_shards(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "round1").mkdir()
+    manifests = {
+        "gen_data0.jsonl": {
+            "stage": "generate",
+            "counts": {"in": 7, "out": 6, "dropped": {"too long": 1}},
+            "tokens": 10,
+        },
+        "gen_data1.jsonl": {"stage": "generate", "counts": {"in": 6, "out": 6, "dropped": {}}, "tokens": 20},
+        "pairs.jsonl": {
+            "stage": "pairs",
+            "counts": {"in": 12, "out": 8, "dropped": {"ties": 3, "identical": 1}},
+        },
+    }
+    for number, (name, manifest) in enumerate(manifests.items()):
+        facts = {"started": f"2026-01-01T00:00:0{number}+0000", "seconds": 1.5}
+        (tmp_path / "round1" / f"{name}.manifest.json").write_bytes(orjson.dumps(manifest | facts))
+    unfinished = {"stage": "dpo", "started": "2026-01-01T00:00:09+0000"}
+    (tmp_path / "round1" / "policy.partial.manifest.json").write_bytes(orjson.dumps(unfinished))
+    generate = {"stage": "generate", "in": 13, "out": 12, "dropped": 1, "seconds": 3.0, "tokens": 30}
+    pairs = {"stage": "pairs", "in": 12, "out": 8, "dropped": 4, "seconds": 1.5, "tokens": None}
+    assert summary(tmp_path)["stages"] == [{"folder": "round1", **generate}, {"folder": "round1", **pairs}]
+
+
+def test_what_a_model_says_cannot_command_the_terminal(tmp_path):
+    attack = "[bold red]x[/] [/nonsense] \x1b[2J\x1b]0;title\x07\x9b31m\r\u202egnp\u2066\x00\x7f"
+    write_run(tmp_path, change=lambda record: record | {"responses": [attack, "b"], "prompt": attack})
+    program = [sys.executable, str(ROOT / "report/summarize.py"), "--run_dir", str(tmp_path)]
+    leader, follower = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    with subprocess.Popen(program, env=environment, stdout=follower, stderr=subprocess.DEVNULL) as process:
+        os.close(follower)
+        shown = b""
+        while chunk := _read(leader):
+            shown += chunk
+    os.close(leader)
+    assert process.returncode == 0
+    text = shown.decode().replace("\r\n", "\n")
+    assert "[bold red]x[/] [/nonsense]" in text
+    assert "\\x1b[2J" in text
+    assert not {character for character in text if not character.isprintable()} - {"\n"}
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # the program has ended
+        return b""
+
+
+def test_samples_of_the_first_and_the_last_round_stand_side_by_side(tmp_path):
+    shown = report(write_run(tmp_path), "--samples", "2").stdout
+    assert all(text in shown for text in ("Film 0", "good 0 0", "good 0 2", "Film 1", "good 1 2"))
+    assert "Film 2" not in shown
+    assert "Film 0" not in report(tmp_path, "--samples", "0").stdout
+
+
+def replace_line(**changes: object) -> Callable[[Path], None]:
+    """Changes the second record of round 1."""
+
+    def change(run_dir: Path) -> None:
+        records = [record(number, 1) for number in range(5)]
+        records[1] |= changes
+        write_round(run_dir, 1, records)
+
+    return change
+
+
+def remove_round(number: int) -> Callable[[Path], None]:
+    return lambda run_dir: (run_dir / f"heldout/round{number}/evaluated.jsonl").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "message"),
+    [
+        (remove_round(0), "round0/evaluated.jsonl", "evaluate round 0"),
+        (remove_round(1), "round1/evaluated.jsonl", "evaluate round 1"),
+        (lambda d: write_round(d, 1, []), "round1/evaluated.jsonl", "holds no records"),
+        (
+            lambda d: write_round(d, 1, [record(n, 1) for n in range(4)]),
+            "round0/evaluated.jsonl:5",
+            "all rounds",
+        ),
+        (
+            lambda d: write_round(d, 1, [record(n, 1) for n in range(6)]),
+            "round1/evaluated.jsonl:6",
+            "all rounds",
+        ),
+        (replace_line(id="other"), "round1/evaluated.jsonl:2", "the prompt other is not in"),
+        (replace_line(id=f"{0:016x}"), "round1/evaluated.jsonl:2", "was already on"),
+        (replace_line(rewards=[1.0]), "round1/evaluated.jsonl:2", "1 `rewards` for 2 `responses`"),
+        (replace_line(rewards=None), "round1/evaluated.jsonl:2", "`rewards` must be"),
+        (replace_line(responses=[]), "round1/evaluated.jsonl:2", "`responses` must be"),
+        (
+            replace_line(rewards_by={"gold": [1.0, None]}),
+            "round1/evaluated.jsonl:2",
+            "`rewards_by.gold` must hold 2",
+        ),
+        (replace_line(rewards_by=[1.0, 2.0]), "round1/evaluated.jsonl:2", "`rewards_by` must be an object"),
+        (
+            replace_line(logps_by={"policy": [1.0], "initial": [1.0, 2.0]}),
+            "round1/evaluated.jsonl:2",
+            "`logps_by.policy` must hold 2",
+        ),
+        (
+            replace_line(response_token_ids=[1, 2]),
+            "round1/evaluated.jsonl:2",
+            "`response_token_ids` must hold",
+        ),
+    ],
+)
+def test_bad_input_is_named_with_exit_code_2_and_the_old_report_stays(tmp_path, damage, file, message):
+    write_run(tmp_path)
+    (tmp_path / "summary.json").write_text("old")
+    damage(tmp_path)
+    done = report(tmp_path)
+    assert done.returncode == 2
+    assert file in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "summary.json").read_text() == "old"
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path):
+    done = report(tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "nowhere/heldout/round0/evaluated.jsonl" in done.stderr
+
+
+def test_rounds_that_are_not_evaluated_yet_are_left_out(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "heldout/round3").mkdir()
+    (tmp_path / "heldout/round3/gen_data.jsonl").write_text("")
+    assert len(summary(tmp_path)["rounds"]) == 3
+    assert all(math.isfinite(entry["win_rate"]) for entry in summary(tmp_path)["rounds"])
