@@ -36,14 +36,13 @@ def draw(rounds: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     figure = Figure(figsize=(13, 7.2), dpi=130, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.18, h_pad=0.14)
     figure.suptitle(title, x=0.012, ha="left", fontsize=14, color=INK)
-    axes = figure.subplots(2, 3).flat
+    axes = list(figure.subplots(2, 3).flat)
     for axis, (name, heading, meaning, color, form) in zip(axes, shown, strict=False):
         _frame(axis, heading, meaning, [summary["round"] for summary in rounds])
         _line(axis, rounds, name, color, form)
-    for axis in list(axes)[len(shown) :]:
+    for axis in axes[len(shown) :]:
         axis.set_axis_off()
-    by_name = dict(zip((panel[0] for panel in shown), figure.axes, strict=False))
-    _fix_scales(by_name, rounds)
+    _fix_scales({panel[0]: axis for panel, axis in zip(shown, axes, strict=False)}, rounds)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png")
     partial.replace(path)
@@ -53,8 +52,8 @@ def _frame(axis: Axes, heading: str, meaning: str, numbers: Sequence[int]) -> No
     axis.set_title(heading, **STYLE["title"])
     axis.text(0, 1.03, meaning, transform=axis.transAxes, fontsize=9, color=GREY)
     axis.set_xlabel("round", **STYLE["font"])
-    axis.set_xlim(numbers[0] - 0.25, numbers[-1] + 0.25)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlim(-0.3, max(numbers[-1], 1) + 0.3)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axis.tick_params(colors=INK, labelsize=9, length=0)
     axis.grid(axis="y", color="#e6e8ea", linewidth=1)
@@ -91,6 +90,6 @@ def _fix_scales(axes: dict[str, Axes], rounds: Sequence[dict[str, Any]]) -> None
     within = [summary["distinct_within"] for summary in rounds]
     axes["distinct"].plot(x, within, color=GREEN, linewidth=1.4, linestyle=(0, (4, 3)), alpha=0.8)
     axes["distinct"].set_ylim(0, 1.12)
-    axes["length_mean"].set_ylim(bottom=0)
+    axes["length_mean"].set_ylim(0, 1.25 * max(summary["length_mean"] for summary in rounds) or 1)
     if "kl" in axes:
         axes["kl"].set_ylim(bottom=min(0, axes["kl"].get_ylim()[0] / 4))

@@ -46,7 +46,7 @@ def main() -> None:
     if summary["stages"]:
         print_stages(console, summary["stages"])
     if arguments.samples:
-        print_samples(console, rounds[0], rounds[-1], len(rounds) - 1, arguments.samples)
+        print_samples(console, rounds, arguments.samples)
     log.info("%s and %s", run_dir / "summary.json", run_dir / "progress.png")
 
 

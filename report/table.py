@@ -66,13 +66,15 @@ def print_stages(console: Console, stages: Sequence[dict[str, Any]]) -> None:
     console.print(Text(f"{total:,.0f} s in all, shards that ran at the same time added up.", style="dim"))
 
 
-def print_samples(console: Console, first: Round, last: Round, number: int, count: int) -> None:
-    """What round 0 and round `number` say to the first `count` prompts: their first samples, side by side."""
+def print_samples(console: Console, rounds: Sequence[Round], count: int) -> None:
+    """What round 0 and the last round say to the first `count` prompts: their first samples, side by side."""
+    compared = sorted({0, len(rounds) - 1})
     table = _table("The first sample of each, not the best", box=box.ROUNDED, show_lines=True, expand=True)
-    for heading, ratio in (("prompt", 2), ("round 0", 3), (f"round {number}", 3)):
-        table.add_column(heading, ratio=ratio)
-    for id_ in list(first)[:count]:
-        texts = (first[id_].prompt, first[id_].responses[0], last[id_].responses[0])
+    table.add_column("prompt", ratio=2)
+    for number in compared:
+        table.add_column(f"round {number}", ratio=3)
+    for id_, first in list(rounds[0].items())[:count]:
+        texts = [first.prompt, *(rounds[number][id_].responses[0] for number in compared)]
         table.add_row(*(Text(printable(text)) for text in texts))
     console.print(table)
 

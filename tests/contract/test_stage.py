@@ -259,6 +259,16 @@ def test_a_second_process_on_the_same_output_is_refused(prompts, output):
     assert_complete(output)
 
 
+def test_of_many_processes_at_once_one_does_the_work_and_the_others_give_way(prompts, output):
+    processes = [start(prompts, output) for _ in range(6)]
+    logs = [process.communicate()[1] for process in processes]
+    assert sum("starting" in log or "going on" in log for log in logs) == 1, logs
+    for process, log in zip(processes, logs, strict=True):
+        refused = "another process is working on it" in log
+        assert process.returncode == (2 if refused else 0), log
+    assert_complete(output)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected", "message"),
     [
