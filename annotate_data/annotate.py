@@ -80,14 +80,15 @@ def finish(stage: Stage, scores: Scores, merge: Merge) -> None:
             yield record
 
     written = write_records(stage.output, records())
-    for note, ids in noted.items():
-        log.warning(
-            "%d responses %s; prompts %s", len(ids), note, ", ".join(ids[:NAMED]) + ", …" * (len(ids) > NAMED)
-        )
     numbers = {name: summary.numbers() for name, summary in summaries.items()}
     for name, values in numbers.items():
         log.info("%s: %s", name, " ".join(f"{key} {_short(value)}" for key, value in values.items()))
-    noted_facts = {note: {"responses": len(ids), "prompts": ids[:NAMED_KEPT]} for note, ids in noted.items()}
+    noted_facts = {}
+    for note, ids in noted.items():
+        prompts = list(dict.fromkeys(ids))
+        noted_facts[note] = {"responses": len(ids), "prompts": prompts[:NAMED_KEPT]}
+        more = ", …" if len(prompts) > NAMED else ""
+        log.warning("%d responses %s; prompts %s%s", len(ids), note, ", ".join(prompts[:NAMED]), more)
     account = {"in": len(scores.responses.counts), "out": written, "dropped": dict(drops.counts)}
     summary_path(stage.output).write_bytes(
         orjson.dumps({**numbers, "records": account, "noted": noted_facts}, option=orjson.OPT_INDENT_2)
@@ -98,6 +99,7 @@ def finish(stage: Stage, scores: Scores, merge: Merge) -> None:
         drops=drops,
         summary=numbers,
         noted=noted_facts,
+        scored_by_this_run=scores.partial.count - scores.partial.done,
     )
 
 
