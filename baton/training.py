@@ -47,13 +47,13 @@ def trainer_config(config_class: type, settings: dict[str, Any], own_names: Iter
     return config
 
 
-def rows_on_disk(rows: Callable[[], Iterator[dict[str, Any]]], stage: Stage, name: str) -> datasets.Dataset:
+def rows_on_disk(rows: Callable[[], Iterator[dict[str, Any]]], config: Any, name: str) -> datasets.Dataset:
     """Training rows as a memory-mapped dataset: process 0 writes them once, every process maps the same file."""
-    folder = stage.partial_folder / "rows" / name
-    if program.rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"), fingerprint=name).save_to_disk(folder / "rows")
-    _wait_for_all()
+    folder = Path(config.output_dir, "rows", name)
+    with config.main_process_first(local=False):
+        if program.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"), fingerprint=name).save_to_disk(folder / "rows")
     return datasets.load_from_disk(str(folder / "rows"))
 
 
@@ -128,9 +128,3 @@ class ProgressLines(TrainerCallback):
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _wait_for_all() -> None:
-    from accelerate import PartialState
-
-    PartialState().wait_for_everyone()

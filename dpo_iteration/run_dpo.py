@@ -120,7 +120,7 @@ def main() -> None:
     def rows():
         return token_rows(pairs_path, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
 
-    dataset = training.rows_on_disk(rows, stage, "pairs")
+    dataset = training.rows_on_disk(rows, config, "pairs")
     if len(dataset) == 0:
         raise InputError(f"{pairs_path}: no pair is left; dropped: {drops}")
     if arguments.forward == "packed":

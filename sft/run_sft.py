@@ -95,7 +95,7 @@ def main() -> None:
     config = training.trainer_config(SFTConfig, settings, Arguments.model_fields, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     drops = Drops()
-    rows = training.rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), stage, "demonstrations")
+    rows = training.rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")
     trainer = SFTTrainer(
         model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer
     )

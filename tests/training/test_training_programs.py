@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
 from tests.training.conftest import ROOT, read_jsonl, run_program
 
 SMALL = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]
@@ -102,7 +103,7 @@ def altered(source, target, change):
 @pytest.mark.parametrize(
     ("change", "words", "message"),
     [
-        (lambda r: r.update(responses=r["responses"][:1], rewards=r["rewards"][:1]), [], "bad.jsonl:2: a pair needs at least 2"),
+        (lambda r: r.update(responses=["One."], rewards=[1.0]), [], "bad.jsonl:2: a pair needs at least 2"),
         (lambda r: r.update(rewards=r["rewards"][:3]), [], "bad.jsonl:2: 3 `rewards` for 4 `responses`"),
         (lambda r: r["rewards"].__setitem__(0, None), [], "bad.jsonl:2: `rewards` holds None"),
         (lambda r: r.pop("prompt"), [], "bad.jsonl:2: the record has no `prompt`"),
@@ -139,8 +140,9 @@ def test_every_launch_configuration_is_one_that_accelerate_accepts():
 
 
 def test_published_training_configuration_is_one_that_the_programs_accept():
-    from baton.arguments import build_config, read_yaml
     from trl import DPOConfig, RewardConfig, SFTConfig
+
+    from baton.arguments import build_config, read_yaml
 
     for name, config_class in (("training", DPOConfig), ("sft", SFTConfig), ("rm", RewardConfig)):
         settings = read_yaml(Path(ROOT / f"configs/{name}.yaml"))
