@@ -35,10 +35,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     )
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # SIGINT too: a shell's background job starts with it ignored
+    # SIGINT too: it is ignored in what a shell script starts in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         main()
