@@ -102,10 +102,15 @@ def until_end_of_turn(tokenizer: Any, ids: list[int]) -> list[int]:
 
 
 def decodes_to(tokenizer: Any, ids: list[int], response: str) -> bool:
-    """Whether sampled token ids are those of `response` under this tokenizer: that it is the one that sampled them."""
+    """Whether sampled token ids are those of `response` under this tokenizer: that it is the one that sampled them.
+
+    The tokens may say a little more: engines leave a stop string, and half a character where a response was cut
+    off, out of the text.
+    """
     if any(not 0 <= id_ < len(tokenizer) for id_ in ids):
         return False
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == response
+    decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return decoded.startswith(response)
 
 
 def _text(tokenizer: Any, messages: Messages, where: str, **options: Any) -> str:

@@ -1,0 +1,473 @@
+"""Offline generation and merging, by the programs that users start, on real vLLM with a tiny policy."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.inference.tiny_policy import TEMPLATE, make_tiny_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = [f"the film number {n} was" for n in range(12)] + ["the film number 3 was"]
+
+
+def program(name: str, *arguments: object, **flags: object) -> list[str]:
+    """The command line of a generation program."""
+    words = [str(argument) for argument in arguments]
+    for flag, value in flags.items():
+        words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return [sys.executable, str(ROOT / "generation" / name), *words]
+
+
+def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+
+
+def write(path: Path, prompts: list[object]) -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt, "n": n}) + "\n" for n, prompt in enumerate(prompts)))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def manifest(path: Path) -> dict:
+    return json.loads(Path(f"{path}.manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return make_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def run_of_eight(policy, tmp_path_factory) -> Path:
+    """The folder of 8 shards over 13 prompts, merged, as `scripts/test_gen.sh` leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    write(folder / "prompts.jsonl", PROMPTS)
+    result = run(generate_command(policy, folder))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def generate_command(policy: Path, folder: Path) -> list[str]:
+    flags = ["--model", policy, "--prompts", folder / "prompts.jsonl", "--output_dir", folder / "gen_data"]
+    flags += ["--K", 4, "--max_new_tokens", 60, "--my_world_size", 8]
+    return ["bash", str(ROOT / "scripts/test_gen.sh"), *map(str, flags)]
+
+
+def test_eight_shards_over_thirteen_prompts_lose_none_and_merge_in_input_order(run_of_eight):
+    records = read(run_of_eight / "gen_data.jsonl")
+    assert [record["n"] for record in records] == list(range(13))
+    assert [record["prompt"] for record in records] == [[{"role": "user", "content": p}] for p in PROMPTS]
+    assert all(len(record["responses"]) == 4 for record in records)
+    shards = [read(run_of_eight / f"gen_data{i}.jsonl") for i in range(8)]
+    assert list(chain.from_iterable(shards)) == records
+    assert all(shards)
+
+
+def test_ids_are_unique_and_those_of_the_prompt_and_its_ordinal(run_of_eight):
+    ids = [record["id"] for record in read(run_of_eight / "gen_data.jsonl")]
+    assert len(set(ids)) == 13
+    assert ids[12] == f"{ids[3]}-1"
+
+
+def test_shards_draw_different_random_numbers(run_of_eight):
+    records = read(run_of_eight / "gen_data.jsonl")
+    assert len({response for record in records for response in record["responses"]}) > 50
+
+
+def test_token_ids_decode_to_the_text_and_end_of_turn_stands_only_where_the_policy_stopped(policy, run_of_eight):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    reasons = set()
+    for record in read(run_of_eight / "gen_data.jsonl"):
+        samples = zip(record["responses"], record["response_token_ids"], record["finish_reasons"], strict=True)
+        for text, ids, reason in samples:
+            decoded = tokenizer.decode(ids, skip_special_tokens=True)
+            assert decoded.startswith(text)
+            assert set(decoded[len(text) :]) <= {"\ufffd"}  # a character that was cut off by length
+            assert tokenizer.eos_token_id not in ids[:-1]
+            assert (ids[-1] == tokenizer.eos_token_id) == (reason == "stop")
+            assert reason == "stop" or len(ids) == 60
+            reasons.add(reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_the_manifests_account_for_every_prompt_and_token(run_of_eight):
+    records = read(run_of_eight / "gen_data.jsonl")
+    tokens = sum(len(ids) for record in records for ids in record["response_token_ids"])
+    merged = manifest(run_of_eight / "gen_data.jsonl")
+    assert (merged["prompts"], merged["tokens"]) == (13, tokens)
+    assert sum(manifest(run_of_eight / f"gen_data{i}.jsonl")["counts"]["in"] for i in range(8)) == 13
+
+
+def test_the_log_says_what_ran(run_of_eight):
+    log = (run_of_eight / "gen_data0.log").read_text()
+    assert re.search(r"runs on: device=\S+ dtype=bfloat16 attention=\S+ tensor_parallel_size=1", log)
+
+
+def test_a_second_run_is_up_to_date_and_imports_no_engine(policy, run_of_eight):
+    before = {path: path.stat().st_mtime_ns for path in run_of_eight.glob("*.jsonl")}
+    shard = program(
+        "get_hf2.py",
+        model_name_or_path=policy,
+        dataset_name_or_path=run_of_eight / "prompts.jsonl",
+        output_dir=run_of_eight / "gen_data",
+        K=4,
+        max_new_tokens=60,
+        local_index=2,
+        my_world_size=8,
+    )
+    result = run([shard[0], "-X", "importtime", *shard[1:]])
+    assert result.returncode == 0
+    assert "up to date" in result.stderr
+    assert not imported(result.stderr) & {"vllm", "torch", "transformers"}
+    assert run(generate_command(policy, run_of_eight)).returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run_of_eight.glob("*.jsonl")}
+
+
+def imported(importtime: str) -> set[str]:
+    """The top-level packages in the output of `python -X importtime`."""
+    return {line.split("|")[-1].strip().split(".")[0] for line in importtime.splitlines() if line.startswith("import time")}
+
+
+def test_killed_at_five_points_and_started_again_every_prompt_is_there_once(policy, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [f"film {n}" for n in range(300)])
+    output = tmp_path / "gen_data0.jsonl"
+    command = program(
+        "get_hf2.py",
+        model_name_or_path=policy,
+        dataset_name_or_path=prompts,
+        output_dir=tmp_path / "gen_data",
+        K=4,
+        max_new_tokens=100,
+        max_num_seqs=16,
+    )
+    points = sorted(random.Random(0).sample(range(1, 250), 5))
+    for point in points:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
+        while process.poll() is None and finished_lines(output) < point:
+            wait(process, 0.02)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+        psutil.wait_procs(children, timeout=10)
+        assert not any(child.is_running() for child in children)
+        assert not output.exists()
+    with Path(f"{output}.partial").open("ab") as partial:
+        partial.write(b'[299,{"id": "half a rec')
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+    records = read(output)
+    assert [record["n"] for record in records] == list(range(300))
+    assert all(len(record["responses"]) == 4 for record in records)
+    assert manifest(output)["tokens"] == sum(len(ids) for r in records for ids in r["response_token_ids"])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "prompts.jsonl", "gen_data0.jsonl", "gen_data0.jsonl.manifest.json"
+    }  # fmt: skip
+
+
+def finished_lines(output: Path) -> int:
+    partial = Path(f"{output}.partial")
+    return partial.read_bytes().count(b"\n") if partial.exists() else 0
+
+
+def wait(process: subprocess.Popen, seconds: float) -> None:
+    """Wait until the process ends or `seconds` have passed."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def test_a_forked_engine_process_dies_with_its_program(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import os, signal\n"
+        "from generation.engine import prepare_environment\n"
+        "prepare_environment()\n"
+        "if os.fork() == 0:\n"
+        "    print('started', flush=True)\n"
+        "    signal.pause()\n"
+        "os.wait()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout.readline() == "started\n"
+    process.kill()
+    process.wait()
+    assert process.stdout.read() == ""  # the end of the pipe: the last process that held it is gone
+
+
+def test_stop_strings_extra_end_tokens_and_prompts_beyond_the_context(policy, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", ["short", "the film " * 200, "also short"])
+    result = run(
+        program(
+            "get_hf2.py",
+            model_name_or_path=policy,
+            dataset_name_or_path=prompts,
+            output_dir=tmp_path / "gen",
+            K=64,
+            max_new_tokens=80,
+            max_model_len=128,
+            stop=["e", "o"],
+            eos_ids=[30, 31, 32],
+        )
+    )
+    assert result.returncode == 0, result.stderr
+    records = read(tmp_path / "gen0.jsonl")
+    assert [record["n"] for record in records] == [0, 2]
+    responses = [response for record in records for response in record["responses"]]
+    assert len(responses) == 128
+    assert not any("e" in response or "o" in response for response in responses)
+    ends = {ids[-1] for record in records for ids in record["response_token_ids"]}
+    assert ends & {30, 31, 32}
+    account = manifest(tmp_path / "gen0.jsonl")
+    assert account["counts"]["dropped"] == {"prompt longer than the context of 128 tokens": 1}
+    assert f"{prompts}:2" in str(account["dropped"])
+    assert f"{prompts}:2" in result.stderr
+
+
+def test_more_shards_than_prompts_make_finished_empty_files_without_an_engine(policy, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", ["only one"])
+    command = program(
+        "get_hf2.py",
+        model_name_or_path=policy,
+        dataset_name_or_path=prompts,
+        output_dir=tmp_path / "gen",
+        local_index=0,
+        my_world_size=3,
+    )
+    result = run([command[0], "-X", "importtime", *command[1:]])
+    assert result.returncode == 0
+    assert (tmp_path / "gen0.jsonl").read_bytes() == b""
+    assert manifest(tmp_path / "gen0.jsonl")["counts"] == {"in": 0, "out": 0, "dropped": {}}
+    assert "vllm" not in imported(result.stderr)
+
+
+BAD_PROMPTS = {
+    "not JSON": ('{"prompt": "a"}\n{"prompt": \n', r"prompts\.jsonl:2: not JSON"),
+    "not an object": ('{"prompt": "a"}\n[1]\n', r"prompts\.jsonl:2: expected a JSON object"),
+    "no prompt": (
+        '{"prompt": "a"}\n{"text": "b"}\n',
+        r"prompts\.jsonl:2: the record has no `prompt`.*--dataset_key",
+    ),
+    "empty prompt": ('{"prompt": " "}\n', r"prompts\.jsonl:1: `prompt` is empty"),
+    "message without role": ('{"prompt": [{"content": "a"}]}\n', r"prompts\.jsonl:1: .*`role`"),
+    "empty file": ("", r"prompts\.jsonl: holds no records"),
+    "a role that the template refuses": (
+        '{"prompt": "a"}\n{"prompt": [{"role": "tool", "content": "b"}]}\n',
+        r"prompts\.jsonl:2: the chat template cannot take this conversation: no tool messages",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_bad_prompts_are_named_by_line_before_an_engine_starts(policy, tmp_path, text, message):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(text)
+    refused(policy, prompts, tmp_path, message)
+    write(prompts, [])
+    prompts.write_text('{"text": "mended"}\n')
+    refused(policy, prompts, tmp_path, "the record has no `prompt`")  # and no word of unfinished work
+
+
+BAD_FLAGS = {
+    "shard beyond the last": (["--local_index", "8", "--my_world_size", "8"], "must be within 0..7"),
+    "negative shard": (["--local_index", "-1"], "`local_index`"),
+    "no shard": (["--my_world_size", "0"], "`my_world_size`"),
+    "unknown flag": (["--max_new_token", "8"], "did you mean `max_new_tokens`"),
+    "a word for a number": (["--K", "many"], "`K`.*'many'"),
+    "no response": (["--K", "0"], "`K`"),
+    "negative temperature": (["--temperature", "-1"], "`temperature`"),
+    "top_p of nothing": (["--top_p", "0"], "`top_p`"),
+    "no such model": (["--model_name_or_path", "./nowhere/model"], r"\./nowhere/model: no such folder"),
+    "no such prompts": (["--dataset_name_or_path", "./nowhere.jsonl"], r"nowhere\.jsonl: no such file"),
+    "unknown split setting": (["--dataset_slit", "test"], "did you mean `dataset_split`"),
+    "no such template": (["--chat_template", "./nowhere.jinja"], r"--chat_template ./nowhere\.jinja"),
+    "no such dtype": (["--dtype", "int4"], "`dtype`.*float32"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flags_are_named_before_an_engine_starts(policy, tmp_path, flags, message):
+    refused(policy, write(tmp_path / "prompts.jsonl", ["a"]), tmp_path, message, *flags)
+
+
+def test_an_unknown_key_in_the_yaml_file_is_named(policy, tmp_path):
+    (tmp_path / "generate.yaml").write_text("temperatur: 0.7\n")
+    result = run(program("get_hf2.py", tmp_path / "generate.yaml", model_name_or_path=policy))
+    assert result.returncode == 2
+    assert "did you mean `temperature`" in result.stderr
+
+
+def refused(policy: Path, prompts: Path, folder: Path, message: str, *flags: str) -> None:
+    """Assert exit code 2, the message on one line, no engine imported and no output."""
+    command = program(
+        "get_hf2.py",
+        "--model_name_or_path",
+        policy,
+        "--dataset_name_or_path",
+        prompts,
+        "--output_dir",
+        folder / "gen",
+        *flags,
+    )
+    result = run([command[0], "-X", "importtime", *command[1:]])
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert re.search(f"ERROR .*{message}", result.stderr), result.stderr[-2000:]
+    assert "vllm" not in imported(result.stderr)
+    assert not list(folder.glob("gen*.jsonl"))
+
+
+def test_a_full_disk_leaves_whole_records_and_the_run_goes_on_afterwards(policy, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [f"film {n}" for n in range(40)])
+    command = program(
+        "get_hf2.py",
+        model_name_or_path=policy,
+        dataset_name_or_path=prompts,
+        output_dir=tmp_path / "gen",
+        K=4,
+        max_new_tokens=40,
+    )
+    result = run(command, preexec_fn=limit_file_size)
+    assert result.returncode == 2, result.stderr
+    assert "free some space" in result.stderr
+    kept = finished_lines(tmp_path / "gen0.jsonl")
+    assert 0 < kept < 40
+    assert run(command).returncode == 0
+    assert [record["n"] for record in read(tmp_path / "gen0.jsonl")] == list(range(40))
+
+
+def limit_file_size() -> None:
+    """What a full disk does to a program: no file grows beyond 20 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.fixture
+def shards(run_of_eight, tmp_path) -> Path:
+    """A copy of the eight shards, not yet merged."""
+    for path in run_of_eight.glob("gen_data[0-9].jsonl*"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def merge(folder: Path, num_datasets: int = 8, **options: object) -> subprocess.CompletedProcess[str]:
+    return run(
+        program(
+            "merge_data.py",
+            base_path=folder / "gen_data",
+            output_dir=folder / "gen_data.json",
+            num_datasets=num_datasets,
+        ),
+        **options,
+    )
+
+
+def change_manifest(path: Path, **arguments: object) -> None:
+    content = manifest(path)
+    content["arguments"] |= arguments
+    Path(f"{path}.manifest.json").write_text(json.dumps(content))
+
+
+def assert_merge_refused(folder: Path, message: str, num_datasets: int = 8) -> None:
+    result = merge(folder, num_datasets)
+    assert result.returncode == 2, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert not (folder / "gen_data.json").exists()
+
+
+def test_merging_copies_the_shards_and_is_up_to_date_afterwards(shards, run_of_eight):
+    assert merge(shards).returncode == 0
+    assert (shards / "gen_data.json").read_bytes() == (run_of_eight / "gen_data.jsonl").read_bytes()
+    assert "up to date" in merge(shards).stderr
+
+
+def test_merging_names_a_missing_shard(shards):
+    (shards / "gen_data5.jsonl").unlink()
+    assert_merge_refused(shards, r"gen_data5\.jsonl: missing")
+
+
+def test_merging_names_an_unfinished_shard(shards):
+    (shards / "gen_data5.jsonl").rename(shards / "gen_data5.jsonl.partial")
+    assert_merge_refused(shards, r"gen_data5\.jsonl: unfinished")
+
+
+def test_merging_names_a_shard_of_a_run_with_other_arguments(shards):
+    change_manifest(shards / "gen_data5.jsonl", temperature=0.5)
+    assert_merge_refused(shards, r"gen_data5\.jsonl: of another run .* temperature \(0\.5, not 1\.0\)")
+
+
+def test_merging_names_a_shard_of_other_prompts(shards):
+    content = manifest(shards / "gen_data5.jsonl")
+    content["inputs"]["prompts"]["hash"] = "0"
+    (shards / "gen_data5.jsonl.manifest.json").write_text(json.dumps(content))
+    assert_merge_refused(shards, r"gen_data5\.jsonl: of another run .* content of prompts")
+
+
+def test_merging_fewer_shards_than_were_made_is_refused(shards):
+    assert_merge_refused(shards, "shard 0 of 8, taken for shard 0 of 7", num_datasets=7)
+
+
+def test_merging_names_a_shard_that_was_cut(shards):
+    lines = (shards / "gen_data5.jsonl").read_bytes().splitlines(keepends=True)
+    (shards / "gen_data5.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert_merge_refused(shards, rf"gen_data5\.jsonl: {len(lines) - 1} lines, but {len(lines)} in its manifest")
+
+
+def test_merging_names_a_shard_without_manifest_among_others(shards):
+    (shards / "gen_data5.jsonl.manifest.json").unlink()
+    assert_merge_refused(shards, r"gen_data5\.jsonl: has no manifest")
+
+
+def test_shards_of_another_toolkit_are_merged_as_they_are(tmp_path):
+    (tmp_path / "gen_data0.jsonl").write_text('{"prompt": "a", "responses": ["b"]}\n')
+    (tmp_path / "gen_data1.jsonl").write_text("")
+    (tmp_path / "gen_data2.jsonl").write_text('{"prompt": "c", "responses": ["d"]}')
+    result = merge(tmp_path, 3)
+    assert result.returncode == 0, result.stderr
+    assert [record["prompt"] for record in read(tmp_path / "gen_data.json")] == ["a", "c"]
+
+
+def test_a_full_disk_while_merging_leaves_no_output_and_the_next_merge_is_whole(shards, run_of_eight):
+    result = merge(shards, preexec_fn=limit_file_size)
+    assert result.returncode == 2, result.stderr
+    assert "free some space" in result.stderr
+    assert not (shards / "gen_data.json").exists()
+    assert merge(shards).returncode == 0
+    assert (shards / "gen_data.json").read_bytes() == (run_of_eight / "gen_data.jsonl").read_bytes()
+
+
+def test_a_failed_shard_fails_the_script_with_its_log(policy, tmp_path):
+    write(tmp_path / "prompts.jsonl", ["a", "b"])
+    result = run([*generate_command(policy, tmp_path), "--chat_template", "nowhere.jinja"])
+    assert result.returncode == 2
+    assert "nowhere.jinja" in result.stderr
+    assert not (tmp_path / "gen_data.jsonl").exists()
+
+
+def test_a_template_from_a_file_replaces_the_models_own(policy, tmp_path):
+    from baton.templates import load_tokenizer, prompt_token_ids
+
+    (tmp_path / "shout.jinja").write_text(TEMPLATE.replace("message.content", "message.content | upper"))
+    tokenizer = load_tokenizer(str(policy), str(tmp_path / "shout.jinja"))
+    ids = prompt_token_ids(tokenizer, [{"role": "user", "content": "abc"}], "here")
+    assert tokenizer.decode(ids) == "<|user|>ABC<|end|><|assistant|>"
