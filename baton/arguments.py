@@ -27,9 +27,7 @@ def option(default: Any, help: str, *, changes_result: bool = True, **constraint
     by their content), memory, log settings. `constraints` are pydantic's (`ge`, `gt`, `le`, `lt`,
     `min_length`).
     """
-    return Field(
-        default, description=help, json_schema_extra={"changes_result": changes_result}, **constraints
-    )
+    return Field(default, description=help, json_schema_extra={"changes_result": changes_result}, **constraints)
 
 
 class StageArguments(BaseModel):
@@ -78,9 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file (the first argument without a flag is the YAML file)"
-        ) from None
+        raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file)") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -168,12 +164,7 @@ def _add_flag(parser: Any, name: str, annotation: Any, help: str) -> None:
     """One `--name`, whose value stays a string (or a list of them) for pydantic to convert."""
     members = _union_members(annotation)
     kinds = {typing.get_origin(kind) or kind for kind in members}
-    choices = [
-        str(choice)
-        for kind in members
-        if typing.get_origin(kind) is typing.Literal
-        for choice in typing.get_args(kind)
-    ]
+    choices = [str(choice) for kind in members if typing.get_origin(kind) is typing.Literal for choice in typing.get_args(kind)]
     options: dict[str, Any] = {
         "metavar": "{" + ",".join(choices) + "}" if choices else "X",
         "help": help.replace("%", "%%"),
@@ -200,15 +191,10 @@ def _loose_flags(words: Sequence[str]) -> dict[str, Any]:
             name, _, value = word[2:].partition("=")
             settings[name] = [value] if value else []
         elif name is None:
-            raise InputError(
-                f"unexpected argument `{word}`: every value needs a flag, and the YAML file comes first"
-            )
+            raise InputError(f"unexpected argument `{word}`: every value needs a flag, and the YAML file comes first")
         else:
             settings[name].append(word)
-    return {
-        name: True if not values else values[0] if len(values) == 1 else values
-        for name, values in settings.items()
-    }
+    return {name: True if not values else values[0] if len(values) == 1 else values for name, values in settings.items()}
 
 
 def _explain(problem: Any) -> str:

@@ -6,9 +6,7 @@ from typing import Any
 import xxhash
 
 CHUNK = 1 << 22  # bytes read at a time
-SAMPLED_ABOVE = (
-    64 << 20
-)  # in a model's folder, of a larger file only the size, the head and the tail are hashed
+SAMPLED_ABOVE = 64 << 20  # in a model's folder, of a larger file only the size, the head and the tail are hashed
 
 
 def fingerprint(source: str | Path) -> dict[str, Any]:

@@ -34,9 +34,7 @@ class PartialRecords:
         self.done = sum(1 for part in self.part_of if part >= 0)
         self.own = output.with_name(f"{output.name}.partial{program.rank() or ''}")
         if self.own.exists():
-            os.truncate(
-                self.own, max((offset + len(line) for _, offset, line in _lines(self.own)), default=0)
-            )
+            os.truncate(self.own, max((offset + len(line) for _, offset, line in _lines(self.own)), default=0))
         self.file = None
 
     def __contains__(self, position: int) -> bool:

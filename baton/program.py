@@ -30,9 +30,7 @@ def world_size() -> int:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage's `main` and exit: 0 done, 2 bad input, 3 failures listed, 130 interrupted, 1 a bug."""
     level = logging.INFO if rank() == 0 else logging.WARNING
-    logging.basicConfig(
-        stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # SIGINT too: it is ignored in what a shell script starts in the background.

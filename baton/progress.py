@@ -17,9 +17,7 @@ class Progress:
     def __init__(self, total: int, unit: str, done: int = 0):
         self.total, self.unit, self.done, self.already = total, unit, done, done
         self.start = self.last_line = time.monotonic()
-        self.bar = (
-            tqdm(total=total, initial=done, unit=unit, file=sys.stderr) if sys.stderr.isatty() else None
-        )
+        self.bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr) if sys.stderr.isatty() else None
 
     def update(self, count: int = 1, note: str = "") -> None:
         self.done += count

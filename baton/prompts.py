@@ -4,7 +4,7 @@ import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import orjson
 from baton import jsonl
 from baton.errors import InputError
 from baton.jsonl import Record
+from baton.mixing import Selection, select_rows
 from baton.records import Messages, prompt_hash, prompt_id, prompt_of
 
 log = logging.getLogger("baton")
@@ -40,24 +41,36 @@ def read_records(source: str, split: str = "train") -> Iterator[tuple[str, Recor
 
 
 class PromptSet:
-    """The prompts of one source, in order, with ids that do not depend on the shard.
+    """The prompts that a run takes, in order, with ids that do not depend on the shard.
 
-    Making it reads the source once. It holds 12 bytes a prompt; the records themselves are streamed again for
-    each shard.
+    Making it reads the sources once. It holds 20 bytes a prompt; the records themselves are streamed again for
+    each shard. Several sources are named with commas between; `selection` says which of their prompts to take.
+    A `system_prompt` is put before every conversation that has none.
     """
 
-    def __init__(self, source: str, key: str | None = None, split: str = "train"):
-        self.source, self.key, self.split = source, key, split
-        hashes = array("Q")
-        for where, record in read_records(source, split):
-            hashes.append(prompt_hash(prompt_of(record, where, key)))
-        if not hashes:
-            raise InputError(f"{source}: holds no records")
-        self.hashes = np.frombuffer(hashes, dtype=np.uint64)
+    def __init__(
+        self,
+        source: str,
+        key: str | None = None,
+        split: str = "train",
+        selection: Selection | None = None,
+        system_prompt: str | None = None,
+    ):
+        self.sources, self.key, self.split, self.system_prompt = split_sources(source), key, split, system_prompt
+        hashes, lengths = array("Q"), []
+        for name in self.sources:
+            before = len(hashes)
+            for where, record in read_records(name, split):
+                hashes.append(prompt_hash(self._messages(record, where)))
+            if len(hashes) == before:
+                raise InputError(f"{name}: holds no records")
+            lengths.append(len(hashes) - before)
+        self.rows = select_rows(lengths, selection or Selection())
+        self.hashes = np.frombuffer(hashes, dtype=np.uint64)[self.rows]
         self.ordinals = ordinals(self.hashes)
 
     def __len__(self) -> int:
-        return len(self.hashes)
+        return len(self.rows)
 
     def id(self, position: int) -> str:
         """The id of the prompt at `position`."""
@@ -66,23 +79,31 @@ class PromptSet:
     def shard(self, index: int, count: int) -> Iterator[tuple[int, str, Record, Messages]]:
         """Yield (position in the shard, where, record with `id` and `prompt`, messages) of one shard."""
         span = shard_range(len(self), index, count)
-        records = islice(read_records(self.source, self.split), span.start, span.stop)
-        for position, (where, record) in zip(span, records, strict=True):
-            messages = prompt_of(record, where, self.key)
-            yield (
-                position - span.start,
-                where,
-                {**record, "id": self.id(position), "prompt": messages},
-                messages,
-            )
+        numbered = enumerate(chain.from_iterable(read_records(name, self.split) for name in self.sources))
+        row, where, record = -1, "", {}
+        for position in span:
+            while row < self.rows[position]:
+                row, (where, record) = next(numbered)
+            messages = self._messages(record, where)
+            numbered_record = {**record, "id": self.id(position), "prompt": messages}
+            yield position - span.start, where, numbered_record, messages
+
+    def _messages(self, record: Record, where: str) -> Messages:
+        messages = prompt_of(record, where, self.key)
+        if self.system_prompt is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+
+def split_sources(source: str) -> list[str]:
+    """The sources named in `A,B`; a path that exists as it stands is one source."""
+    return [source] if Path(source).exists() else [name for name in source.split(",") if name]
 
 
 def shard_range(total: int, index: int, count: int) -> range:
     """The positions of shard `index` of `count`: contiguous, in one shard each, sizes at most one apart."""
     if not 0 <= index < count:
-        raise InputError(
-            f"shard {index} of {count}: --local_index must be within 0..{count - 1} (0..my_world_size-1)"
-        )
+        raise InputError(f"shard {index} of {count}: --local_index must be within 0..{count - 1} (0..my_world_size-1)")
     return range(total * index // count, total * (index + 1) // count)
 
 
@@ -151,8 +172,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Record]]:
         dataset = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"{name}: neither a local file ({', '.join(LOCAL_ENDINGS)}) nor a Hugging Face dataset that "
-            f"can be loaded: {error}"
+            f"{name}: neither a local file ({', '.join(LOCAL_ENDINGS)}) nor a Hugging Face dataset that can be loaded: {error}"
         ) from None
     for number, record in enumerate(dataset, 1):
         yield f"{name}: row {number}", record

@@ -32,9 +32,7 @@ def as_messages(value: object, where: str, field: str) -> Messages:
         raise InputError(f"{where}: `{field}` must be a string or a list of messages, got {_short(value)}")
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(
-                f"{where}: `{field}`: a message needs `role` and `content`, got {_short(message)}"
-            )
+            raise InputError(f"{where}: `{field}`: a message needs `role` and `content`, got {_short(message)}")
         if not isinstance(message.get("content"), str):
             raise InputError(f"{where}: `{field}`: `content` must be a string, got {_short(message)}")
     return value
@@ -47,9 +45,7 @@ def prompt_of(record: Record, where: str, key: str | None = None) -> Messages:
             return as_messages(record[name], where, name)
     wanted = f"`{key}`" if key else " or ".join(f"`{name}`" for name in PROMPT_KEYS)
     found = ", ".join(f"`{name}`" for name in record) or "no keys"
-    raise InputError(
-        f"{where}: the record has no {wanted}, it has {found}; name the key of the prompt with --dataset_key"
-    )
+    raise InputError(f"{where}: the record has no {wanted}, it has {found}; name the key of the prompt with --dataset_key")
 
 
 def prompt_hash(messages: Messages) -> int:
@@ -66,15 +62,11 @@ def responses_of(record: Record, where: str) -> list[str]:
     """The K responses of a generated record. Raises InputError if they are missing, empty or not strings."""
     responses = record.get("responses")
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
-        raise InputError(
-            f"{where}: `responses` must be a list of at least one string, got {_short(responses)}"
-        )
+        raise InputError(f"{where}: `responses` must be a list of at least one string, got {_short(responses)}")
     for name in ("response_token_ids", "finish_reasons"):
         values = record.get(name)
         if values is not None and (not isinstance(values, list) or len(values) != len(responses)):
-            raise InputError(
-                f"{where}: `{name}` must hold one entry for each of the {len(responses)} responses"
-            )
+            raise InputError(f"{where}: `{name}` must hold one entry for each of the {len(responses)} responses")
     return responses
 
 
@@ -82,9 +74,7 @@ def rewards_of(record: Record, where: str) -> list[float]:
     """The K rewards of an annotated record, a finite number for each response. Raises InputError if not."""
     responses, rewards = responses_of(record, where), record.get("rewards")
     if not isinstance(rewards, list):
-        raise InputError(
-            f"{where}: `rewards` must be a list of numbers, got {_short(rewards)}; annotate the file first"
-        )
+        raise InputError(f"{where}: `rewards` must be a list of numbers, got {_short(rewards)}; annotate the file first")
     if len(rewards) != len(responses):
         raise InputError(f"{where}: {len(rewards)} `rewards` for {len(responses)} `responses`")
     for reward in rewards:

@@ -109,9 +109,7 @@ class Stage:
         """
         drops = drops or Drops()
         if records_in != records_out + drops.counts.total():
-            raise RuntimeError(
-                f"{self.output}: {records_in} records in, but {records_out} out and dropped: {drops}"
-            )
+            raise RuntimeError(f"{self.output}: {records_in} records in, but {records_out} out and dropped: {drops}")
         if self.partial_folder.is_dir():
             _remove(self.output)
             self.partial_folder.replace(self.output)
@@ -121,9 +119,7 @@ class Stage:
         _write_json(manifest_path(self.output), self.manifest)
         remove_partial(self.output)
         self._unlock()
-        log.info(
-            "%s: %d in, %d out, dropped: %s; %.1f s", self.output, records_in, records_out, drops, seconds
-        )
+        log.info("%s: %d in, %d out, dropped: %s; %.1f s", self.output, records_in, records_out, drops, seconds)
 
     def _start_afresh(self, inputs: dict[str, str | Path]) -> None:
         """Write the manifest of work in progress, and remove what was there before.
@@ -149,9 +145,7 @@ class Stage:
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                raise InputError(
-                    f"{self.output}: another process is working on it; wait for it or stop it"
-                ) from None
+                raise InputError(f"{self.output}: another process is working on it; wait for it or stop it") from None
             try:
                 if os.path.samestat(os.fstat(self.lock.fileno()), path.stat()):
                     return
@@ -213,13 +207,10 @@ def _plan(asked: dict[str, Any], output: Path, inputs: dict[str, str | Path], ov
             return RESUMES
         if part_files(output) or output.exists():
             raise InputError(
-                f"{output}: unfinished work with another {difference}; go on with the same, or start "
-                "afresh with --overwrite"
+                f"{output}: unfinished work with another {difference}; go on with the same, or start afresh with --overwrite"
             )
     elif output.exists():
-        raise InputError(
-            f"{output}: exists, and no manifest says that this stage made it; --overwrite replaces it"
-        )
+        raise InputError(f"{output}: exists, and no manifest says that this stage made it; --overwrite replaces it")
     return STARTS
 
 

@@ -152,9 +152,7 @@ def _check_same_prompts(initial: Round, prompts: Round) -> None:
         for id_, prompt in one.items():
             if id_ not in other:
                 path = next(iter(other.values())).where.rpartition(":")[0]
-                raise InputError(
-                    f"{prompt.where}: the prompt {id_} is not in {path}; all rounds need the same prompts"
-                )
+                raise InputError(f"{prompt.where}: the prompt {id_} is not in {path}; all rounds need the same prompts")
 
 
 def _evaluated(record: Record, where: str) -> Evaluated:

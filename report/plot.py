@@ -75,9 +75,7 @@ def _line(axis: Axes, rounds: Sequence[dict[str, Any]], name: str, color: str, f
     if len(known) <= 10:
         for number, value, top in zip(x, y, high, strict=True):
             text = form.format(value).replace("-", "\N{MINUS SIGN}")
-            label = axis.annotate(
-                text, (number, top), (0, 7), textcoords="offset points", ha="center", fontsize=9
-            )
+            label = axis.annotate(text, (number, top), (0, 7), textcoords="offset points", ha="center", fontsize=9)
             label.set(color=INK, path_effects=[withStroke(linewidth=3, foreground="white")])
     axis.margins(y=0.25)
 

@@ -74,9 +74,7 @@ def test_a_bool_is_a_flag_with_or_without_a_value(flags, expected):
     assert read(*MODEL, *flags).shuffle is expected
 
 
-@given(
-    st.integers(1), st.floats(0, exclude_min=True, allow_infinity=False), st.lists(st.integers(), min_size=1)
-)
+@given(st.integers(1), st.floats(0, exclude_min=True, allow_infinity=False), st.lists(st.integers(), min_size=1))
 def test_every_value_comes_through_flags_as_it_was(count, temperature, ports):
     flags = ("--K", str(count), "--temperature", repr(temperature), "--ports", *map(str, ports))
     arguments = read(*MODEL, *flags)

@@ -100,9 +100,7 @@ def test_a_prompt_is_the_same_as_text_and_as_messages_under_each_known_key(tmp_p
     assert record["other"] == 1
 
 
-@pytest.mark.parametrize(
-    "name", ["p.jsonl", "p.jsonl.gz", "list.json", "instances.json", "lines.json", "p.parquet"]
-)
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz", "list.json", "instances.json", "lines.json", "p.parquet"])
 def test_every_format_is_read_alike(tmp_path, name):
     path = write_as(tmp_path / name)
     found = list(read_records(str(path)))

@@ -47,9 +47,7 @@ def write_round(run_dir: Path, number: int, records: list[Record]) -> Path:
     return path
 
 
-def write_run(
-    run_dir: Path, rounds: int = 3, change: Callable[[Record], Record] = lambda record: record
-) -> Path:
+def write_run(run_dir: Path, rounds: int = 3, change: Callable[[Record], Record] = lambda record: record) -> Path:
     for round_ in range(rounds):
         write_round(run_dir, round_, [change(record(number, round_)) for number in range(5)])
     return run_dir
@@ -62,9 +60,7 @@ def without(*keys: str) -> Callable[[Record], Record]:
 def report(run_dir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "report/summarize.py", "--run_dir", run_dir, *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
 
 
 def summary(run_dir: Path) -> dict:

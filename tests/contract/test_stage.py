@@ -19,9 +19,7 @@ PROGRAM = Path(__file__).with_name("small_stage.py")
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
-    path.write_bytes(
-        b"".join(orjson.dumps({"prompt": f"prompt {i}", "extra": i}) + b"\n" for i in range(300))
-    )
+    path.write_bytes(b"".join(orjson.dumps({"prompt": f"prompt {i}", "extra": i}) + b"\n" for i in range(300)))
     return path
 
 
@@ -30,9 +28,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out [1]*.jsonl"  # characters that mean something to a glob
 
 
-def start(
-    prompts: Path, output: Path, *flags: str, python: tuple[str, ...] = (), **options
-) -> subprocess.Popen:
+def start(prompts: Path, output: Path, *flags: str, python: tuple[str, ...] = (), **options) -> subprocess.Popen:
     """Starts the small stage; its stdin stays open until it is waited for."""
     command = [
         sys.executable,
@@ -75,9 +71,7 @@ def manifest(output: Path) -> dict:
 
 
 def files_beside(output: Path) -> set[str]:
-    return {
-        path.name.removeprefix(output.name) for path in output.parent.iterdir() if path.name.startswith("out")
-    }
+    return {path.name.removeprefix(output.name) for path in output.parent.iterdir() if path.name.startswith("out")}
 
 
 def assert_complete(output: Path, count: int = 300) -> None:
@@ -111,9 +105,7 @@ def test_a_finished_stage_is_up_to_date_and_says_so_before_any_heavy_import(prom
     run(prompts, output)
     before = output.stat().st_mtime_ns
     code, log = run(prompts, output, python=("-X", "importtime"))
-    imported = {
-        line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")
-    }
+    imported = {line.rpartition("|")[2].strip() for line in log.splitlines() if line.startswith("import time:")}
     assert code == 0
     assert "up to date" in log
     assert "baton.stage" in imported
@@ -226,9 +218,7 @@ def test_an_interrupted_stage_exits_130_and_keeps_what_it_finished(prompts, outp
 
 
 def test_a_background_job_of_a_shell_can_be_interrupted(prompts, output):
-    ignoring = start(
-        prompts, output, "--wait_after", "5", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
-    )
+    ignoring = start(prompts, output, "--wait_after", "5", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert stop_at(ignoring, 5, signal.SIGINT)[0] == 130
 
 
@@ -238,9 +228,7 @@ def test_killed_again_and_again_every_record_is_written_exactly_once_and_in_orde
     place = -1
     while not output.exists():
         place += generator.randint(10, 120)
-        running = start(
-            prompts, output, "--wait_after", str(place + 5)
-        )  # so that it is not far ahead of its words
+        running = start(prompts, output, "--wait_after", str(place + 5))  # so that it is not far ahead of its words
         stop_at(running, place, signal.SIGKILL)
     assert run(prompts, output)[0] == 0  # a kill may have hit between the output and its manifest
     assert_complete(output)
