@@ -53,7 +53,8 @@ def rows_on_disk(rows: Callable[[], Iterator[dict[str, Any]]], config: Any, name
     with config.main_process_first(local=False):
         if program.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"), fingerprint=name).save_to_disk(folder / "rows")
+            written = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"), fingerprint=name)
+            written.save_to_disk(folder / "rows")
     return datasets.load_from_disk(str(folder / "rows"))
 
 

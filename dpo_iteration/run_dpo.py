@@ -19,7 +19,6 @@ from baton.fingerprint import fingerprint
 from baton.pairs import ChooseType, PairSettings
 from baton.stage import Drops, Stage
 from baton.templates import check_model_path, load_tokenizer
-
 from dpo_iteration.rows import choose_pairs, token_rows
 
 log = logging.getLogger("baton")
@@ -31,7 +30,7 @@ class Arguments(StageArguments):
     model_name_or_path: str = option(..., "the policy that this round starts from", changes_result=False)
     ref_model: str | None = option(None, "the reference policy; default: the starting policy", changes_result=False)
     dataset_name_or_path: str = option(
-        ..., "annotated responses (`prompt`, `responses`, `rewards`), or preferences (`chosen`, `rejected`)", changes_result=False
+        ..., "annotated responses (`prompt`, `responses`, `rewards`) or preferences (`chosen`, …)", changes_result=False
     )
     dataset_split: str = option("train", "split of a Hugging Face dataset")
     output_dir: str = option(..., "folder of the finished policy", changes_result=False)
@@ -80,7 +79,8 @@ def with_reference_logps(dataset: Any, reference: str, config: Any, folder: Path
 
     pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in dataset]
     key = [fingerprint(reference)["hash"], f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs}"]
-    with torch.autocast(config.device.type, torch.float16 if config.fp16 else torch.bfloat16, enabled=config.bf16 or config.fp16):
+    dtype = torch.float16 if config.fp16 else torch.bfloat16
+    with torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
         logps = kept_reference_logps(pairs, lambda: load(reference, config), folder, key, ld_alpha=config.ld_alpha)
     return dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
 

@@ -109,7 +109,9 @@ def main() -> None:
     }
     drops = {name: Drops() for name in splits}
     rows = {
-        name: training.rows_on_disk(lambda s=split, d=drops[name]: tokenised(*s, tokenizer, arguments.max_length, d), config, name)
+        name: training.rows_on_disk(
+            lambda split=split, name=name: tokenised(*split, tokenizer, arguments.max_length, drops[name]), config, name
+        )
         for name, split in splits.items()
     }
     trainer = RewardTrainer(

@@ -47,8 +47,8 @@ def run_dir(tmp_path_factory):
     """A run's folder with data, a briefly trained policy and reward model, and a recipe."""
     folder = tmp_path_factory.mktemp("run")
     data, base = folder / "data", folder / "base"
-    sizes = ["--demonstrations", 800, "--train_pairs", 100, "--test_pairs", 20]
-    program("quickstart/make_data.py", "--output_dir", data, *sizes, "--prompts_per_round", PROMPTS, "--heldout_prompts", HELDOUT)
+    sizes = ["--demonstrations", 800, "--train_pairs", 100, "--test_pairs", 20, "--prompts_per_round", PROMPTS]
+    program("quickstart/make_data.py", "--output_dir", data, *sizes, "--heldout_prompts", HELDOUT)
     program("quickstart/make_model.py", "--text", data / "sft.jsonl", "--output_dir", base, "--hidden_size", 64, "--layers", 2)
     steps = ["--max_steps", 30]
     program(

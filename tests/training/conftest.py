@@ -23,8 +23,9 @@ def read_jsonl(path):
 def task(tmp_path_factory):
     """A folder with `data/` and `base/`."""
     folder = tmp_path_factory.mktemp("task")
-    sizes = ["--demonstrations", 600, "--train_pairs", 200, "--test_pairs", 40, "--prompts_per_round", 48, "--heldout_prompts", 8]
-    made = run_program("quickstart/make_data.py", "--output_dir", folder / "data", *sizes)
+    sizes = ["--demonstrations", 600, "--train_pairs", 200, "--test_pairs", 40]
+    prompts = ["--prompts_per_round", 48, "--heldout_prompts", 8]
+    made = run_program("quickstart/make_data.py", "--output_dir", folder / "data", *sizes, *prompts)
     assert made.returncode == 0, made.stderr
     small = ["--hidden_size", 64, "--layers", 2]
     made = run_program("quickstart/make_model.py", "--text", folder / "data/sft.jsonl", "--output_dir", folder / "base", *small)
