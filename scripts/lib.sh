@@ -42,14 +42,15 @@ gpu_count() {
 # Runs one stage of the run in $run_dir, its output in a log of its own; a failure ends the script with the log's tail.
 # stage NAME COMMAND [ARGUMENT ...]
 stage() {
-  local name=$1 log=${run_dir:?the caller sets it}/logs/$1.log start=$SECONDS code=0
+  local name=$1 log=${run_dir:?the caller sets it}/logs/$1.log start=$SECONDS code=0 earlier
   shift
   mkdir -p "$run_dir/logs"
+  earlier=$(stat -c %s "$log" 2>/dev/null || echo 0)
   say "$name ..."
   "$@" >>"$log" 2>&1 || code=$?
   if ((code != 0)); then
     say "$name: failed with exit code $code; the end of $log:"
-    tail -n 15 "$log" >&2
+    tail -c "+$((earlier + 1))" "$log" | tail -n 15 >&2
     exit "$code"
   fi
   say "$name: $((SECONDS - start)) s, $(tail -n 1 "$log" | sed 's/^[0-9:]* INFO //')"
