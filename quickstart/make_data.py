@@ -22,7 +22,8 @@ from baton.jsonl import Record
 from baton.stage import Stage
 from quickstart import gold, grammar
 
-LABEL_SHARPNESS = 8.0  # a labeller prefers the response that is better by d with probability sigmoid(8 d)
+RESPONSES_COMPARED = 4  # a pair is the best and the worst of so many
+LABEL_SHARPNESS = 5.0  # the judge picks the response that is better by d with probability sigmoid(5 d)
 
 Opening = tuple[str, dict[str, str]]
 
@@ -90,16 +91,17 @@ def demonstration(rng: Random, opening: Opening) -> Record:
 
 
 def pair(rng: Random, opening: Opening) -> Record:
-    """Two responses and a Bradley-Terry judge: P(a is chosen) = sigmoid(sharpness · (gold(a) - gold(b)))."""
+    """The best and the worst of some responses by gold score, in the order of a Bradley-Terry judge.
+
+    The judge is not always right: P(the better one is chosen) = sigmoid(sharpness · difference of gold scores).
+    """
     text, names = opening
-    while True:
-        a, b = grammar.continuation(rng, names), grammar.continuation(rng, names)
-        difference = gold.gold_score(text, a) - gold.gold_score(text, b)
-        if difference:
-            break
-    if rng.random() > 1 / (1 + math.exp(-LABEL_SHARPNESS * difference)):
-        a, b = b, a
-    return prompt(rng, opening) | {"chosen": a, "rejected": b}
+    drawn = [grammar.continuation(rng, names) for _ in range(RESPONSES_COMPARED)]
+    scores = [gold.gold_score(text, response) for response in drawn]
+    chosen, rejected = drawn[scores.index(max(scores))], drawn[scores.index(min(scores))]
+    if rng.random() > 1 / (1 + math.exp(-LABEL_SHARPNESS * (max(scores) - min(scores)))):
+        chosen, rejected = rejected, chosen
+    return prompt(rng, opening) | {"chosen": chosen, "rejected": rejected}
 
 
 if __name__ == "__main__":
