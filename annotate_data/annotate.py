@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import orjson
@@ -15,11 +15,10 @@ from baton.progress import Progress
 from baton.stage import Drops, Stage
 from processes import barrier
 from summary import Summary
-from work import Responses, Score, Scores, Task, write_records
+from work import Responses, Scorer, Scores, write_records
 
 log = logging.getLogger("baton")
 
-Scorer = Callable[[Iterable[Task]], Iterator[Score]]
 Merge = Callable[[Record, dict[str, list[float]]], tuple[Record, dict[str, list[float]]]]
 
 NAMED = 20  # how many prompts a warning names; the summary names NAMED_KEPT
@@ -31,17 +30,18 @@ def annotate(
     responses: Responses,
     scorers: dict[str, Callable[[], Scorer]],
     merge: Merge,
-) -> None:
-    """Score `responses` with each of `scorers`, made one after the other when there is work for it, and finish `stage`.
+) -> Drops:
+    """Score `responses` with each of `scorers`, one after the other, and finish `stage`; returns the records left out.
 
-    `merge(record, {scorer: scores})` gives the output's record, and columns of K numbers to summarise. Raises InputError, naming the record, for a score that is not finite.
+    A scorer is made only when there is work for it. `merge(record, {scorer: scores})` gives the output's record, and columns of
+    K numbers to summarise. Raises InputError, naming the record, for a score that is not finite.
     """
     barrier()  # process 0 has cleared what an earlier run with other arguments left
     scores = Scores(stage.output, responses, list(scorers))
     barrier()  # all have seen what is done
     progress = Progress(scores.partial.count // world_size(), "scores", scores.partial.done // world_size())
     if scores.partial.done:
-        log.info("%d of %d scores are done, %d to go", scores.partial.done, scores.partial.count)
+        log.info("%d of %d scores are done already", scores.partial.done, scores.partial.count)
     for name, make in scorers.items():
         if not scores.missing(name):
             continue
@@ -49,35 +49,34 @@ def annotate(
         for score in scorer(scores.tasks(name)):
             if score.value is not None and not math.isfinite(score.value):
                 raise InputError(
-                    f"{score.task.where}: response {score.index + 1} of prompt {score.task.record['id']}: {name} gave "
-                    f"{score.value}, which is no number to rank by; is the dtype wide enough (--dtype float32)?"
+                    f"{score.task.where}: response {score.index + 1} of prompt {score.task.record['id']}: "
+                    f"{name} gave {score.value}; of a model, try --dtype float32"
                 )
             scores.keep(name, score)
             progress.update()
         del scorer  # before the next one takes the memory
     progress.close()
     barrier()  # all scores are on disk
-    if rank() == 0:
-        finish(stage, scores, merge)
+    return finish(stage, scores, merge) if rank() == 0 else Drops()
 
 
-def finish(stage: Stage, scores: Scores, merge: Merge) -> None:
-    """Write the output, its summary and its manifest. Records that a scorer could not score are dropped, and named."""
+def finish(stage: Stage, scores: Scores, merge: Merge) -> Drops:
+    """Write the output, its summary and its manifest; a record with a response that has no score is dropped, and named."""
     drops = Drops()
     summaries: defaultdict[str, Summary] = defaultdict(Summary)
     noted: defaultdict[str, list[str]] = defaultdict(list)
 
     def records() -> Iterator[Record]:
         for where, record, by_scorer, notes in scores.all():
-            if any(value is None for values in by_scorer.values() for value in values):
-                drops.add(notes[-1], f"{record['id']} ({where})")
+            if failures := [note for failed, note in notes if failed]:
+                drops.add(failures[0], f"{record['id']} ({where})")
                 continue
-            for note in notes:
+            for _, note in notes:
                 noted[note].append(record["id"])
-            record, columns = merge(record, by_scorer)
+            merged, columns = merge(record, by_scorer)
             for name, values in columns.items():
                 summaries[name].add(record["responses"], values)
-            yield record
+            yield merged
 
     written = write_records(stage.output, records())
     numbers = {name: summary.numbers() for name, summary in summaries.items()}
@@ -101,6 +100,7 @@ def finish(stage: Stage, scores: Scores, merge: Merge) -> None:
         noted=noted_facts,
         scored_by_this_run=scores.partial.count - scores.partial.done,
     )
+    return drops
 
 
 def summary_path(output: Path) -> Path:

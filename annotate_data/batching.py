@@ -40,9 +40,7 @@ def batches(lengths: Sequence[int], tokens: int, least_filled: float) -> Iterato
         yield batch
 
 
-def padded(
-    sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def padded(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids (B, L), padded on the right, and lengths (B,), both int64 on `device`."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)

@@ -6,18 +6,16 @@ import torch
 import torch.nn.functional as F
 
 import models
+from batching import batches, padded, windows
 from baton.jsonl import Record
 from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_token_ids
-from batching import batches, padded, windows
 from work import Score, Task
 
 # Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
 
 TOO_LONG = "longer than max_length tokens"
-RETOKENISED = (
-    "tokenised again: no sampled token ids, or ids that this tokenizer does not read as the response"
-)
+RETOKENISED = "tokenised again: no sampled token ids, or ids that this tokenizer does not read as the response"
 
 
 class CausalLM:
@@ -27,22 +25,14 @@ class CausalLM:
     response that with its prompt is longer than `max_length` tokens has no score.
     """
 
-    def __init__(
-        self,
-        path: str,
-        device: torch.device,
-        dtype: models.Dtype = "auto",
-        max_length: int | None = None,
-        tokens_per_batch: int | None = None,
-        chat_template: str | None = None,
-    ):
+    def __init__(self, path: str, device: torch.device, settings: models.Settings):
         from transformers import AutoModelForCausalLM
 
-        self.tokenizer = load_tokenizer(path, chat_template)
-        self.model = models.load(AutoModelForCausalLM, path, dtype).to(device)
+        self.tokenizer = load_tokenizer(path, settings.chat_template)
+        self.model = models.load(AutoModelForCausalLM, path, settings.dtype).to(device)
         self.device = device
-        self.max_length = models.longest_input(self.model, max_length)
-        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH[device.type]
+        self.max_length = models.longest_input(self.model, settings.max_length)
+        self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
         self.least_filled = models.LEAST_FILLED[device.type]
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
@@ -77,9 +67,7 @@ class CausalLM:
         ids, lengths = padded(sequences, 0, self.device)  # (B, L), (B,)
         first = min(prompts) - 1  # a token is predicted at the one before it
         places = torch.arange(first, ids.shape[1] - 1, device=self.device)  # (S,)
-        logits = self.model(
-            input_ids=ids, use_cache=False, logits_to_keep=places
-        ).logits  # (B, S, vocabulary)
+        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=places).logits  # (B, S, vocabulary)
         logps = []
         for row, tokens, prompt, length in zip(logits, ids, prompts, lengths.tolist(), strict=True):
             predictions = row[prompt - 1 - first : length - 1 - first].float()  # (response, vocabulary)

@@ -23,9 +23,7 @@ from work import Responses, check_output
 
 
 class Arguments(StageArguments):
-    dataset_name_or_path: str = option(
-        ..., "responses: a file or a Hugging Face dataset", changes_result=False
-    )
+    dataset_name_or_path: str = option(..., "responses: a file or a Hugging Face dataset", changes_result=False)
     output_dir: Path = option(..., "the output FILE, such as data/logps.jsonl", changes_result=False)
     models: list[str] = option(..., "the models, each as NAME=PATH", changes_result=False, min_length=1)
     dataset_key: str | None = option(None, "key of the prompt (else `prompt` or `context_messages`)")
@@ -62,15 +60,14 @@ def main() -> None:
 
     device = processes.choose_device(arguments.device)
 
+    settings = models.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+
     def scorer(path: str) -> CausalLM:
-        options = (arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
-        model = CausalLM(path, device, *options)
+        model = CausalLM(path, device, settings)
         log_what_runs(**processes.described(device), **models.described(model.model))
         return model
 
-    annotate(
-        stage, responses, {name: lambda path=path: scorer(path) for name, path in paths.items()}, add_logps
-    )
+    annotate(stage, responses, {name: lambda path=path: scorer(path) for name, path in paths.items()}, add_logps)
 
 
 def models_by_name(words: list[str]) -> dict[str, str]:

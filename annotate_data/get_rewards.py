@@ -7,81 +7,118 @@
     accelerate launch --num_processes 8 annotate_data/get_rewards.py --dataset_name_or_path …
     # two CPU processes (accelerate launch --cpu would start one)
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 annotate_data/get_rewards.py …
+    # another scorer, or several at once
+    … --scorer function:docs/examples/gsm8k_reward.py:gsm8k_reward
+    … --scorer bt:sfairXC/FsfairX-LLaMA3-RM-v0.1 brief=function:rules.py:brevity --weights 1 0.2
 
-Each record of the output is the input's, with `id` and `rewards`, in the order of the input; beside it <output>.summary.json
+Kinds of scorers: bt:MODEL, vllm:MODEL, pair:MODEL, custom:MODEL, function:FILE.py:NAME, http:URL[,URL…], judge:URL[,URL…]; a
+name may stand before: NAME=KIND:TARGET. With several, `rewards` is the weighted sum and `rewards_by` holds each.
+
+Each record of the output is the input's, with `id` and `rewards`, in the order of the input; <output>.summary.json beside it
 says what the rewards look like.
 """
 
+import os
 from pathlib import Path
 from typing import Literal
 
-import models
+from pydantic import SecretStr
+
+import scorers
 from baton.arguments import StageArguments, option, parse
+from baton.errors import FailuresListed, InputError
 from baton.jsonl import Record
-from baton.program import check_processes, log_what_runs, run
+from baton.program import check_processes, rank, run
 from baton.stage import Stage
+from plot import draw, plot_path
 from work import Responses, check_output
 
 
 class Arguments(StageArguments):
-    dataset_name_or_path: str = option(
-        ..., "responses to score: a file or a Hugging Face dataset", changes_result=False
-    )
-    output_dir: Path = option(
-        ..., "the output FILE, such as data/data_with_rewards.jsonl", changes_result=False
-    )
+    dataset_name_or_path: str = option(..., "responses to score: a file or a Hugging Face dataset", changes_result=False)
+    output_dir: Path = option(..., "the output FILE, such as data/data_with_rewards.jsonl", changes_result=False)
     dataset_key: str | None = option(None, "key of the prompt (else `prompt` or `context_messages`)")
     K: int | None = option(None, "responses of each prompt, checked when given", ge=1)
     reward_name_or_path: str = option(
-        "sfairXC/FsfairX-LLaMA3-RM-v0.1", "Bradley-Terry reward model", changes_result=False
+        "sfairXC/FsfairX-LLaMA3-RM-v0.1", "reward model, where no --scorer is given", changes_result=False
     )
+    scorer: list[str] | None = option(None, "scorers, each [NAME=]KIND:TARGET (see above)", changes_result=False)
+    weights: list[float] | None = option(None, "weight of each scorer in `rewards` (default: 1 each)")
     chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template")
     max_length: int | None = option(
-        None, "tokens of a conversation; longer ones lose their beginning (default: the model's)", ge=8
+        None, "tokens of a conversation; longer ones lose their beginning (default: the model's limit)", ge=8
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "of the model; auto: the checkpoint's own"
-    )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run", changes_result=False)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the model; auto: the checkpoint's")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where models run", changes_result=False)
     tokens_per_batch: int | None = option(
         None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1, changes_result=False
     )
+    trust_remote_code: bool = option(False, "let scorers of kind custom run the code in the model's folder")
+    workers: int | None = option(
+        None, "calls at once (default: a process per core for function, 32 requests for http and judge)",
+        ge=1, changes_result=False,
+    )  # fmt: skip
+    timeout: float = option(60.0, "seconds that one call of a function or service may take", gt=0, changes_result=False)
+    tries: int = option(5, "tries of a request before giving up", ge=1, changes_result=False)
+    judge_model: str | None = option(None, "model that the judge's server is asked for")
+    rubric: Path | None = option(
+        None, "text file with the judge's rubric (default: annotate_data/rubric.txt)", changes_result=False
+    )
+    api_key: SecretStr | None = option(None, "for http and judge (default: $OPENAI_API_KEY)", changes_result=False)
+    plot: bool = option(False, "write <output>.png: rewards, and reward against length", changes_result=False)
+
+    def key(self) -> str | None:
+        """The API key, from the arguments or the environment."""
+        return self.api_key.get_secret_value() if self.api_key else os.environ.get("OPENAI_API_KEY")
 
 
 def main() -> None:
     arguments = parse(Arguments, __doc__)
     check_processes()
-    check(arguments)
-    inputs = {"dataset": arguments.dataset_name_or_path, "reward_model": arguments.reward_name_or_path}
-    stage = Stage.begin("annotate", arguments, arguments.output_dir, inputs)
+    check_output(arguments.output_dir)
+    wanted = scorers.wanted_scorers(arguments.scorer or [f"bt:{arguments.reward_name_or_path}"])
+    weights = weights_of(wanted, arguments.weights)
+    inputs: dict[str, str | Path] = {"dataset": arguments.dataset_name_or_path}
+    for scorer in wanted:
+        inputs |= scorers.check(scorer, arguments)
+    settings = {"scorers": [f"{scorer.name}={scorer.kind}" for scorer in wanted]}
+    stage = Stage.begin("annotate", arguments, arguments.output_dir, inputs, settings)
     if stage is None:
+        if arguments.plot and rank() == 0 and not plot_path(arguments.output_dir).exists():
+            draw(arguments.output_dir)
         return
     responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key, arguments.K)
+    if any(scorer.kind == "pair" for scorer in wanted):
+        responses.require_two()
 
-    import processes
+    def add_rewards(record: Record, scores: dict[str, list[float]]) -> tuple[Record, dict[str, list[float]]]:
+        """The record with its rewards, and what to summarise."""
+        rewards = weighted_sum(scores, weights)
+        if len(scores) == 1:
+            return {**record, "rewards": rewards}, {"rewards": rewards}
+        return {**record, "rewards": rewards, "rewards_by": scores}, {"rewards": rewards, **scores}
+
     from annotate import annotate
-    from bradley_terry import BradleyTerry
 
-    device = processes.choose_device(arguments.device)
-
-    def scorer() -> BradleyTerry:
-        options = (arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
-        model = BradleyTerry(arguments.reward_name_or_path, device, *options)
-        log_what_runs(**processes.described(device), **models.described(model.model))
-        return model
-
-    annotate(stage, responses, {"reward": scorer}, add_rewards)
+    makers = {scorer.name: scorers.maker(scorer, arguments) for scorer in wanted}
+    drops = annotate(stage, responses, makers, add_rewards)
+    if arguments.plot and rank() == 0:
+        draw(arguments.output_dir)
+    if drops.counts:
+        raise FailuresListed(f"{drops.counts.total()} records have no rewards ({drops}); the manifest names them")
 
 
-def check(arguments: Arguments) -> None:
-    """Raise InputError for whatever can be refused without heavy imports."""
-    models.check_reward_model(arguments.reward_name_or_path)
-    check_output(arguments.output_dir)
+def weights_of(wanted: list[scorers.Wanted], weights: list[float] | None) -> dict[str, float]:
+    """The weight of each scorer, by name."""
+    if weights is not None and len(weights) != len(wanted):
+        raise InputError(f"--weights: {len(weights)} weights for {len(wanted)} scorers")
+    return dict(zip([scorer.name for scorer in wanted], weights or [1.0] * len(wanted), strict=True))
 
 
-def add_rewards(record: Record, scores: dict[str, list[float]]) -> tuple[Record, dict[str, list[float]]]:
-    """An annotated record, and its rewards for the summary."""
-    return {**record, "rewards": scores["reward"]}, {"rewards": scores["reward"]}
+def weighted_sum(scores: dict[str, list[float]], weights: dict[str, float]) -> list[float]:
+    """The weighted sum of each response's scores."""
+    columns = zip(*(scores[name] for name in weights), strict=True)
+    return [sum(w * s for w, s in zip(weights.values(), column, strict=True)) for column in columns]
 
 
 if __name__ == "__main__":

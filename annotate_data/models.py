@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from baton.errors import InputError
 from baton.templates import check_model_path
@@ -13,6 +13,15 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
 # The shortest sequence of a batch, as a share of its longest: what padding may cost at most.
 LEAST_FILLED = {"cpu": 0.98, "cuda": 0.8}
+
+
+class Settings(NamedTuple):
+    """How a model is loaded and fed; None for the default."""
+
+    dtype: Dtype = "auto"
+    max_length: int | None = None
+    tokens_per_batch: int | None = None
+    chat_template: str | None = None
 
 
 def check_reward_model(path: str) -> None:
@@ -30,10 +39,10 @@ def check_reward_model(path: str) -> None:
             )
 
 
-def load(auto_class: Any, path: str, dtype: Dtype) -> Any:
-    """A model in evaluation mode on CPU; dtype `auto` is the checkpoint's own. Raises InputError if it cannot be loaded."""
+def load(auto_class: Any, path: str, dtype: Dtype, **options: Any) -> Any:
+    """A model in evaluation mode on CPU; dtype `auto` is the checkpoint's. Raises InputError if it cannot be loaded."""
     try:
-        return auto_class.from_pretrained(path, dtype=dtype).eval()
+        return auto_class.from_pretrained(path, dtype=dtype, **options).eval()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: the model cannot be loaded: {error}") from None
 

@@ -2,13 +2,13 @@
 
 import os
 from datetime import timedelta
-from typing import Literal
-
-import torch
-import torch.distributed
+from typing import TYPE_CHECKING, Literal
 
 from baton.errors import InputError
 from baton.program import world_size
+
+if TYPE_CHECKING:
+    import torch
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -16,11 +16,13 @@ Device = Literal["auto", "cpu", "cuda"]
 LONGEST_WAIT = timedelta(hours=2)
 
 
-def choose_device(wanted: Device) -> torch.device:
+def choose_device(wanted: Device) -> "torch.device":
     """This process's device. Raises InputError if there is no GPU, or none of its own for each process.
 
     On CPU the cores are divided among the processes of this machine: launchers tend to give each a single thread.
     """
+    import torch
+
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     on_cpu = wanted == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     if not on_cpu and torch.cuda.is_available():
@@ -41,13 +43,17 @@ def barrier() -> None:
     """Wait for all processes. Raises RuntimeError when one of them is gone."""
     if world_size() == 1:
         return
+    import torch.distributed
+
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
     torch.distributed.barrier()
 
 
-def described(device: torch.device) -> dict[str, object]:
+def described(device: "torch.device") -> dict[str, object]:
     """What `log_what_runs` says of the processes and their device."""
+    import torch
+
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "processes": world_size()}
     return {"device": "cpu", "processes": world_size(), "threads": torch.get_num_threads()}

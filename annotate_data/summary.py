@@ -15,9 +15,7 @@ class Summary:
     spread: float = 0.0
     pairs: int = 0
     ties: int = 0
-    moments: list[float] = field(
-        default_factory=lambda: [0.0] * 5
-    )  # of reward r and length n: r, n, rr, nn, rn
+    moments: list[float] = field(default_factory=lambda: [0.0] * 5)  # of reward r and length n: r, n, rr, nn, rn
     lowest: float = math.inf
     highest: float = -math.inf
 

@@ -1,8 +1,9 @@
 """The work of annotation: which responses still lack a score; each score is on disk as soon as it is known."""
 
+import math
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,10 @@ class Score(NamedTuple):
     note: str | None = None
 
 
+# What every scorer is: a function from a stream of tasks to the score of each missing response, in any order.
+Scorer = Callable[[Iterable[Task]], Iterator[Score]]
+
+
 class Responses:
     """The generated records of one source, checked in full when this is made; 4 bytes a record are held."""
 
@@ -45,12 +50,16 @@ class Responses:
             prompt_of(record, where, key)
             count = len(responses_of(record, where))
             if K is not None and count != K:
-                raise InputError(
-                    f"{where}: {count} `responses`, but --K {K}; leave --K out to take what the file has"
-                )
+                raise InputError(f"{where}: {count} `responses`, but --K {K}; leave --K out to take what the file has")
             self.counts.append(count)
         if not self.counts:
             raise InputError(f"{source}: holds no records")
+
+    def require_two(self) -> None:
+        """Raise InputError if a record has a single response, which nothing can be compared with."""
+        for count, (where, _) in zip(self.counts, self, strict=True):
+            if count < 2:
+                raise InputError(f"{where}: a pairwise scorer needs at least 2 `responses`, got 1")
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         """Yield ("file:line", record with `id`) in the order of the source."""
@@ -99,27 +108,26 @@ class Scores:
         note = {} if score.note is None else {"note": score.note}
         self.partial.append(place, {"score": score.value} | note)
 
-    def all(self) -> Iterator[tuple[str, Record, dict[str, list[float | None]], list[str]]]:
-        """Yield ("file:line", record, {scorer: scores of its responses}, notes) of every record, in input order."""
+    def all(self) -> Iterator[tuple[str, Record, dict[str, list[float]], list[tuple[bool, str]]]]:
+        """Yield ("file:line", record, {scorer: its K scores}, notes) of every record, in input order.
+
+        A note is (whether there is no score, text).
+        """
         self.partial.close()
-        values = array("d", [float("nan")]) * (self.total * len(self.scorers))
+        values = array("d", [math.nan]) * (self.total * len(self.scorers))
         notes: dict[int, str] = {}
         for place, kept in PartialRecords(self.output, len(values)).records():
-            values[place] = float("nan") if kept["score"] is None else kept["score"]
+            values[place] = math.nan if kept["score"] is None else kept["score"]
             if "note" in kept:
                 notes[place] = kept["note"]
         for position, (where, record) in enumerate(self.responses):
-            spans = {
-                name: range(base + self.first[position], base + self.first[position + 1])
-                for name, base in zip(self.scorers, range(0, len(values), self.total), strict=True)
-            }
-            scores = {name: [_number(values[place]) for place in span] for name, span in spans.items()}
-            yield (
-                where,
-                record,
-                scores,
-                [notes[place] for span in spans.values() for place in span if place in notes],
-            )
+            scores, noted = {}, []
+            for number, name in enumerate(self.scorers):
+                first = number * self.total + self.first[position]
+                span = range(first, first + self.responses.counts[position])
+                scores[name] = [values[place] for place in span]
+                noted += [(math.isnan(values[place]), notes[place]) for place in span if place in notes]
+            yield where, record, scores, noted
 
 
 def check_output(output: Path) -> None:
@@ -146,7 +154,3 @@ def write_records(output: Path, records: Iterator[Record]) -> int:
         unfinished.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(output)) from None
     return count
-
-
-def _number(value: float) -> float | None:
-    return None if value != value else value

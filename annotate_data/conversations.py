@@ -1,0 +1,37 @@
+"""From responses to the token ids of whole conversations, written by the scoring model's own chat template."""
+
+from typing import Any
+
+from baton.records import Messages
+from baton.templates import conversation_token_ids
+from work import Task
+
+TRUNCATED = "truncated: longer than max_length tokens, so the conversation's beginning was left out"
+
+
+def with_response(task: Task, index: int) -> Messages:
+    """The conversation that ends with response `index`."""
+    return [*task.prompt, {"role": "assistant", "content": task.responses[index]}]
+
+
+def token_ids(tokenizer: Any, window: list[tuple[Task, int]], max_length: int) -> tuple[list[list[int]], list[str | None]]:
+    """The token ids of each conversation, its last `max_length` at most, and a note for each that lost its beginning.
+
+    The end is kept because a reward is read there, after the response. Raises InputError naming the record that the chat
+    template refuses.
+    """
+    conversations = [with_response(task, index) for task, index in window]
+    sequences = encode_all(tokenizer, conversations, [task.where for task, _ in window])
+    notes = [TRUNCATED if len(ids) > max_length else None for ids in sequences]
+    return [ids[-max_length:] for ids in sequences], notes
+
+
+def encode_all(tokenizer: Any, conversations: list[Messages], wheres: list[str]) -> list[list[int]]:
+    """`conversation_token_ids` of many conversations, tokenised in parallel."""
+    import jinja2
+
+    try:
+        texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    except (jinja2.TemplateError, TypeError, KeyError):  # one by one, to name the record
+        return [conversation_token_ids(tokenizer, *both) for both in zip(conversations, wheres, strict=True)]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]

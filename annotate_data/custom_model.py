@@ -1,0 +1,51 @@
+"""Rewards of a model that brings its own code, such as ArmoRM's several heads behind a gate."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+import models
+from batching import batches, windows
+from baton.errors import InputError
+from baton.templates import load_tokenizer
+from conversations import token_ids
+from work import Score, Task
+
+EQUAL_LENGTHS = 1.0  # another's code is given no padding to mistake for text
+
+
+class CustomModel:
+    """A reward model whose code is in its folder. Call it with tasks: it yields the score of each missing response.
+
+    Its output's `score` is read, or else its only logit.
+    """
+
+    def __init__(self, path: str, device: torch.device, settings: models.Settings):
+        from transformers import AutoModelForSequenceClassification
+
+        self.tokenizer = load_tokenizer(path, settings.chat_template)
+        self.model = models.load(AutoModelForSequenceClassification, path, settings.dtype, trust_remote_code=True).to(device)
+        self.path, self.device = path, device
+        self.max_length = models.longest_input(self.model, settings.max_length)
+        self.tokens_per_batch = settings.tokens_per_batch or models.TOKENS_PER_BATCH[device.type]
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
+        for window in windows((task, index) for task in tasks for index in task.missing):
+            sequences, notes = token_ids(self.tokenizer, window, self.max_length)
+            for batch in batches([len(ids) for ids in sequences], self.tokens_per_batch, EQUAL_LENGTHS):
+                for i, reward in zip(batch, self.rewards([sequences[i] for i in batch]), strict=True):
+                    yield Score(*window[i], reward, notes[i])
+
+    @torch.inference_mode()
+    def rewards(self, sequences: list[list[int]]) -> list[float]:
+        """The reward of each of several sequences of equal length."""
+        ids = torch.tensor(sequences, device=self.device)  # (B, L)
+        output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        scores = getattr(output, "score", None)
+        scores = output.logits if scores is None else scores
+        if scores.numel() != len(sequences):
+            raise InputError(
+                f"{self.path}: gives {tuple(scores.shape)} numbers for {len(sequences)} responses; its output needs a "
+                "`score`, or a single logit"
+            )
+        return scores.float().flatten().tolist()

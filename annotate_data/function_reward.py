@@ -1,0 +1,116 @@
+"""Rewards of a Python function, called in worker processes with a time limit: a rule, a unit test, a verifier."""
+
+import ast
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from queue import SimpleQueue
+
+import orjson
+
+from baton.errors import InputError
+from parallel import in_parallel
+from work import Score, Task
+
+WORKER = Path(__file__).with_name("function_worker.py")
+
+
+def check_function(target: str) -> tuple[Path, str]:
+    """`file.py:name` as (file, name). Raises InputError if there is no such file, or no such function in it."""
+    file, _, name = target.rpartition(":")
+    if not file or not name.isidentifier():
+        raise InputError(f"--scorer function:{target}: expected function:FILE.py:NAME")
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--scorer function:{target}: {file}: {error.strerror}") from None
+    except SyntaxError as error:
+        raise InputError(f"--scorer function:{target}: {file}:{error.lineno}: {error.msg}") from None
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if name not in defined:
+        raise InputError(f"--scorer function:{target}: {file} defines no function {name}, only: {', '.join(defined) or 'none'}")
+    return Path(file), name
+
+
+class FunctionReward:
+    """`name(prompts, responses, records) -> list of numbers`. Call it with tasks: it yields each missing response's score.
+
+    It is called once for each record, with lists of equal length: the prompt (as messages), response and record of each
+    missing response. A call that takes longer than `seconds` is ended with its worker, and its responses have no score.
+    """
+
+    def __init__(self, target: str, workers: int, seconds: float):
+        self.file, self.name = check_function(target)
+        self.workers, self.seconds = workers, seconds
+        self.idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
+        for _ in range(self.workers):
+            self.idle.put(self.start())
+        try:
+            for scores in in_parallel(self.score, tasks, self.workers):
+                yield from scores
+        finally:
+            while not self.idle.empty():
+                stop(self.idle.get())
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(WORKER), str(self.file), self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def score(self, task: Task) -> list[Score]:
+        """The scores of one record. Raises InputError, naming its id, if the function raises or answers nonsense."""
+        asked = {
+            "prompts": [task.prompt] * len(task.missing),
+            "responses": [task.responses[index] for index in task.missing],
+            "records": [task.record] * len(task.missing),
+        }
+        worker = self.idle.get()
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            worker.kill()
+
+        timer = threading.Timer(self.seconds, expire)
+        timer.start()
+        try:
+            worker.stdin.write(orjson.dumps(asked) + b"\n")
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        timer.cancel()
+        if not line:
+            stop(worker)
+            self.idle.put(self.start())
+            if expired.is_set():
+                return [Score(task, index, None, f"{self.name} took longer than {self.seconds:g} s") for index in task.missing]
+            raise InputError(f"{_named(task)}: {self.file}:{self.name} ended its process; see above")
+        self.idle.put(worker)
+        answer = orjson.loads(line)
+        if "error" in answer:
+            raise InputError(f"{_named(task)}: {self.file}:{self.name} raised {answer['error']}")
+        if len(answer["rewards"]) != len(task.missing):
+            raise InputError(
+                f"{_named(task)}: {self.file}:{self.name} gave {len(answer['rewards'])} rewards "
+                f"for {len(task.missing)} responses"
+            )
+        # NaN and infinities are null in JSON
+        rewards = [float("nan") if reward is None else reward for reward in answer["rewards"]]
+        return [Score(task, index, reward) for index, reward in zip(task.missing, rewards, strict=True)]
+
+
+def stop(worker: subprocess.Popen) -> None:
+    """End a worker process and wait for its end."""
+    worker.kill()
+    worker.wait()
+    worker.stdin.close()
+    worker.stdout.close()
+
+
+def _named(task: Task) -> str:
+    return f"{task.where}: prompt {task.record['id']}"

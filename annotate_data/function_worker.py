@@ -1,0 +1,39 @@
+"""A worker process of a scorer function: one JSON line in for each record, one out with its rewards or its error.
+
+python function_worker.py FILE NAME
+"""
+
+import importlib.util
+import os
+import sys
+import traceback
+
+import orjson
+
+
+def load(file: str, name: str):
+    """The function `name` of the Python file `file`."""
+    spec = importlib.util.spec_from_file_location("scorer_function", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # so that it imports what stands beside it
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what the function prints is log, not an answer
+    function = load(sys.argv[1], sys.argv[2])
+    for line in sys.stdin.buffer:
+        asked = orjson.loads(line)
+        try:
+            rewards = function(asked["prompts"], asked["responses"], asked["records"])
+            answer = orjson.dumps({"rewards": [float(reward) for reward in rewards]})
+        except Exception as error:
+            traceback.print_exc()
+            answer = orjson.dumps({"error": f"{type(error).__name__}: {error}"})
+        answers.write(answer + b"\n")
+
+
+if __name__ == "__main__":
+    main()

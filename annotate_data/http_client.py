@@ -1,0 +1,74 @@
+"""JSON over HTTP to one of several equal servers, with patience: retries, backoff with jitter, another server next."""
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import tenacity
+
+from baton.errors import InputError
+
+
+class Unusable(Exception):
+    """An answer that another try may better: the server is busy, gone, or sent half of it."""
+
+
+class Client:
+    """POSTs to `urls` in turn; a call moves on to the next one when it fails. Safe to call from several threads."""
+
+    def __init__(self, urls: list[str], api_key: str | None, seconds: float, tries: int):
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.http = httpx.Client(headers=headers, timeout=httpx.Timeout(seconds, connect=10.0), trust_env=False)
+        self.urls, self.lock = itertools.cycle(urls), threading.Lock()
+        self.tries = tries
+
+    def ask(self, body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
+        """`read(answer)` of the first usable answer; `read` raises Unusable, KeyError, TypeError or ValueError for another.
+
+        Raises InputError, naming `name`, for a request that a server refuses (4xx), and when no try gave an answer.
+        """
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Unusable),
+            stop=tenacity.stop_after_attempt(self.tries),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+            reraise=True,
+        )
+        try:
+            return retrying(self._once, body, read, name)
+        except Unusable as error:
+            raise InputError(
+                f"{name}: {error} ({self.tries} tries); what is scored so far is kept, run again to go on"
+            ) from None
+
+    def _once(self, body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
+        with self.lock:
+            url = next(self.urls)
+        try:
+            answer = self.http.post(url, json=body)
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            raise Unusable(f"{url}: {str(error) or type(error).__name__}") from None
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise Unusable(f"{url}: status {answer.status_code}: {answer.text[:200]}")
+        if answer.status_code in (401, 403):
+            raise InputError(f"{url}: refuses the API key (status {answer.status_code}): give it with --api_key")
+        if answer.status_code >= 300:
+            raise InputError(f"{name}: {url} refuses the request: status {answer.status_code}: {answer.text[:500]}")
+        try:
+            return read(answer.json())
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise Unusable(f"{url}: not the expected answer ({type(error).__name__}: {error}): {answer.text[:200]}") from None
+
+
+def check_urls(text: str) -> list[str]:
+    """`URL[,URL…]` as a list. Raises InputError for what is no http(s) URL."""
+    urls = text.split(",")
+    for url in urls:
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise InputError(f"{url}: not a URL: {error}") from None
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise InputError(f"{url}: not a URL, which begins with http:// or https://")
+    return urls

@@ -1,0 +1,154 @@
+"""Which scorers there are, and how one is asked for: `[NAME=]KIND:TARGET`.
+
+| kind | target | score |
+| --- | --- | --- |
+| `bt`       | reward model            | Bradley-Terry reward, with transformers |
+| `vllm`     | reward model            | the same, through vLLM's pooling runner |
+| `pair`     | causal LM               | mean probability to win against the prompt's other responses, 0 to 1 |
+| `custom`   | reward model            | of a model with its own code (needs --trust_remote_code) |
+| `function` | file.py:name            | of `name(prompts, responses, records) -> list[float]` |
+| `http`     | URL[,URL…]              | of a reward service, OpenRLHF's `remote_rm_url` shape |
+| `judge`    | URL[,URL…] ending in /v1 | 1 to 10, by a judge model behind an OpenAI-compatible API |
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import models
+from baton.arguments import check_known
+from baton.errors import InputError
+from baton.program import log_what_runs, world_size
+from baton.templates import check_model_path
+from function_reward import check_function
+from http_client import check_urls
+from work import Scorer
+
+KINDS = ("bt", "vllm", "pair", "custom", "function", "http", "judge")
+DEFAULT_RUBRIC = Path(__file__).with_name("rubric.txt")
+
+
+class Wanted(NamedTuple):
+    """A scorer as asked for."""
+
+    name: str  # its key in `rewards_by`
+    kind: str
+    target: str
+
+
+def wanted_scorers(words: list[str]) -> list[Wanted]:
+    """`[NAME=]KIND:TARGET` words; the name is the kind unless given. Raises InputError for another form or equal names."""
+    wanted: list[Wanted] = []
+    for word in words:
+        match = re.fullmatch(r"(?:(\w+)=)?(\w+):(.+)", word)
+        if not match:
+            raise InputError(f"--scorer {word}: expected [NAME=]KIND:TARGET, with KIND one of {', '.join(KINDS)}")
+        name, kind, target = match.groups()
+        check_known([kind], KINDS)
+        if (name or kind) in [scorer.name for scorer in wanted]:
+            raise InputError(f"--scorer {word}: another one is called {name or kind} already; name it: NAME={word}")
+        wanted.append(Wanted(name or kind, kind, target))
+    return wanted
+
+
+def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
+    """Raise InputError for whatever can be refused without heavy imports; return the scorer's inputs, by name.
+
+    A service's address is no input: it may change between a run and its resume.
+    """
+    label = f"scorer {scorer.name}"
+    if scorer.kind in ("bt", "vllm"):
+        models.check_reward_model(scorer.target)
+        return {label: scorer.target}
+    if scorer.kind == "pair":
+        check_model_path(scorer.target)
+        return {label: scorer.target}
+    if scorer.kind == "custom":
+        if not arguments.trust_remote_code:
+            raise InputError(f"--scorer custom:{scorer.target} runs the code in that folder: allow it with --trust_remote_code")
+        check_model_path(scorer.target)
+        return {label: scorer.target}
+    if scorer.kind == "function":
+        return {label: check_function(scorer.target)[0]}
+    check_urls(scorer.target)
+    if scorer.kind == "http":
+        return {}
+    if arguments.judge_model is None:
+        raise InputError("--scorer judge needs --judge_model, the name under which the server knows the model")
+    if not (arguments.rubric or DEFAULT_RUBRIC).is_file():
+        raise InputError(f"--rubric {arguments.rubric}: no such file")
+    return {f"{label}: rubric": arguments.rubric or DEFAULT_RUBRIC}
+
+
+def maker(scorer: Wanted, arguments: Any) -> Callable[[], Scorer]:
+    """A function that makes the scorer: loads its model, or prepares its calls."""
+    settings = models.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+    return lambda: MAKERS[scorer.kind](scorer.target, arguments, settings)
+
+
+def _transformers(module: str, name: str) -> Callable[..., Scorer]:
+    """A maker of a scorer that runs a transformers model on this process's device."""
+
+    def make(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+        import importlib
+
+        import processes
+
+        device = processes.choose_device(arguments.device)
+        scorer = getattr(importlib.import_module(module), name)(target, device, settings)
+        log_what_runs(**processes.described(device), **models.described(scorer.model))
+        return scorer
+
+    return make
+
+
+def _vllm(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+    from vllm_reward import VLLMReward
+
+    return VLLMReward(target, settings)
+
+
+def _function(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+    from function_reward import FunctionReward
+
+    workers = arguments.workers or max(1, len(os.sched_getaffinity(0)) // world_size())
+    log_what_runs(function=target, processes=world_size(), workers=workers)
+    return FunctionReward(target, workers, arguments.timeout)
+
+
+def _http(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+    from http_reward import HTTPReward
+
+    workers = arguments.workers or 32
+    log_what_runs(service=target, processes=world_size(), requests_at_once=workers)
+    return HTTPReward(check_urls(target), arguments.key(), workers, arguments.timeout, arguments.tries)
+
+
+def _judge(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+    from judge import Judge
+
+    workers = arguments.workers or 32
+    rubric = (arguments.rubric or DEFAULT_RUBRIC).read_text(encoding="utf-8")
+    log_what_runs(judge=arguments.judge_model, service=target, processes=world_size(), requests_at_once=workers)
+    return Judge(
+        check_urls(target),
+        arguments.judge_model,
+        rubric,
+        arguments.key(),
+        workers,
+        arguments.timeout,
+        arguments.tries,
+    )
+
+
+MAKERS: dict[str, Callable[[str, Any, models.Settings], Scorer]] = {
+    "bt": _transformers("bradley_terry", "BradleyTerry"),
+    "pair": _transformers("pair_preference", "PairPreference"),
+    "custom": _transformers("custom_model", "CustomModel"),
+    "vllm": _vllm,
+    "function": _function,
+    "http": _http,
+    "judge": _judge,
+}

@@ -1,0 +1,125 @@
+"""Serve a Bradley-Terry reward model over HTTP, in the shape of OpenRLHF's `remote_rm_url`.
+
+    python annotate_data/serve_rm.py --reward_name_or_path sfairXC/FsfairX-LLaMA3-RM-v0.1 --port 5000
+    python annotate_data/get_rewards.py --scorer http:http://127.0.0.1:5000/get_reward …
+
+POST /get_reward takes {"messages": [conversation, response included]}, which the model's own chat template writes, or
+{"query": [text]}, read as it is; it answers {"rewards": [number]}. GET /health answers once the model is loaded. What several
+requests ask for at the same time is scored in common batches.
+"""
+
+import queue
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import SecretStr
+
+import models
+from baton.arguments import StageArguments, option, parse
+from baton.errors import InputError
+from baton.program import log_what_runs, run
+from baton.records import as_messages
+
+WINDOW = 1024  # conversations that are sorted into batches together
+
+
+class Arguments(StageArguments):
+    reward_name_or_path: str = option("sfairXC/FsfairX-LLaMA3-RM-v0.1", "Bradley-Terry reward model")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
+    port: int = option(5000, "port to listen on", ge=1, le=65535)
+    api_key: SecretStr | None = option(None, "key that requests must carry as `Authorization: Bearer KEY`")
+    chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template")
+    max_length: int | None = option(None, "tokens of a conversation; longer ones lose their beginning", ge=8)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the model; auto: the checkpoint's")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
+    tokens_per_batch: int | None = option(None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1)
+
+
+def main() -> None:
+    arguments = parse(Arguments, __doc__)
+    models.check_reward_model(arguments.reward_name_or_path)
+
+    import uvicorn
+
+    import processes
+    from bradley_terry import BradleyTerry
+
+    device = processes.choose_device(arguments.device)
+    settings = models.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+    scorer = BradleyTerry(arguments.reward_name_or_path, device, settings)
+    log_what_runs(
+        **processes.described(device), **models.described(scorer.model), listens_on=f"{arguments.host}:{arguments.port}"
+    )
+    key = arguments.api_key.get_secret_value() if arguments.api_key else None
+    uvicorn.run(application(scorer, key), host=arguments.host, port=arguments.port, log_level="warning")
+
+
+def application(scorer, key: str | None):
+    """The FastAPI application around a `BradleyTerry`."""
+    import asyncio
+    import secrets
+
+    from fastapi import Body, FastAPI, HTTPException, Request
+
+    from conversations import encode_all
+
+    app = FastAPI(title="Reward model")
+    waiting: queue.SimpleQueue[tuple[list[int], Future[float]]] = queue.SimpleQueue()
+    threading.Thread(target=score_forever, args=(scorer, waiting), daemon=True).start()
+
+    def sequences_of(body: dict) -> list[list[int]]:
+        if "messages" in body:
+            conversations = [as_messages(m, f"messages[{i}]", "messages") for i, m in enumerate(_list(body, "messages"))]
+            return encode_all(scorer.tokenizer, conversations, [f"messages[{i}]" for i in range(len(conversations))])
+        texts = _list(body, "query")
+        if not all(isinstance(text, str) and text for text in texts):
+            raise InputError("`query` must be a list of texts that are not empty")
+        return scorer.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/get_reward")
+    async def get_reward(request: Request, body: Annotated[dict, Body()]) -> dict[str, list[float]]:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key is not None and not secrets.compare_digest(given.encode(), key.encode()):
+            raise HTTPException(401, "wrong or missing API key")
+        try:
+            sequences = await asyncio.to_thread(sequences_of, body)
+        except InputError as error:
+            raise HTTPException(422, str(error)) from None
+        futures: list[Future[float]] = [Future() for _ in sequences]
+        for ids, future in zip(sequences, futures, strict=True):
+            waiting.put((ids[-scorer.max_length :], future))
+        return {"rewards": await asyncio.gather(*map(asyncio.wrap_future, futures))}
+
+    return app
+
+
+def score_forever(scorer, waiting: "queue.SimpleQueue[tuple[list[int], Future[float]]]") -> None:
+    """Score whatever waits, as much of it together as there is: while a batch runs, the next one gathers."""
+    while True:
+        asked = [waiting.get()]
+        while len(asked) < WINDOW and not waiting.empty():
+            asked.append(waiting.get())
+        try:
+            for i, reward in scorer.stream([ids for ids, _ in asked]):
+                asked[i][1].set_result(reward)
+        except Exception as error:  # the requests that wait for it are told, the service goes on
+            for _, future in asked:
+                if not future.done():
+                    future.set_exception(error)
+
+
+def _list(body: dict, field: str) -> list:
+    values = body.get(field)
+    if not isinstance(values, list) or not values:
+        raise InputError(f"`{field}` must be a list that is not empty; give `messages` or `query`")
+    return values
+
+
+if __name__ == "__main__":
+    run(main)

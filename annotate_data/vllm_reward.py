@@ -1,0 +1,59 @@
+"""Rewards of a Bradley-Terry model through vLLM's pooling runner: the raw score, no activation."""
+
+import os
+from collections.abc import Iterable, Iterator
+
+import models
+from batching import windows
+from baton.errors import InputError
+from baton.program import log_what_runs, world_size
+from baton.templates import load_tokenizer
+from conversations import token_ids
+from work import Score, Task
+
+
+class VLLMReward:
+    """A reward model in an engine of its own. Call it with tasks: it yields the score of each missing response."""
+
+    def __init__(self, path: str, settings: models.Settings):
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; nothing is cached for long here
+        # The engine is a process of its own, which knows nothing of the launcher's others: it sees one GPU.
+        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if world_size() > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank] if gpus else str(local_rank)
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+        from vllm.platforms import current_platform
+
+        self.tokenizer = load_tokenizer(path, settings.chat_template)
+        try:
+            self.llm = LLM(
+                path,
+                runner="pooling",
+                convert="classify",
+                pooler_config=PoolerConfig(use_activation=False),
+                dtype=settings.dtype,
+                max_model_len=settings.max_length,
+                enforce_eager=current_platform.is_cpu(),
+            )
+        except ValueError as error:
+            raise InputError(f"{path}: vLLM refuses it as a reward model: {error}") from None
+        config = self.llm.llm_engine.vllm_config.model_config
+        self.max_length = config.max_model_len
+        log_what_runs(
+            device=current_platform.get_device_name(),
+            processes=world_size(),
+            model=", ".join(config.architectures),
+            engine="vLLM pooling",
+            dtype=str(config.dtype).removeprefix("torch."),
+        )
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
+        for window in windows((task, index) for task in tasks for index in task.missing):
+            sequences, notes = token_ids(self.tokenizer, window, self.max_length)
+            prompts = [{"prompt_token_ids": ids} for ids in sequences]
+            for (task, index), output, note in zip(window, self.llm.classify(prompts, use_tqdm=False), notes, strict=True):
+                yield Score(task, index, output.outputs.probs[0], note)
