@@ -22,7 +22,7 @@ cd "$BATON_ROOT"
 bash scripts/setup_envs.sh
 
 data=$run_dir/data
-stage data in_env training python quickstart/make_data.py --output_dir "$data" --seed "$seed"
+stage data in_env training python quickstart/make_data.py --output_dir "$data" --seed "$seed" --prompts_per_round 256
 stage base-model in_env training python quickstart/make_model.py --text "$data/sft.jsonl" --output_dir "$run_dir/base" \
   --seed "$seed"
 stage sft in_env training python sft/run_sft.py configs/quickstart/sft.yaml --model_name_or_path "$run_dir/base" \
