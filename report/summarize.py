@@ -22,8 +22,8 @@ from baton import program
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.stage import read_manifest
-from metrics import read_round, summarize
-from table import print_rounds, print_samples, print_stages
+from report.metrics import read_round, summarize
+from report.table import print_rounds, print_samples, print_stages
 
 log = logging.getLogger("baton")
 
@@ -90,7 +90,7 @@ def _write(run_dir: Path, summary: dict[str, Any], anew: bool) -> None:
     text = orjson.dumps(summary, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     if not anew and picture.exists() and path.exists() and path.read_bytes() == text:
         return
-    from plot import draw  # matplotlib takes longer to import than all the rest
+    from report.plot import draw  # matplotlib takes longer to import than all the rest
 
     draw(summary["rounds"], f"{run_dir.resolve().name}: held-out prompts, round by round", picture)
     partial = path.with_name(path.name + ".partial")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from metrics import Round
+from report.metrics import Round
 
 LONGEST = 600  # characters of a prompt or a response that are printed
 

@@ -3,13 +3,11 @@
 import math
 import os
 import pty
-import runpy
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import orjson
@@ -18,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from report import metrics
+
 ROOT = Path(__file__).resolve().parents[2]
-metrics = SimpleNamespace(**runpy.run_path(str(ROOT / "report/metrics.py")))  # report/ is no package
 KEYS = {
     "round", "gold_mean", "proxy_mean", "win_rate", "win_rate_ci", "length_mean", "kl", "distinct",
 }  # fmt: skip
