@@ -1,15 +1,15 @@
 """DPO training speed and memory: TRL's trainer and the packed one in turn, on the same pairs and optimizer steps.
 
-    python benchmarks/dpo.py --data alpaca_eval_k8.jsonl.gz                       # the default sides, on what is there
-    python benchmarks/dpo.py --data … --sides trl:4 packed:8 --turns 3            # long prompts
+    python benchmarks/dpo.py --data alpaca_eval_k8.jsonl.gz                       # the default sides, on what
+    is there python benchmarks/dpo.py --data … --sides trl:4 packed:8 --turns 3            # long prompts
     python benchmarks/dpo.py --data … --device cuda --model 1b --gradient_checkpointing
 
-The data file holds `prompt`, `responses`, `rewards` a line; the best response against the worst makes a pair. The
-model (a Llama of random weights) and its byte-level BPE tokenizer are made on the spot. A side is `trl:B` (TRL's forward
-pass, B pairs a micro-batch), `trl_precompute:B` (the same with `precompute_ref_log_probs`) or `packed:B`. Each side runs
-in a process of its own, so that peak memory is its own; its time counts the reference model's log-probabilities and all
-epochs, not loading and not a warm-up on the first pairs. `packed` also runs where TRL is not installed, by the plain
-loop at the end of this file.
+The data file holds `prompt`, `responses`, `rewards` a line; the best response against the worst makes a pair.
+The model (a Llama of random weights) and its byte-level BPE tokenizer are made on the spot. A side is `trl:B`
+(TRL's forward pass, B pairs a micro-batch), `trl_precompute:B` (the same with `precompute_ref_log_probs`) or
+`packed:B`. Each side runs in a process of its own, so that peak memory is its own; its time counts the
+reference model's log-probabilities and all epochs, not loading and not a warm-up on the first pairs. `packed`
+also runs where TRL is not installed, by the plain loop at the end of this file.
 """
 
 import argparse
@@ -31,24 +31,24 @@ MODELS = {  # hidden size, layers, heads, intermediate size, vocabulary
     "17m": (384, 6, 6, 1024, 8192),
     "1b": (2048, 16, 32, 8192, 128256),
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, by name of the GPU
-SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, by name of the
+GPU SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="annotated responses, .jsonl or .jsonl.gz")
-    parser.add_argument("--sides", nargs="+", default=["trl:4", "packed:8"], help="trl:B trl_precompute:B packed:B")
-    parser.add_argument("--pairs", type=int, default=64, help="pairs of the data set")
-    parser.add_argument("--pairs_per_step", type=int, default=8, help="pairs of one optimizer step, on every side")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--sides", nargs="+", default=["trl:4", "packed:8"], help="trl:B trl_precompute:B
+    packed:B") parser.add_argument("--pairs", type=int, default=64, help="pairs of the data set")
+    parser.add_argument("--pairs_per_step", type=int, default=8, help="pairs of one optimizer step, on every
+    side") parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--turns", type=int, default=0, help="earlier question-answer turns in every prompt")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens; longer responses are cut")
     parser.add_argument("--model", choices=MODELS, default="17m")
     parser.add_argument("--dtype", choices=["float32", "autocast", "bf16"], default="bf16")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--tokens_per_row", type=int, default=None)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else
+    "cpu") parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--tokens_per_row", type=int, default=4096, help="most tokens of a packed row")
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--run_side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -87,9 +87,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     bpe.decoder = decoders.ByteLevel()
     texts = (text for record in records for text in (record["prompt"][-1]["content"], *record["responses"]))
     size = min(MODELS[args.model][4], 32768)
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL,
+    show_progress=False)) tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>",
+    eos_token="<end>") tokenizer.save_pretrained(folder / "tokenizer")
     rows = pairs(records, bpe, args.turns, args.max_length)[: args.pairs]
     (folder / "rows.json").write_text(json.dumps(rows))
 
@@ -118,7 +118,8 @@ def pairs(records: list[dict], bpe, turns: int, max_length: int) -> list[dict]:
         room = max_length - len(prompt)
         if room < 16:
             continue
-        chosen, rejected = ([*bpe.encode(record["responses"][i]).ids, end][:room] for i in (order[-1], order[0]))
+        chosen, rejected = ([*bpe.encode(record["responses"][i]).ids, end][:room] for i in (order[-1],
+        order[0]))
         rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     return rows
 
@@ -200,7 +201,8 @@ def with_trainer(args, side: str, batch_size: int, rows: list[dict], model, epoc
     if packed:
         with autocast(args):
             logps = reference_logps(model, [tuple(row.values()) for row in rows]).tolist()
-        rows = [row | {"ref_chosen_logps": c, "ref_rejected_logps": r} for row, (c, r) in zip(rows, logps, strict=True)]
+        rows = [row | {"ref_chosen_logps": c, "ref_rejected_logps": r} for row, (c, r) in zip(rows, logps,
+        strict=True)]
     config = DPOConfig(
         output_dir=str(args.folder / "out"),
         per_device_train_batch_size=batch_size,
@@ -240,7 +242,8 @@ def without_trl(args, side: str, batch_size: int, rows: list[dict], model, epoch
     from dpo_iteration.reference import reference_logps
 
     if side != "packed":
-        raise SystemExit(f"{side}: TRL is not installed here (pip install trl==1.16.0), only packed sides run")
+        raise SystemExit(f"{side}: TRL is not installed here (pip install trl==1.16.0), only packed sides
+        run")
     with autocast(args):
         reference = reference_logps(model, [tuple(row.values()) for row in rows])  # (pairs, 2)
     share_prefixes(model, args.tokens_per_row)
@@ -295,8 +298,9 @@ def sigmoid_loss(logps: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
 def useful_flops(model, rows: list[dict], epochs: int) -> float:
     """Floating-point operations of the matrix products that training these pairs needs, whoever does them.
 
-    2 per weight and token forward, twice that backward; each distinct prompt token once, the LM head on response
-    tokens only; the reference's forward pass once. Attention scores and recomputation are not counted.
+    2 per weight and token forward, twice that backward; each distinct prompt token once, the LM head on
+    response tokens only; the reference's forward pass once. Attention scores and recomputation are not
+    counted.
     """
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters()) - 2 * head
@@ -311,8 +315,8 @@ def report(args: argparse.Namespace, results: list[dict]) -> None:
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     peak = next((flops for name, flops in PEAK_FLOPS.items() if gpu and name in gpu), None)
     where = gpu or f"{torch.get_num_threads()} CPU threads"
-    rows = f"{args.pairs} pairs x {args.epochs} epochs, {args.pairs_per_step} a step, {args.turns} earlier turns"
-    print(f"{args.model} Llama, {args.dtype}, {where}; {rows}")
+    rows = f"{args.pairs} pairs x {args.epochs} epochs, {args.pairs_per_step} a step, {args.turns} earlier
+    turns" print(f"{args.model} Llama, {args.dtype}, {where}; {rows}")
     print(f"{'side':<20} {'pairs/s':>8} {'seconds':>8} {'peak GiB':>9} {'MFU':>6}")
     for result in results:
         mfu = f"{result['flops'] / result['seconds'] / peak:6.3f}" if peak else "     -"
@@ -324,8 +328,8 @@ def report(args: argparse.Namespace, results: list[dict]) -> None:
         for trls in (result for result in results if result["side"].startswith("trl")):
             difference = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"], trls["losses"], strict=True))
             print(
-                f"{ours['side']} / {trls['side']}: {ours['pairs_per_second'] / trls['pairs_per_second']:.2f} x speed,"
-                f" {ours['memory'] / trls['memory']:.2f} x memory,"
+                f"{ours['side']} / {trls['side']}: {ours['pairs_per_second'] / trls['pairs_per_second']:.2f} x
+                speed," f" {ours['memory'] / trls['memory']:.2f} x memory,"
                 f" largest relative difference of a step's loss {difference:.1e}"
             )
 

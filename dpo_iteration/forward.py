@@ -23,6 +23,9 @@ from dpo_iteration.trees import Place, Row, Tokens, pack
 # FlexAttention works in blocks of this many tokens, so rows are padded to a multiple of it on a GPU.
 FLEX_BLOCK = 128
 
+# Tokens of one row: enough for full-speed matrix products, few enough for a CPU's caches. GPUs like more.
+TOKENS_PER_ROW = 4096
+
 
 @dataclass
 class ScoredTokens(ModelOutput):
@@ -35,7 +38,7 @@ class ScoredTokens(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
 
 
-def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = None) -> None:
+def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_PER_ROW) -> None:
     """Make `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` a packed forward pass, in place.
 
     The inputs are a right-padded batch as TRL's collator makes it: int64 (B, L) each, `labels` -100 on
@@ -46,7 +49,8 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = None) ->
     Args:
         model: the causal language model itself (inside PEFT's or DDP's wrapper, before FSDP or ZeRO shard
             it).
-        tokens_per_row: most tokens of a row; rows run one after another. None: one row.
+        tokens_per_row: most tokens of a row; rows run one after another. None, and in a run of several
+            processes: one row, since sharded models need the same number of forward passes in each process.
     Raises:
         ValueError: the architecture cannot take packed trees (`obstacle` says why).
     """
@@ -58,7 +62,7 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = None) ->
     def forward(self, *args, fused_lm_head=False, **kwargs):
         if fused_lm_head and not kwargs.get("output_router_logits"):
             sequences = _sequences(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
-            return _unpack(kwargs["labels"], *score(self, sequences, tokens_per_row))
+            return _unpack(kwargs["labels"], *score(self, sequences, None if _several() else tokens_per_row))
         with attention(self, own_attention):
             return own_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
 
@@ -156,6 +160,11 @@ def _logit_scale(config) -> float:
     if getattr(config, "logit_scale", None) is not None:
         return config.logit_scale
     return 1 / config.logits_scaling if getattr(config, "logits_scaling", None) else 1.0
+
+
+def _several() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _sequences(

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-# Logits of one chunk in bytes, float32: large enough for a full matrix product, small against a model's
-# weights.
-CHUNK_BYTES = 64 * 2**20
+# Float32 logits of one chunk: a CPU's cache holds them, a GPU's matrix products are large enough.
+CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 
 
 class TokenScores(NamedTuple):
@@ -34,7 +33,7 @@ def token_scores(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> TokenScores:
     """Score `targets` under `softmax(softcap * tanh(scale * (hidden @ weight.T + bias) / softcap))`.
 
@@ -45,11 +44,12 @@ def token_scores(
         targets: int64 (N,).
         scale: factor on the logits (Cohere, Granite).
         softcap: `final_logit_softcapping` (Gemma 2); None for none.
-        chunk_bytes: bound on one chunk of float32 logits.
+        chunk_bytes: bound on one chunk of float32 logits; None: what suits the device.
     Under autocast the matrix products run in its dtype; the rest is float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
     with gathered(weight, bias):
         tokens = max(1, chunk_bytes // (4 * weight.shape[0]))
         return TokenScores(*_TokenScores.apply(hidden, weight, bias, targets, scale, softcap, tokens, dtype))

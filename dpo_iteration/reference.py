@@ -17,11 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_iteration.attention import NAME
-from dpo_iteration.forward import attention, obstacle, score
+from dpo_iteration.forward import TOKENS_PER_ROW, attention, obstacle, score
 from dpo_iteration.trees import Tokens
-
-# Tokens of one forward pass without gradients.
-TOKENS_PER_ROW = 16384
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]

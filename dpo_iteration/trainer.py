@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from baton.errors import InputError
-from dpo_iteration.forward import obstacle, share_prefixes
+from dpo_iteration.forward import TOKENS_PER_ROW, obstacle, share_prefixes
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class PackedDPOTrainer(DPOTrainer):
         *,
         args: DPOConfig,
         train_dataset: Dataset,
-        tokens_per_row: int | None = None,
+        tokens_per_row: int | None = TOKENS_PER_ROW,
         margin_scale: float = 0.0,
         packed: bool = True,
         **kwargs,

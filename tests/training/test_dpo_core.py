@@ -1,11 +1,17 @@
 """The packed forward pass gives the padded one's numbers: log-probabilities, losses, gradients, weights."""
 
 import copy
+import json
 import logging
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -64,6 +70,15 @@ FAMILIES = {
 tokens = st.integers(3, VOCABULARY - 1)
 prompts = st.lists(tokens, min_size=1, max_size=LENGTH_LIMIT // 2)
 responses = st.lists(tokens, min_size=1, max_size=LENGTH_LIMIT // 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are slower on several threads, much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def model_of(family: str):
@@ -171,9 +186,7 @@ def test_an_empty_prompt_is_refused():
 @given(data=st.data())
 def test_packed_logps_are_those_of_each_sequence_alone(model, data):
     some_prompts = data.draw(st.lists(prompts, min_size=1, max_size=3))
-    sequences = data.draw(
-        st.lists(st.tuples(st.sampled_from(some_prompts), responses), min_size=1, max_size=6)
-    )
+    sequences = data.draw(st.lists(st.tuples(st.sampled_from(some_prompts), responses), min_size=1, max_size=6))
     tokens_per_row = data.draw(st.none() | st.integers(10, 120))
     with torch.no_grad():
         packed = logps_packed(model, sequences, tokens_per_row)
@@ -182,16 +195,12 @@ def test_packed_logps_are_those_of_each_sequence_alone(model, data):
 
 
 def test_gradients_are_those_of_the_sequences_alone(model):
-    sequences = [
-        (row["prompt_ids"], row[side]) for row in random_pairs(4) for side in ("chosen_ids", "rejected_ids")
-    ]
+    sequences = [(row["prompt_ids"], row[side]) for row in random_pairs(4) for side in ("chosen_ids", "rejected_ids")]
     weights = torch.linspace(-1, 1, len(sequences))
     parameters = list(model.parameters())
 
     packed = logps_packed(model, sequences, 60)
-    gradients = torch.autograd.grad(
-        sum(w * p.sum() for w, p in zip(weights, packed, strict=True)), parameters
-    )
+    gradients = torch.autograd.grad(sum(w * p.sum() for w, p in zip(weights, packed, strict=True)), parameters)
     alone = [logps_alone(model, *sequence) for sequence in sequences]
     expected = torch.autograd.grad(sum(w * p.sum() for w, p in zip(weights, alone, strict=True)), parameters)
     for gradient, wanted in zip(gradients, expected, strict=True):
@@ -222,9 +231,7 @@ def test_chunked_scores_equal_the_full_softmax(softcap, scale, with_bias):
     torch.testing.assert_close(scores.log_sum_sq_probs, full.exp().square().sum(-1).log())
     assert scores.is_top1.tolist() == (logits.argmax(-1) == targets).tolist()
     gradients = torch.autograd.grad((scores.log_probs * upstream).sum(), inputs)
-    for gradient, wanted in zip(
-        gradients, torch.autograd.grad((logps * upstream).sum(), inputs), strict=True
-    ):
+    for gradient, wanted in zip(gradients, torch.autograd.grad((logps * upstream).sum(), inputs), strict=True):
         torch.testing.assert_close(gradient, wanted)
 
 
@@ -235,9 +242,7 @@ def test_chunked_scores_equal_the_full_softmax(softcap, scale, with_bias):
 )
 @settings(max_examples=30, deadline=None)
 def test_the_flex_mask_lets_a_token_see_its_own_past_and_nothing_else(trees, window, padding):
-    sequences = [
-        ([3 + t] * prompt, [3 + t] * (r + 1)) for t, (prompt, sizes) in enumerate(trees) for r in sizes or [0]
-    ]
+    sequences = [([3 + t] * prompt, [3 + t] * (r + 1)) for t, (prompt, sizes) in enumerate(trees) for r in sizes or [0]]
     (row,), _ = pack(sequences, None)
     owner = []  # (tree, response or None for the prompt, position) of every token
     for tree, (prompt, sizes) in enumerate(row.layout.trees):
@@ -263,9 +268,7 @@ def tokenizer():
     )  # fmt: skip
 
 
-def trainer_of(
-    model, rows, tokenizer, folder, packed=True, margin_scale=0.0, tokens_per_row=None, lora=False, **config
-):
+def trainer_of(model, rows, tokenizer, folder, packed=True, margin_scale=0.0, tokens_per_row=4096, lora=False, **config):
     arguments = {
         "gradient_checkpointing": False,
         "bf16": False,
@@ -376,9 +379,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(loss, trainers):
 # Training
 
 
-@pytest.mark.parametrize(
-    "setting", [{}, {"gradient_checkpointing": True}, {"lora": True}, {"tokens_per_row": 60}]
-)
+@pytest.mark.parametrize("setting", [{}, {"gradient_checkpointing": True}, {"lora": True}, {"tokens_per_row": 60}])
 def test_training_steps_are_those_of_trl(setting, tokenizer, tmp_path):
     rows = random_pairs(12)
     config = {
@@ -405,9 +406,7 @@ def test_training_bf16_weights_follows_trl(tokenizer, tmp_path):
     values = {}
     for packed in (True, False):
         model = model_of("llama").to(torch.bfloat16)
-        trainer = trainer_of(
-            model, with_reference(rows, model), tokenizer, tmp_path, packed=packed, bf16=True
-        )
+        trainer = trainer_of(model, with_reference(rows, model), tokenizer, tmp_path, packed=packed, bf16=True)
         values[packed], gradients, _ = loss_and_gradients(trainer, trainer.train_dataset.to_list())
         assert all(gradient.isfinite().all() for gradient in gradients.values())
     assert values[True] == pytest.approx(values[False], rel=0.05)
@@ -502,3 +501,48 @@ def test_reference_logps_are_computed_once_and_again_only_for_another_key_or_dat
     assert len(loads) == 4
     assert len(list(tmp_path.glob("*.npy"))) == 4
     assert not list(tmp_path.glob("*.partial"))
+
+
+# Several processes
+
+
+def run_processes(mode: str, count: int, folder: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    program = Path(__file__).with_name("dpo_processes.py")
+    with subprocess.Popen(
+        [*command, program, mode, folder],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            raise
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture
+def run_folder(tokenizer, tmp_path):
+    model_of("llama-tied").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model = model_of("llama-tied")
+    (tmp_path / "rows.json").write_text(json.dumps(with_reference(random_pairs(12), model)))
+    return tmp_path
+
+
+def test_two_processes_train_as_one(run_folder):
+    for count in (1, 2):
+        run_processes("ddp", count, run_folder)
+    one, two = (json.loads((run_folder / f"losses-{count}.json").read_text()) for count in (1, 2))
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_sharded_gradients_are_those_of_the_whole_model(run_folder):
+    run_processes("fully_shard", 2, run_folder)

@@ -1,0 +1,103 @@
+"""Run under torchrun by test_dpo_core.py: the packed forward pass in several processes against one, on CPU.
+
+    torchrun --nproc_per_node N dpo_processes.py {ddp,fully_shard} FOLDER
+
+FOLDER holds `model/`, `tokenizer/` and `rows.json`. `ddp` trains and process 0 writes the losses to
+`losses-N.json`; `fully_shard` ends with an error where a sharded gradient differs from the unsharded one.
+"""
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dpo_iteration.forward import share_prefixes
+from dpo_iteration.trainer import PackedDPOTrainer
+
+PAIRS_PER_STEP = 4
+
+
+def ddp(folder: Path, model, rows: list[dict]) -> None:
+    processes = int(os.environ["WORLD_SIZE"])
+    config = DPOConfig(
+        output_dir=str(folder / f"out-{processes}"),
+        per_device_train_batch_size=PAIRS_PER_STEP // processes,
+        max_steps=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        max_length=None,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = PackedDPOTrainer(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+    )
+    trainer.train()
+    assert trainer.accelerator.num_processes == processes
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        (folder / f"losses-{processes}.json").write_text(json.dumps(losses))
+
+
+def sharded(model, rows: list[dict]) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    whole = copy.deepcopy(model)
+    for each in (model, whole):
+        share_prefixes(each, tokens_per_row=80)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+    summed_logps(model, rows[rank::processes]).backward()
+    for share in range(processes):
+        summed_logps(whole, rows[share::processes]).backward()
+    for (name, parameter), (_, wanted) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        gradient = parameter.grad.full_tensor()
+        expected = wanted.grad / processes  # fully_shard averages over processes
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
+    torch.distributed.destroy_process_group()
+
+
+def summed_logps(model, rows: list[dict]) -> torch.Tensor:
+    sequences = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
+    length = max(len(prompt) + len(response) for prompt, response in sequences)
+    input_ids, attention_mask = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
+    labels = torch.full_like(input_ids, -100)
+    for i, (prompt, response) in enumerate(sequences):
+        end = len(prompt) + len(response)
+        input_ids[i, :end] = torch.tensor([*prompt, *response])
+        labels[i, len(prompt) : end] = torch.tensor(response)
+        attention_mask[i, :end] = 1
+    scores = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+    return scores.log_probs.sum()
+
+
+def main() -> None:
+    mode, folder = sys.argv[1], Path(sys.argv[2])
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    rows = json.loads((folder / "rows.json").read_text())
+    if mode == "ddp":
+        ddp(folder, model, rows)
+    else:
+        sharded(model, rows)
+
+
+if __name__ == "__main__":
+    main()
