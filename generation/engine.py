@@ -13,6 +13,8 @@ import psutil
 
 from baton import program
 from baton.errors import InputError
+from generation.arguments import GenerationArguments
+from generation.sampling import Task, prompt_seed, seed_from
 
 log = logging.getLogger("baton")
 
@@ -37,9 +39,7 @@ def prepare_environment() -> None:
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_WAIT_POLICY": "passive"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("vllm").setLevel(
-        os.environ["VLLM_LOGGING_LEVEL"]
-    )  # for what it says while it is imported
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # for what it says while imported
     os.register_at_fork(after_in_child=die_with_parent)
 
 
@@ -53,10 +53,7 @@ def die_with_parent() -> None:
 
 def runs_on_cpu() -> bool:
     """Whether the installed vLLM is a CPU build. vLLM itself decides by the same name."""
-    return any(
-        name.startswith("vllm") and "cpu" in f"{name} {version}"
-        for name, version in program.versions().items()
-    )
+    return any(name.startswith("vllm") and "cpu" in f"{name} {version}" for name, version in program.versions().items())
 
 
 def leave() -> None:
@@ -69,44 +66,77 @@ def leave() -> None:
         os._exit(0)
 
 
-def start(
-    *,
-    model: str,
-    seed: int,
-    dtype: str,
-    max_model_len: int | None,
-    max_num_seqs: int | None,
-    gpu_memory_utilization: float,
-    tensor_parallel_size: int,
-    enforce_eager: bool | None,
-) -> Any:
-    """Start a vLLM engine (`vllm.v1.engine.llm_engine.LLMEngine`) and log what it runs on.
+class Sampler:
+    """A running engine: called with tasks, it yields each with its K completions, in the order they finish."""
 
-    Raises InputError where there are fewer devices than `tensor_parallel_size`, or where vLLM refuses the
-    settings.
+    def __init__(self, engine: Any, arguments: Any):
+        self.engine, self.arguments = engine, arguments
+        self.context = engine.model_config.max_model_len
+        # Twice what can run at once, so that the engine never runs dry; a million prompts need not be held.
+        self.ahead = 1 + math.ceil(2 * engine.vllm_config.scheduler_config.max_num_seqs / arguments.K)
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Any]]]:
+        from vllm.inputs import tokens_input
+
+        tasks, running = iter(tasks), {}
+        while True:
+            for task in islice(tasks, self.ahead - len(running)):
+                running[str(task.position)] = task
+                parameters = sampling_parameters(self.arguments, prompt_seed(self.arguments, task.record))
+                self.engine.add_request(str(task.position), tokens_input(task.token_ids), parameters)
+            if not running:
+                return
+            for output in self.engine.step():
+                if output.finished:
+                    yield running.pop(output.request_id), output.outputs
+
+
+def sampling_parameters(arguments: GenerationArguments, seed: int | None) -> Any:
+    """The arguments as vllm.SamplingParams: K samples of one prompt are one request."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=arguments.K,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_tokens=arguments.max_new_tokens,
+        stop=arguments.stop or None,
+        stop_token_ids=arguments.eos_ids or None,
+        seed=seed,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def start(arguments: Any, already_done: int) -> Sampler:
+    """Start vLLM with the arguments of get_hf2.py, and log what it runs on.
+
+    Shards, and a run that goes on after a death with `already_done` prompts, draw other random numbers. Raises
+    InputError where there are fewer devices than `tensor_parallel_size`, or where vLLM refuses the settings.
     """
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    model, parallel = arguments.model_name_or_path, arguments.tensor_parallel_size
     devices = 1 if current_platform.is_cpu() else current_platform.device_count()
-    if tensor_parallel_size > devices:
-        raise InputError(
-            f"--tensor_parallel_size {tensor_parallel_size} needs as many devices, there are {devices}"
-        )
-    settings: dict[str, Any] = {"max_num_seqs": max_num_seqs} if max_num_seqs else {}
+    if parallel > devices:
+        raise InputError(f"--tensor_parallel_size {parallel} needs as many devices, there are {devices}")
+    settings: dict[str, Any] = {"max_num_seqs": arguments.max_num_seqs} if arguments.max_num_seqs else {}
+    eager = bool(arguments.enforce_eager)
     if current_platform.is_cpu():
         # Compiling takes longer than it saves on the models that run on a CPU.
-        enforce_eager = True if enforce_eager is None else enforce_eager
-        settings["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(model, max_model_len, max_num_seqs)
+        eager = arguments.enforce_eager is not False
+        settings["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(model, arguments.max_model_len, arguments.max_num_seqs)
     try:
         llm = LLM(
             model,
-            seed=seed,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=bool(enforce_eager),
+            seed=seed_from(arguments.seed, arguments.iter, arguments.local_index, already_done),
+            dtype=arguments.dtype,
+            max_model_len=arguments.max_model_len,
+            tensor_parallel_size=parallel,
+            gpu_memory_utilization=arguments.gpu_memory_utilization,
+            enforce_eager=eager,
             **settings,
         )
     except ValueError as error:
@@ -116,41 +146,12 @@ def start(
         device=current_platform.get_device_name(),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         attention=_attention_backend(config),
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=parallel,
         max_model_len=config.model_config.max_model_len,
         max_num_seqs=config.scheduler_config.max_num_seqs,
-        eager=bool(enforce_eager),
+        eager=eager,
     )
-    return llm.llm_engine
-
-
-def window(engine: Any, samples_per_request: int) -> int:
-    """How many requests to keep with the engine: twice what it can run at once, so that it never runs dry."""
-    return 1 + math.ceil(2 * engine.vllm_config.scheduler_config.max_num_seqs / samples_per_request)
-
-
-def stream(
-    engine: Any, requests: Iterable[tuple[str, list[int], Any]], ahead: int
-) -> Iterator[tuple[str, Any]]:
-    """Yield (key, vllm.RequestOutput) as requests (key, prompt token ids, vllm.SamplingParams) finish.
-
-    At most `ahead` requests are with the engine; more are drawn from `requests` as soon as some finish.
-    """
-    from vllm.inputs import tokens_input
-    from vllm.sampling_params import RequestOutputKind
-
-    requests, running = iter(requests), 0
-    while True:
-        for key, token_ids, parameters in islice(requests, ahead - running):
-            parameters.output_kind = RequestOutputKind.FINAL_ONLY
-            engine.add_request(key, tokens_input(token_ids), parameters)
-            running += 1
-        if not running:
-            return
-        for output in engine.step():
-            if output.finished:
-                running -= 1
-                yield output.request_id, output
+    return Sampler(llm.llm_engine, arguments)
 
 
 def _cache_bytes_on_cpu(model: str, max_model_len: int | None, max_num_seqs: int | None) -> int:
@@ -176,7 +177,5 @@ def _attention_backend(config: Any) -> str:
 
     model = config.model_config
     with set_current_vllm_config(config):
-        backend = get_attn_backend(
-            model.get_head_size(), model.dtype, config.cache_config.cache_dtype, use_mla=model.use_mla
-        )
+        backend = get_attn_backend(model.get_head_size(), model.dtype, config.cache_config.cache_dtype, use_mla=model.use_mla)
     return backend.get_name()

@@ -25,9 +25,7 @@ CHUNK = 1 << 22  # bytes copied at a time
 
 class Arguments(StageArguments):
     base_path: str = option(..., "shard i is <base_path>i.jsonl", changes_result=False)
-    output_dir: str = option(
-        ..., "the merged file (a file's name, in spite of the flag's)", changes_result=False
-    )
+    output_dir: str = option(..., "the merged file (a file's name, in spite of the flag's)", changes_result=False)
     num_datasets: int = option(..., "how many shards", ge=1)
 
 
@@ -50,9 +48,7 @@ def check_there(shard: Path) -> dict[str, Any] | None:
     if manifest_path(in_progress(shard)).exists() or part_files(shard):
         raise InputError(f"{shard}: unfinished; run its get_hf2.py again (same arguments) to complete it")
     if not shard.is_file():
-        raise InputError(
-            f"{shard}: missing; generate this shard, or give the right --base_path and --num_datasets"
-        )
+        raise InputError(f"{shard}: missing; generate this shard, or give the right --base_path and --num_datasets")
     return read_manifest(shard)
 
 
@@ -68,9 +64,7 @@ def check_one_run(shards: list[Path], manifests: list[dict[str, Any] | None]) ->
     for index, (shard, manifest) in enumerate(zip(shards, manifests, strict=True)):
         if first is None or manifest is None:
             without = shards[0] if first is None else shard
-            raise InputError(
-                f"{without}: has no manifest, others have: it is of another run; generate it again"
-            )
+            raise InputError(f"{without}: has no manifest, others have: it is of another run; generate it again")
         arguments = manifest["arguments"]
         place = arguments.get("local_index"), arguments.get("my_world_size")
         if place != (index, len(shards)):
@@ -102,9 +96,7 @@ def merge(shards: list[Path], manifests: list[dict[str, Any] | None], output: Pa
                 lines = copy_lines(shard, target)
                 if manifest and lines != manifest["counts"]["out"]:
                     expected = manifest["counts"]["out"]
-                    raise InputError(
-                        f"{shard}: {lines} lines, but {expected} in its manifest; generate it again"
-                    )
+                    raise InputError(f"{shard}: {lines} lines, but {expected} in its manifest; generate it again")
                 total += lines
             os.fsync(target.fileno())
     except OSError as error:

@@ -1,7 +1,7 @@
 """From prompt records to what an engine is asked, and from its answers back to records."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -10,21 +10,24 @@ from baton.partial import PartialRecords
 from baton.prompts import PromptSet
 from baton.stage import Drops
 from baton.templates import prompt_text, prompt_token_ids
+from generation.arguments import GenerationArguments
 
-TOO_LONG = "prompt longer than the context"
+
+class Task(NamedTuple):
+    """One prompt to sample K responses to: its place in the shard, its record, its token ids."""
+
+    position: int
+    where: str
+    record: Record
+    token_ids: list[int]
 
 
-class SamplingArguments(Protocol):
-    """The arguments of a generation program that say how to sample."""
+class Completion(NamedTuple):
+    """One sampled response. vLLM's own `CompletionOutput` has these fields as well."""
 
-    K: int
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    stop: list[str]
-    eos_ids: list[int]
-    seed: int
+    text: str
+    token_ids: Sequence[int] | None
+    finish_reason: str | None
 
 
 def seed_from(*parts: object) -> int:
@@ -32,19 +35,9 @@ def seed_from(*parts: object) -> int:
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) >> 33
 
 
-def sampling_parameters(arguments: SamplingArguments) -> Any:
-    """The arguments as vllm.SamplingParams: K samples of one prompt are one request."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        n=arguments.K,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        max_tokens=arguments.max_new_tokens,
-        stop=arguments.stop or None,
-        stop_token_ids=arguments.eos_ids or None,
-    )
+def prompt_seed(arguments: GenerationArguments, record: Record) -> int | None:
+    """With --reproducible the prompt's own seed, from run seed, round and prompt id; else None."""
+    return seed_from(arguments.seed, arguments.iter, record["id"]) if arguments.reproducible else None
 
 
 def check_templates(tokenizer: Any, prompts: PromptSet, shard: tuple[int, int]) -> None:
@@ -59,27 +52,28 @@ def unfinished(
     shard: tuple[int, int],
     partial: PartialRecords,
     drops: Drops,
-    context: int,
-) -> Iterator[tuple[int, Record, list[int]]]:
-    """Yield (position, record, prompt token ids) of what is to do; drop prompts of `context` tokens."""
+    context: int | None,
+) -> Iterator[Task]:
+    """Yield what is still to do; drop prompts that fill a context of `context` tokens (None: not known)."""
     for position, where, record, messages in prompts.shard(*shard):
         if position in partial:
             continue
         token_ids = prompt_token_ids(tokenizer, messages, where)
-        if len(token_ids) < context:
-            yield position, record, token_ids
+        if context is None or len(token_ids) < context:
+            yield Task(position, where, record, token_ids)
         else:
-            drops.add(f"{TOO_LONG} of {context} tokens", f"{record['id']} ({where}, {len(token_ids)} tokens)")
+            reason = f"prompt longer than the context of {context} tokens"
+            drops.add(reason, f"{record['id']} ({where}, {len(token_ids)} tokens)")
 
 
-def generated(record: Record, completions: list[Any]) -> Record:
-    """The prompt's record with its K responses, from K vllm.CompletionOutput."""
-    return {
-        **record,
-        "responses": [completion.text for completion in completions],
-        "response_token_ids": [list(completion.token_ids) for completion in completions],
-        "finish_reasons": [completion.finish_reason for completion in completions],
-    }
+def generated(record: Record, completions: Sequence[Any]) -> Record:
+    """The prompt's record with its K responses; what an engine does not tell of all of them is left out."""
+    record = {**record, "responses": [completion.text for completion in completions]}
+    if all(completion.token_ids is not None for completion in completions):
+        record["response_token_ids"] = [list(completion.token_ids) for completion in completions]
+    if all(completion.finish_reason is not None for completion in completions):
+        record["finish_reasons"] = [completion.finish_reason for completion in completions]
+    return record
 
 
 def count_tokens(record: Record) -> int:

@@ -358,8 +358,8 @@ def test_a_full_disk_leaves_whole_records_and_the_run_goes_on_afterwards(policy,
 
 
 def limit_file_size() -> None:
-    """What a full disk does to a program: no file grows beyond 20 kB."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    """What a full disk does to a program: no file grows beyond 10 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
 
 @pytest.fixture

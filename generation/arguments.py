@@ -1,0 +1,81 @@
+"""The arguments that every generation program has: which prompts, and how to sample."""
+
+from pathlib import Path
+
+from baton.arguments import StageArguments, option
+from baton.errors import InputError
+from baton.mixing import Selection, parse_probs
+from baton.prompts import PromptSet, split_sources
+
+
+class GenerationArguments(StageArguments):
+    dataset_name_or_path: str = option(
+        ...,
+        "the prompts: a .jsonl, .jsonl.gz, .json or .parquet file, or a hub name; several with commas between",
+        changes_result=False,
+    )
+    dataset_key: str | None = option(None, "the key of the prompt; `prompt` or `context_messages` if not given")
+    dataset_split: str = option("train", "the split of a hub dataset")
+    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
+    max_samples: int | None = option(None, "take at most so many prompts", ge=1)
+    rollout_batch_size: int | None = option(None, "prompts per round, of a seeded shuffle; all if not given", ge=1)
+    iter: int = option(0, "which round, from 0: takes prompts iter*rollout_batch_size onwards, wrapping around", ge=0)
+    system_prompt: str | None = option(None, "a system message for conversations that have none")
+    chat_template: str | None = option(None, "a Jinja file that replaces the tokenizer's chat template", changes_result=False)
+    K: int = option(8, "responses per prompt", ge=1)
+    temperature: float = option(1.0, "sampling temperature; 0 is greedy", ge=0)
+    top_p: float = option(1.0, "sample from the most likely tokens of this total probability", gt=0, le=1)
+    top_k: int = option(-1, "sample from this many most likely tokens; -1 for all", ge=-1)
+    max_new_tokens: int = option(1024, "tokens of a response at most", ge=1)
+    stop: list[str] = option([], "strings that end a response")
+    eos_ids: list[int] = option([], "token ids that end a response, beside the model's own")
+    seed: int = option(42, "seed of the sampling and of the prompts' shuffle", ge=0)
+    reproducible: bool = option(
+        False,
+        "seed every prompt by itself: the same responses whatever the shards, resumes or neighbours in the batch",
+    )
+
+
+def prompt_inputs(arguments: GenerationArguments) -> dict[str, str]:
+    """The files or hub names that the prompts come from, by name, for the manifest."""
+    sources = split_sources(arguments.dataset_name_or_path)
+    inputs = {"prompts" if i == 0 else f"prompts{i + 1}": source for i, source in enumerate(sources)}
+    if arguments.chat_template:
+        if not Path(arguments.chat_template).is_file():
+            raise InputError(f"--chat_template {arguments.chat_template}: no such file")
+        inputs["chat_template"] = arguments.chat_template
+    return inputs
+
+
+def check(arguments: GenerationArguments) -> None:
+    """Raise InputError for settings that contradict each other."""
+    selection(arguments)
+    if arguments.temperature == 0 and arguments.K > 1:
+        raise InputError(f"--temperature 0 is greedy: {arguments.K} responses would be one; give --K 1")
+    if not all(arguments.stop):
+        raise InputError("--stop: an empty string would end every response at once")
+
+
+def selection(arguments: GenerationArguments) -> Selection:
+    """Which of the prompts to take. Raises InputError for weights that do not fit the datasets."""
+    sources = len(split_sources(arguments.dataset_name_or_path))
+    if arguments.iter and arguments.rollout_batch_size is None:
+        raise InputError(f"--iter {arguments.iter} needs --rollout_batch_size, the number of prompts per round")
+    return Selection(
+        probs=parse_probs(arguments.dataset_probs, sources),
+        max_samples=arguments.max_samples,
+        iteration=arguments.iter,
+        batch_size=arguments.rollout_batch_size,
+        seed=arguments.seed,
+    )
+
+
+def read_prompts(arguments: GenerationArguments) -> PromptSet:
+    """The prompts of all shards. Raises InputError, naming file:line, for a record without a valid prompt."""
+    return PromptSet(
+        arguments.dataset_name_or_path,
+        arguments.dataset_key,
+        arguments.dataset_split,
+        selection(arguments),
+        arguments.system_prompt,
+    )

@@ -1,0 +1,155 @@
+"""Sample K responses to each prompt through running servers, over the OpenAI-compatible API.
+
+    bash generation/register_server.sh MODEL                          one vLLM server per GPU
+    python generation/gen_hf.py --ports 8000 8001 --tokenizer MODEL \\
+        --dataset_name_or_path prompts.jsonl --output_dir data/gen_data.jsonl --K 8
+    python generation/gen_hf.py --url https://host/v1 …               any other server
+
+With --tokenizer, prompts are sent as token ids made with the policy's chat template; without it, as messages,
+and the server applies its own. Token ids and finish reasons of the responses are kept where the server gives them.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from baton import program
+from baton.arguments import option, parse
+from baton.errors import FailuresListed, InputError
+from baton.partial import PartialRecords
+from baton.progress import Progress
+from baton.prompts import PromptSet
+from baton.stage import Drops, Stage
+from baton.templates import check_model_path, load_tokenizer
+from generation import sampling
+from generation.api import Service, ask
+from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
+from generation.servers import Refused, Servers, Transient, base_url
+
+NAMED_FAILURES = 20
+
+
+class Arguments(GenerationArguments):
+    output_dir: str = option(..., "the output (a file's name, in spite of the flag's)", changes_result=False)
+    ports: list[int] = option([], "ports of servers on this machine", changes_result=False)
+    url: list[str] = option([], "addresses of servers, such as http://host:8000/v1", changes_result=False)
+    tokenizer: str | None = option(None, "the policy, for its tokenizer and chat template", changes_result=False)
+    model: str | None = option(None, "the model's name at the servers; the first that they serve if not given")
+    api_key: SecretStr | None = option(None, "the servers' API key; $VLLM_API_KEY if not given", changes_result=False)
+    max_workers: int = option(128, "prompts in flight at most, over all servers", ge=1, changes_result=False)
+    timeout: float = option(1800, "seconds to wait for one prompt's responses", gt=0, changes_result=False)
+    max_retries: int = option(8, "attempts at a prompt after the first", ge=0, changes_result=False)
+    patience: float = option(300, "seconds to wait while no server answers", ge=0, changes_result=False)
+    drop_failed: bool = option(
+        False, "count prompts that a server refuses as drops; otherwise they stay to be done", changes_result=False
+    )
+
+
+def main() -> None:
+    arguments = parse(Arguments, __doc__ or "")
+    urls = [f"http://127.0.0.1:{port}/v1" for port in arguments.ports] + list(map(base_url, arguments.url))
+    if not urls:
+        raise InputError("which servers? give --ports 8000 8001 … or --url http://host:8000/v1 …")
+    if not all(0 < port < 65536 for port in arguments.ports):
+        raise InputError(f"--ports {arguments.ports}: a port is a number from 1 to 65535")
+    check(arguments)
+    inputs = prompt_inputs(arguments)
+    if arguments.tokenizer:
+        check_model_path(arguments.tokenizer)
+        inputs["tokenizer"] = arguments.tokenizer
+    output = Path(arguments.output_dir)
+
+    stage = Stage.begin("generate through servers", arguments, output, inputs)
+    if stage is None:
+        return
+    prompts = read_prompts(arguments)
+    partial, drops = PartialRecords(output, len(prompts)), Drops()
+    tokens = sum(sampling.count_tokens(record) for _, record in partial.records())
+    facts: dict[str, Any] = {}
+    if partial.done < len(prompts):
+        tokenizer = load_tokenizer(arguments.tokenizer, arguments.chat_template) if arguments.tokenizer else None
+        if tokenizer:
+            sampling.check_templates(tokenizer, prompts, (0, 1))
+        facts = asyncio.run(generate(arguments, urls, tokenizer, prompts, partial, drops))
+    tokens += facts.pop("tokens", 0)
+    written = partial.assemble()
+    stage.finish(records_in=len(prompts), records_out=written, drops=drops, prompts=len(prompts), tokens=tokens, **facts)
+
+
+async def generate(
+    arguments: Arguments,
+    urls: list[str],
+    tokenizer: Any,
+    prompts: PromptSet,
+    partial: PartialRecords,
+    drops: Drops,
+) -> dict[str, Any]:
+    """Sample responses to the unfinished prompts, each on disk once it is finished; returns tokens and model.
+
+    Raises FailuresListed, with everything else done, if servers refuse prompts, fail at them for good, or die.
+    """
+    key = arguments.api_key.get_secret_value() if arguments.api_key else os.environ.get("VLLM_API_KEY")
+    servers = Servers(urls, key, arguments.timeout, arguments.max_retries, arguments.patience)
+    try:
+        service = await Service.find(servers, arguments.model)
+        program.log_what_runs(servers=len(urls), model=service.model, engine=service.engine, context=service.context)
+        if tokenizer is None:
+            tasks = messages_only(prompts, partial)
+        else:
+            tasks = sampling.unfinished(tokenizer, prompts, (0, 1), partial, drops, service.context)
+        progress, start, tokens, failures = Progress(partial.count, "prompts", partial.done), time.monotonic(), 0, []
+
+        async def worker() -> None:
+            nonlocal tokens
+            for task in tasks:
+                name = f"{task.record['id']} ({task.where})"
+                try:
+                    record = sampling.generated(task.record, await ask(service, task, arguments))
+                except (Refused, Transient) as error:
+                    if arguments.drop_failed and isinstance(error, Refused):
+                        drops.add(f"refused by the server: {error}", name)
+                    else:
+                        failures.append(f"{name}: {error}")
+                    continue
+                partial.append(task.position, record)
+                tokens += sampling.count_tokens(record)
+                progress.update(note=f"{tokens / (time.monotonic() - start):.0f} tokens/s")
+
+        await run_all([asyncio.create_task(worker()) for _ in range(arguments.max_workers)])
+        progress.close()
+    finally:
+        await servers.close()
+    if failures:
+        listed = "\n".join(failures[:NAMED_FAILURES])
+        more = f"\n… and {len(failures) - NAMED_FAILURES} more" if len(failures) > NAMED_FAILURES else ""
+        raise FailuresListed(
+            f"{len(failures)} of {len(prompts)} prompts failed, the others are kept:\n{listed}{more}\nthe same command "
+            "tries these again; with --drop_failed it leaves out what servers refuse"
+        )
+    return {"tokens": tokens, "model": service.model, "engine": service.engine}
+
+
+async def run_all(workers: list[asyncio.Task]) -> None:
+    """Wait for all workers; when one fails, stop the others and raise its error."""
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+def messages_only(prompts: PromptSet, partial: PartialRecords) -> Iterator[sampling.Task]:
+    """What is still to do, for a server that applies its own chat template."""
+    for position, where, record, _ in prompts.shard(0, 1):
+        if position not in partial:
+            yield sampling.Task(position, where, record, [])
+
+
+if __name__ == "__main__":
+    program.run(main)

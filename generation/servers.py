@@ -1,0 +1,203 @@
+"""Several OpenAI-compatible servers as one: each request to the one with the fewest in flight, the dead set aside.
+
+A server that fails to answer is probed, at growing intervals, until it answers again; meanwhile its requests go
+to the others.
+"""
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import httpx
+import orjson
+import tenacity
+
+from baton.errors import FailuresListed, InputError
+
+log = logging.getLogger("baton")
+
+PROBE_SECONDS = (0.2, 30.0)  # the first interval between probes of a dead server, doubled up to the last
+RETRY_SECONDS = (0.2, 30.0)  # the same between attempts at a request, with full jitter
+
+
+class Transient(Exception):
+    """A failure that may pass: a timeout, a broken connection or answer, a 408, 429 or 5xx."""
+
+
+class Refused(Exception):
+    """A request that the server will refuse whenever it is sent: a 4xx. The message is the server's own."""
+
+
+class Server:
+    """One base URL, ending in /v1, and how it is doing."""
+
+    def __init__(self, url: str):
+        self.url, self.in_flight, self.alive, self.probe = url, 0, True, None
+
+
+class Servers:
+    """The servers at `urls`, used through `post`; to be closed with `close`.
+
+    timeout: seconds for one answer. max_retries: attempts at a request after the first. patience: seconds to
+    wait while no server at all is alive.
+    """
+
+    def __init__(self, urls: list[str], api_key: str | None, timeout: float, max_retries: int, patience: float):
+        self.servers = [Server(url) for url in urls]
+        self.patience = patience
+        self.client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            trust_env=False,  # a proxy would take the place of a server on this machine
+        )
+        self.attempts = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            wait=tenacity.wait_random_exponential(multiplier=RETRY_SECONDS[0], max=RETRY_SECONDS[1]),
+            stop=tenacity.stop_after_attempt(max_retries + 1),
+            reraise=True,
+        )
+        self.changed = asyncio.Event()
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The models that the servers alive serve, as their /models says.
+
+        Sets those that do not answer aside. Raises InputError if none answers or one refuses the API key.
+        """
+        answers = await asyncio.gather(*map(self._list_models, self.servers))
+        if not any(server.alive for server in self.servers):
+            urls = ", ".join(server.url for server in self.servers)
+            raise InputError(f"no server answers at {urls}; start them with generation/register_server.sh")
+        return [model for models in answers for model in models]
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The JSON answer to `body` at `path`, from any server, after as many attempts as it takes.
+
+        Raises Transient after the last attempt, Refused for a 4xx, FailuresListed if no server is alive.
+        """
+        last = None
+
+        async def attempt() -> dict[str, Any]:
+            nonlocal last
+            last = await self._pick(avoid=last)
+            return await self._post_to(last, path, body)
+
+        return await self.attempts(attempt)
+
+    async def close(self) -> None:
+        probes = [server.probe for server in self.servers if server.probe]
+        for probe in probes:
+            probe.cancel()
+        await asyncio.gather(*probes, return_exceptions=True)
+        await self.client.aclose()
+
+    async def _pick(self, avoid: Server | None) -> Server:
+        """The server alive with the fewest requests in flight; not `avoid`, which just failed, if there is another."""
+        while not (alive := [server for server in self.servers if server.alive]):
+            self.changed.clear()
+            try:
+                await asyncio.wait_for(self.changed.wait(), self.patience)
+            except asyncio.TimeoutError:
+                raise FailuresListed(
+                    f"no server has answered for {self.patience:g} s; what is finished is kept: start the "
+                    "servers, and run the same command again"
+                ) from None
+        return min(alive, key=lambda server: (server is avoid, server.in_flight))
+
+    async def _post_to(self, server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        server.in_flight += 1
+        try:
+            response = await self.client.post(
+                f"{server.url}/{path}", content=orjson.dumps(body), headers={"Content-Type": "application/json"}
+            )
+        except httpx.TimeoutException as error:
+            if isinstance(error, httpx.ConnectTimeout):
+                self._set_aside(server)
+            raise Transient(f"{server.url}: no answer in time ({type(error).__name__})") from None
+        except httpx.TransportError as error:
+            self._set_aside(server)
+            raise Transient(f"{server.url}: {type(error).__name__}: {error}") from None
+        finally:
+            server.in_flight -= 1
+        return self._checked(server, response)
+
+    def _checked(self, server: Server, response: httpx.Response) -> dict[str, Any]:
+        """The JSON object in an answer. Raises Transient or Refused for what is none."""
+        if response.status_code in (408, 429) or response.status_code >= 500:
+            raise Transient(f"{server.url}: HTTP {response.status_code}: {_message(response)}")
+        if response.status_code in (401, 403):
+            raise InputError(
+                f"{server.url}: refuses the API key (HTTP {response.status_code}: {_message(response)}); give "
+                "it with --api_key or VLLM_API_KEY"
+            )
+        if response.status_code >= 400:
+            raise Refused(f"HTTP {response.status_code}: {_message(response)}")
+        try:
+            answer = orjson.loads(response.content)
+        except json.JSONDecodeError:
+            raise Transient(f"{server.url}: an answer that is not JSON: {response.text[:60]!r}") from None
+        if not isinstance(answer, dict):
+            raise Transient(f"{server.url}: an answer that is no JSON object: {response.text[:60]!r}")
+        return answer
+
+    async def _list_models(self, server: Server) -> list[dict[str, Any]]:
+        try:
+            response = await self.client.get(f"{server.url}/models", timeout=10)
+            models = self._checked(server, response).get("data")
+        except (httpx.TransportError, Transient) as error:
+            log.warning("%s: set aside: %s", server.url, error or type(error).__name__)
+            self._set_aside(server)
+            return []
+        except Refused as refused:
+            raise InputError(f"{server.url}/models: {refused}; is this an OpenAI-compatible server?") from None
+        return [model for model in models or [] if isinstance(model, dict)]
+
+    def _set_aside(self, server: Server) -> None:
+        if server.alive:
+            server.alive = False
+            server.probe = asyncio.create_task(self._revive(server))
+
+    async def _revive(self, server: Server) -> None:
+        """Probe a server until it answers. One that only dropped a connection is back at once."""
+        seconds = 0.0
+        while True:
+            try:
+                response = await self.client.get(f"{server.url}/models", timeout=10)
+                if response.status_code < 500:
+                    break
+            except httpx.TransportError as error:
+                if not seconds:
+                    log.warning("%s: set aside: %s", server.url, error or type(error).__name__)
+            seconds = min(max(2 * seconds, PROBE_SECONDS[0]), PROBE_SECONDS[1])
+            await asyncio.sleep(seconds)
+        if seconds:
+            log.info("%s: answers again", server.url)
+        server.alive = True
+        self.changed.set()
+
+
+def base_url(url: str) -> str:
+    """A server's address as a base URL that ends in /v1. Raises InputError if it is no HTTP address."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise InputError(f"--url {url}: {error}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InputError(f"--url {url}: expected an address such as http://127.0.0.1:8000/v1")
+    bare = url.rstrip("/")
+    return bare if bare.endswith("/v1") else f"{bare}/v1"
+
+
+def _message(response: httpx.Response) -> str:
+    """What a server says about an error, in OpenAI's shape or as text."""
+    try:
+        content = orjson.loads(response.content)
+    except json.JSONDecodeError:
+        return response.text[:200].strip() or response.reason_phrase
+    if isinstance(content, dict):
+        error = content.get("error", content)
+        if isinstance(error, dict):
+            return str(error.get("message") or error.get("detail") or error)
+        return str(error)
+    return str(content)

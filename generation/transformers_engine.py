@@ -1,0 +1,103 @@
+"""Sampling with transformers where vLLM cannot run: slow, for small models and odd machines."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from baton import program
+from baton.errors import InputError
+from generation.sampling import Completion, Task, prompt_seed, seed_from
+
+SEQUENCES = 32  # responses in the making at once, if --max_num_seqs does not say
+
+
+class Sampler:
+    """A loaded model: called with tasks, it yields each with its K completions, batch after batch."""
+
+    def __init__(self, model: Any, tokenizer: Any, arguments: Any):
+        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = arguments.max_model_len or limit
+        eos = model.generation_config.eos_token_id
+        known = [eos] if isinstance(eos, int) else list(eos or ())
+        self.ends = sorted({*known, *arguments.eos_ids, tokenizer.eos_token_id} - {None})
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Completion]]]:
+        arguments, tasks = self.arguments, iter(tasks)
+        # One prompt at a time where its random numbers must not depend on its neighbours.
+        size = 1 if arguments.reproducible else max(1, (arguments.max_num_seqs or SEQUENCES) // arguments.K)
+        while batch := list(islice(tasks, size)):
+            yield from zip(batch, self._sample(batch), strict=True)
+
+    def _sample(self, batch: list[Task]) -> list[list[Completion]]:
+        """K completions for each task of a batch, prompts padded on the left."""
+        import torch
+
+        arguments = self.arguments
+        if arguments.reproducible:
+            torch.manual_seed(prompt_seed(arguments, batch[0].record))
+        length = max(len(task.token_ids) for task in batch)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
+        ids = torch.tensor([[pad] * (length - len(t.token_ids)) + t.token_ids for t in batch])  # (B, T)
+        mask = torch.tensor([[0] * (length - len(t.token_ids)) + [1] * len(t.token_ids) for t in batch])
+        sampled = self.model.generate(  # (B * K, T + new)
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            num_return_sequences=arguments.K,
+            max_new_tokens=min(arguments.max_new_tokens, self.context - length if self.context else 1 << 30),
+            pad_token_id=pad,
+            eos_token_id=self.ends,
+            **({"stop_strings": arguments.stop, "tokenizer": self.tokenizer} if arguments.stop else {}),
+            **_how_to_sample(arguments),
+        )
+        completions = [self._completion(row) for row in sampled[:, length:].tolist()]
+        return [completions[i : i + arguments.K] for i in range(0, len(completions), arguments.K)]
+
+    def _completion(self, row: list[int]) -> Completion:
+        """A row of new tokens, cut after its end-of-turn token or at its stop string."""
+        end = next((place + 1 for place, id_ in enumerate(row) if id_ in self.ends), None)
+        ids = row[:end]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        places = [place for stop in self.arguments.stop if (place := text.find(stop)) >= 0]
+        if places:
+            while self._holds_stop(ids[:-1]):
+                ids = ids[:-1]
+            return Completion(text[: min(places)], ids, "stop")
+        return Completion(text, ids, "stop" if end else "length")
+
+    def _holds_stop(self, ids: list[int]) -> bool:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return any(stop in text for stop in self.arguments.stop)
+
+
+def start(arguments: Any, tokenizer: Any, already_done: int) -> Sampler:
+    """Load the model on the GPU, or on the CPU where there is none, and log what it runs on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if arguments.tensor_parallel_size > 1:
+        raise InputError("--backend hf knows no --tensor_parallel_size")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
+    model.to(device).eval()
+    torch.manual_seed(seed_from(arguments.seed, arguments.iter, arguments.local_index, already_done))
+    program.log_what_runs(
+        backend="transformers",
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        dtype=str(model.dtype).removeprefix("torch."),
+        attention=model.config._attn_implementation,
+    )
+    return Sampler(model, tokenizer, arguments)
+
+
+def _how_to_sample(arguments: Any) -> dict[str, Any]:
+    """The sampling arguments in transformers' words; what the model's own settings say of it is overruled."""
+    if arguments.temperature == 0:
+        return {"do_sample": False, "num_beams": 1}
+    return {
+        "do_sample": True,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "top_k": max(arguments.top_k, 0),
+        "repetition_penalty": 1.0,
+    }
