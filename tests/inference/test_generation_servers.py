@@ -1,0 +1,324 @@
+"""Generation through servers: register_server.sh and gen_hf.py on real vLLM, and on a server that misbehaves."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.inference.misbehaving_server import MisbehavingServer
+from tests.inference.tiny_policy import make_tiny_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+REGISTER = ["bash", str(ROOT / "generation/register_server.sh")]
+
+
+def run(command: list[object], **options: object) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+
+
+def gen_hf(prompts: Path, *arguments: object) -> list[object]:
+    output = prompts.with_name("gen_data.jsonl")
+    program = [sys.executable, ROOT / "generation/gen_hf.py"]
+    return [*program, "--dataset_name_or_path", prompts, "--output_dir", output, *arguments]
+
+
+def write(folder: Path, count: int) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"film {n}", "n": n}) + "\n" for n in range(count)))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_each_prompt_once(output: Path, count: int, K: int) -> None:
+    records = read(output)
+    assert [record["n"] for record in records] == list(range(count))
+    assert all(len(record["responses"]) == K for record in records)
+
+
+def finished_lines(output: Path) -> int:
+    partial = Path(f"{output}.partial")
+    return partial.read_bytes().count(b"\n") if partial.exists() else 0
+
+
+def wait_for_lines(process: subprocess.Popen, output: Path, lines: int) -> None:
+    """Wait until `lines` prompts are on disk; the process must still be at work then."""
+    while finished_lines(output) < lines:
+        try:
+            process.wait(0.02)
+        except subprocess.TimeoutExpired:
+            continue
+        raise AssertionError(f"it ended first, with exit code {process.returncode}")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return make_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+class Pair:
+    """Two real servers on ports that were free, in a folder of their own."""
+
+    def __init__(self, policy: Path, folder: Path):
+        self.policy, self.folder = policy, folder
+        self.env = {**os.environ, "BATON_SERVERS": str(folder)}
+        self.ports = two_free_ports()
+
+    def register(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return run([*REGISTER, *arguments], env=self.env)
+
+    def start(self) -> subprocess.CompletedProcess[str]:
+        options = ["--num_servers", 2, "--port", self.ports[0], "--max_model_len", 200]
+        return self.register(self.policy, *options, "--", "--disable-log-stats")
+
+    def kill(self, port: int) -> None:
+        """kill -9 of a server's whole process group."""
+        pid = int((self.folder / f"{port}.pid").read_text().split()[0])
+        os.killpg(pid, signal.SIGKILL)
+
+
+def two_free_ports() -> tuple[int, int]:
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port, port + 1
+
+
+@pytest.fixture(scope="module")
+def pair(policy, tmp_path_factory):
+    servers = Pair(policy, tmp_path_factory.mktemp("servers"))
+    result = servers.start()
+    try:
+        assert result.returncode == 0, result.stderr
+        yield servers
+    finally:
+        stopped = servers.register("--stop")
+        assert stopped.returncode == 0, stopped.stderr
+        assert "no servers" in servers.register("--status").stdout
+
+
+def test_a_second_call_finds_the_servers_running_and_status_shows_them(pair):
+    before = {path.name: path.read_text() for path in pair.folder.glob("*.pid")}
+    again = pair.start()
+    assert again.returncode == 0
+    assert before == {path.name: path.read_text() for path in pair.folder.glob("*.pid")}
+    status = pair.register("--status").stdout
+    for port in pair.ports:
+        assert re.search(rf"port {port}  pid \d+  ready  .*{port}\.log", status)
+        assert re.search(rf"port {port}  pid \d+  ready ", again.stdout)
+
+
+def test_sampled_token_ids_and_finish_reasons_come_back(pair, policy, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    flags = ["--ports", *pair.ports, "--tokenizer", policy, "--K", 4, "--max_new_tokens", 40]
+    result = run(gen_hf(write(tmp_path, 20), *flags))
+    assert result.returncode == 0, result.stderr
+    assert_each_prompt_once(tmp_path / "gen_data.jsonl", 20, 4)
+    for record in read(tmp_path / "gen_data.jsonl"):
+        samples = zip(record["responses"], record["response_token_ids"], record["finish_reasons"], strict=True)
+        for text, ids, reason in samples:
+            assert tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd") == text.rstrip("\ufffd")
+            assert (ids[-1] == tokenizer.eos_token_id) == (reason == "stop")
+    again = run(gen_hf(tmp_path / "prompts.jsonl", *flags))
+    assert again.returncode == 0
+    assert "up to date" in again.stderr
+
+
+def test_reproducible_sampling_does_not_depend_on_the_server_or_the_workers(pair, policy, tmp_path):
+    texts = []
+    for number, ports in enumerate((pair.ports, pair.ports[:1])):
+        (tmp_path / str(number)).mkdir()
+        prompts = write(tmp_path / str(number), 12)
+        flags = ["--tokenizer", policy, "--K", 3, "--max_new_tokens", 24, "--reproducible", "--seed", 7]
+        result = run(gen_hf(prompts, "--ports", *ports, "--max_workers", 12 - 11 * number, *flags))
+        assert result.returncode == 0, result.stderr
+        texts.append([record["responses"] for record in read(prompts.with_name("gen_data.jsonl"))])
+    assert texts[0] == texts[1]
+    assert len({text for responses in texts[0] for text in responses}) > 30
+
+
+def test_prompts_beyond_the_servers_context_are_dropped_and_a_refusal_names_the_prompt(pair, policy, tmp_path):
+    prompts = write(tmp_path, 3)
+    with prompts.open("a") as file:
+        file.write(json.dumps({"prompt": "film " * 300, "n": 3}) + "\n")
+    flags = ["--ports", *pair.ports, "--K", 2, "--max_new_tokens", 10]
+    messages = run(gen_hf(prompts, *flags))  # without a tokenizer it is the server that finds it too long
+    assert messages.returncode == 3, messages.stderr
+    assert re.search(rf"\({re.escape(str(prompts))}:4\): HTTP 400: .*context length", messages.stderr)
+    assert finished_lines(tmp_path / "gen_data.jsonl") == 3
+    dropped = run(gen_hf(prompts, *flags, "--drop_failed"))
+    assert dropped.returncode == 0, dropped.stderr
+    assert_each_prompt_once(tmp_path / "gen_data.jsonl", 3, 2)
+    tokens = run(gen_hf(prompts, *flags, "--overwrite", "--tokenizer", policy))
+    assert tokens.returncode == 0, tokens.stderr
+    assert "1 prompt longer than the context of 200 tokens" in tokens.stderr
+    assert_each_prompt_once(tmp_path / "gen_data.jsonl", 3, 2)
+
+
+def test_one_of_two_servers_killed_in_the_middle_loses_no_prompt(pair, policy, tmp_path):
+    flags = ["--ports", *pair.ports, "--tokenizer", policy, "--K", 4, "--max_new_tokens", 100, "--max_workers", 16]
+    command = gen_hf(write(tmp_path, 300), *flags)
+    output = tmp_path / "gen_data.jsonl"
+    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        wait_for_lines(process, output, 20)
+        pair.kill(pair.ports[0])
+        log = process.communicate()[1]
+    assert process.returncode == 0, log
+    assert f":{pair.ports[0]}/v1: set aside" in log
+    assert_each_prompt_once(output, 300, 4)
+    assert re.search(rf"port {pair.ports[0]}  pid \d+  dead", pair.register("--status").stdout)
+
+
+def test_both_servers_killed_keeps_what_is_done_and_a_rerun_completes_it(pair, policy, tmp_path):
+    assert pair.start().returncode == 0  # starts the dead one again
+    flags = ["--ports", *pair.ports, "--tokenizer", policy, "--K", 4, "--max_new_tokens", 100, "--max_workers", 16]
+    command = gen_hf(write(tmp_path, 300), *flags, "--patience", 2)
+    output = tmp_path / "gen_data.jsonl"
+    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        wait_for_lines(process, output, 20)
+        for port in pair.ports:
+            pair.kill(port)
+        log = process.communicate()[1]
+    assert process.returncode == 3, log
+    assert "no server has answered for 2 s" in log
+    kept = finished_lines(output)
+    assert 20 <= kept < 300
+    assert not output.exists()
+    refused = run(command)
+    assert refused.returncode == 2
+    assert "start them with generation/register_server.sh" in refused.stderr
+    assert finished_lines(output) == kept
+    assert pair.start().returncode == 0
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+    assert_each_prompt_once(output, 300, 4)
+
+
+def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "no such type"}')
+    servers = Pair(tmp_path / "model", tmp_path / "servers")
+    result = servers.start()
+    assert result.returncode == 1
+    assert re.search(r"port \d+: the server has ended; the end of .*\.log:", result.stderr)
+    assert "no such type" in result.stderr
+    assert "no servers" in servers.register("--status").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which model"),
+        (["--ports", "8000"], "unknown option '--ports'"),
+        (["./nowhere"], "no config.json"),
+        (["some/model", "--num_servers", "none"], "--num_servers must be a positive number, not 'none'"),
+        (["some/model", "--port"], "--port needs a value"),
+        (["some/model", "other/model"], "one model at a time"),
+    ],
+)
+def test_register_server_refuses_bad_arguments(tmp_path, arguments, message):
+    result = run([*REGISTER, *arguments], env={**os.environ, "BATON_SERVERS": str(tmp_path)})
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "hang"])
+def test_trouble_that_passes_is_tried_again_until_every_prompt_is_there(tmp_path, trouble):
+    times = 1 if trouble == "hang" else 3
+    with MisbehavingServer(script=(trouble,) * times) as server:
+        command = gen_hf(write(tmp_path, 6), "--ports", server.port, "--K", 2, "--timeout", 1)
+        result = run(command)
+    assert result.returncode == 0, result.stderr
+    assert set(server.seen.values()) == {times + 1}
+    assert_each_prompt_once(tmp_path / "gen_data.jsonl", 6, 2)
+    records = read(tmp_path / "gen_data.jsonl")
+    assert [record["responses"] for record in records] == [[f"film {n}, 0", f"film {n}, 1"] for n in range(6)]
+    assert all(record["finish_reasons"] == ["stop", "stop"] for record in records)
+    assert not any("response_token_ids" in record for record in records)  # left out, never invented
+
+
+def test_trouble_that_does_not_pass_is_listed_and_the_rest_is_kept(tmp_path):
+    prompts = write(tmp_path, 3)
+    with MisbehavingServer(script=("500",) * 100) as server:
+        result = run(gen_hf(prompts, "--ports", server.port, "--K", 2, "--max_retries", 2))
+        assert set(server.seen.values()) == {3}
+    assert result.returncode == 3, result.stderr
+    assert "3 of 3 prompts failed" in result.stderr
+    assert re.search(rf"\({re.escape(str(prompts))}:1\): .*HTTP 500: the server says 500", result.stderr)
+
+
+def test_a_hanging_server_does_not_hold_what_the_other_can_do(tmp_path):
+    with MisbehavingServer(script=("hang",) * 100) as hangs, MisbehavingServer() as works:
+        command = gen_hf(write(tmp_path, 6), "--ports", hangs.port, works.port, "--K", 2, "--timeout", 1)
+        result = run(command)
+    assert result.returncode == 0, result.stderr
+    assert_each_prompt_once(tmp_path / "gen_data.jsonl", 6, 2)
+
+
+def test_a_server_that_gives_too_few_responses_is_named_with_the_prompt(tmp_path):
+    prompts = write(tmp_path, 2)
+    with MisbehavingServer(script=("few",) * 100) as server:
+        result = run(gen_hf(prompts, "--ports", server.port, "--K", 4))
+    assert result.returncode == 3
+    assert re.search(rf"\({re.escape(str(prompts))}:1\): 3 responses instead of 4", result.stderr)
+
+
+def test_no_more_requests_are_in_flight_than_workers(tmp_path):
+    with MisbehavingServer() as server:
+        result = run(gen_hf(write(tmp_path, 40), "--ports", server.port, "--K", 1, "--max_workers", 3))
+    assert result.returncode == 0
+    assert server.most_in_flight <= 3
+
+
+def test_an_api_key_is_sent_and_its_refusal_is_an_error_that_keeps_it_secret(tmp_path):
+    prompts = write(tmp_path, 2)
+    with MisbehavingServer(api_key="right-key") as server:
+        wrong = run(gen_hf(prompts, "--ports", server.port, "--K", 1, "--api_key", "wrong-key"))
+        right = run(gen_hf(prompts, "--url", f"http://127.0.0.1:{server.port}", "--K", 1, "--api_key", "right-key"))
+    assert wrong.returncode == 2
+    assert "refuses the API key" in wrong.stderr
+    assert right.returncode == 0, right.stderr
+    assert "right-key" not in (tmp_path / "gen_data.jsonl.manifest.json").read_text() + right.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which servers"),
+        (["--ports", "0"], "a port is a number"),
+        (["--ports", "8000x"], "`ports`"),
+        (["--url", "ftp://host"], "--url ftp://host: expected an address"),
+        (["--ports", "1"], "no server answers at http://127.0.0.1:1/v1"),
+        (["--ports", "1", "--tokenizer", "./nowhere"], "./nowhere: no such folder"),
+        (["--ports", "1", "--max_workers", "0"], "`max_workers`"),
+        (["--ports", "1", "--timeout", "0"], "`timeout`"),
+    ],
+)
+def test_bad_arguments_of_the_client_are_named(tmp_path, arguments, message):
+    result = run(gen_hf(write(tmp_path, 1), *arguments))
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_a_model_that_no_server_serves_is_named_with_those_they_do(tmp_path):
+    with MisbehavingServer() as server:
+        result = run(gen_hf(write(tmp_path, 1), "--ports", server.port, "--model", "other"))
+    assert result.returncode == 2
+    assert "--model other: the servers serve scripted" in result.stderr
