@@ -1,0 +1,374 @@
+"""Scorers beside the plain reward model: equal rewards through vLLM and HTTP; functions, pairs, judges; their failures."""
+
+import json
+import re
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.inference.annotation_task import (
+    GOOD,
+    ROOT,
+    command,
+    environment,
+    generated,
+    make_models,
+    read,
+    rewards_in,
+    run,
+    write,
+)
+
+REWARDS = "get_rewards.py"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def annotated(models, tmp_path_factory):
+    """Input and output of the plain scorer over 12 prompts."""
+    folder = tmp_path_factory.mktemp("annotated")
+    source, output = write(folder / "in.jsonl", generated(12)), folder / "out.jsonl"
+    run(REWARDS, dataset_name_or_path=source, output_dir=output, scorer=f"bt:{models / 'rm'}")
+    return source, output
+
+
+def test_vllm_gives_the_same_rewards(annotated, models, tmp_path):
+    source, output = annotated
+    log = run(
+        REWARDS, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", scorer=f"vllm:{models / 'rm'}", dtype="float32"
+    )
+    assert "engine=vLLM pooling" in log
+    assert rewards_in(tmp_path / "o.jsonl") == pytest.approx(rewards_in(output), abs=1e-4)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def service(models):
+    """The URL of a running serve_rm.py, whose key is `secret`."""
+    port = free_port()
+    values = {"reward_name_or_path": models / "rm", "port": port, "api_key": "secret"}
+    process = subprocess.Popen(command("serve_rm.py", **values), env=environment())
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/get_reward"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_until_healthy(url, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(url, timeout=1).read()
+            return
+        except OSError:
+            with suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"the server ended with exit code {process.wait(0.5)}")
+    raise TimeoutError(url)
+
+
+def test_the_service_gives_the_same_rewards_also_when_one_of_its_servers_is_gone(annotated, service, tmp_path):
+    source, output = annotated
+    gone = f"http://127.0.0.1:{free_port()}/get_reward"
+    for number, urls in enumerate([service, f"{gone},{service}"]):
+        out = tmp_path / f"{number}.jsonl"
+        run(REWARDS, dataset_name_or_path=source, output_dir=out, scorer=f"http:{urls}", api_key="secret")
+        assert rewards_in(out) == pytest.approx(rewards_in(output), abs=1e-5)
+
+
+def test_the_service_names_what_is_wrong(annotated, service, tmp_path):
+    values = {"dataset_name_or_path": annotated[0], "output_dir": tmp_path / "o.jsonl", "scorer": f"http:{service}"}
+    assert "refuses the API key" in run(REWARDS, code=2, api_key="wrong", **values)
+    for body, message in [
+        ({}, "`query`"),
+        ({"messages": [[{"role": "user"}]]}, "`content` must be a string"),
+        ({"query": []}, "`query`"),
+    ]:
+        request = urllib.request.Request(
+            service,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": "Bearer secret"},
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=20)
+        assert refused.value.code == 422
+        assert message in refused.value.read().decode()
+
+
+@contextmanager
+def misbehaving(answer):
+    """A server on this machine; `answer(number of the request, body)` gives (status, bytes), or None to hang up."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append(body)
+            made = answer(len(seen), body)
+            if made is None:
+                self.close_connection = True
+                return
+            status, content = made
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            """Nothing is logged."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def lengths(body):
+    return 200, json.dumps({"rewards": [float(len(query)) for query in body["query"]]}).encode()
+
+
+def test_a_service_that_fails_at_first_is_asked_again(tmp_path):
+    troubles = {
+        1: (500, b"busy"),
+        2: (429, b"slow down"),
+        3: None,
+        4: (200, b'{"rewards": [1.0,'),
+        5: (200, b'{"rewards": [1.0]}'),
+    }
+    source, out = write(tmp_path / "in.jsonl", [GOOD]), tmp_path / "o.jsonl"
+    with misbehaving(lambda number, body: troubles.get(number) if number in troubles else lengths(body)) as (url, seen):
+        run(REWARDS, dataset_name_or_path=source, output_dir=out, scorer=f"http:{url}", tries=6)
+    assert len(seen) == 6
+    assert read(out)[0]["rewards"] == [6.0, 6.0]
+    assert seen[0]["query"] == ["Helloa", "Hellob"]
+    assert seen[0]["prompts"] == ["Hello", "Hello"]
+
+
+def test_a_service_that_stays_away_keeps_what_is_scored(tmp_path):
+    source, out = write(tmp_path / "in.jsonl", generated(8)), tmp_path / "o.jsonl"
+    values = {"dataset_name_or_path": source, "output_dir": out, "workers": 1, "tries": 1}
+    with misbehaving(lambda number, body: lengths(body) if number <= 5 else (500, b"broken")) as (url, _):
+        log = run(REWARDS, code=2, scorer=f"http:{url}", **values)
+    assert "status 500: broken" in log
+    assert not out.exists()
+    with misbehaving(lambda number, body: lengths(body)) as (url, seen):
+        run(REWARDS, scorer=f"http:{url}", **values)
+    assert len(seen) == 3
+    assert len(read(out)) == 8
+
+
+def test_a_refused_request_names_the_prompt(tmp_path):
+    source = write(tmp_path / "in.jsonl", [{**GOOD, "id": "the-id"}])
+    with misbehaving(lambda number, body: (400, b"no such thing")) as (url, seen):
+        log = run(REWARDS, code=2, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", scorer=f"http:{url}")
+    assert len(seen) == 1
+    assert "prompt the-id" in log
+    assert "no such thing" in log
+
+
+def chat(text):
+    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+def test_a_judge_is_asked_again_until_it_gives_a_number_and_else_listed(tmp_path):
+    records = [{"prompt": f"Question {name}", "responses": ["good", "bad"], "id": name} for name in ("one", "two", "mute")]
+    source, out = write(tmp_path / "in.jsonl", records), tmp_path / "o.jsonl"
+
+    def answer(number, body):
+        text = body["messages"][0]["content"]
+        if "mute" in text or (body["seed"] == 0 and "Question one" in text):
+            return chat("I would rather not say. Out of 10?")
+        return chat("Clear.\nScore: 9" if "[Answer]\ngood" in text else "Score: **2.5**")
+
+    values = {"dataset_name_or_path": source, "output_dir": out, "judge_model": "judge", "tries": 3}
+    with misbehaving(answer) as (url, seen):
+        log = run(REWARDS, code=3, scorer=f"judge:{url}/v1", **values)
+    assert [(record["id"], record["rewards"]) for record in read(out)] == [("one", [9.0, 2.5]), ("two", [9.0, 2.5])]
+    assert "dropped mute" in log
+    assert len(seen) == 2 * 2 + 2 + 2 * 3
+    manifest = json.loads(Path(f"{out}.manifest.json").read_text())
+    assert manifest["counts"] == {"in": 3, "out": 2, "dropped": {"the judge gave no score from 1 to 10": 1}}
+
+
+def function_file(folder, body):
+    file = folder / "rules.py"
+    file.write_text(f"import math, os, time\n\ndef rule(prompts, responses, records):\n    {body}\n", encoding="utf-8")
+    return f"function:{file}:rule"
+
+
+def test_a_function_sees_prompt_response_and_record(tmp_path):
+    source, out = write(tmp_path / "in.jsonl", generated(20)), tmp_path / "o.jsonl"
+    body = (
+        "print('noise'); rows = zip(prompts, responses, records)\n"
+        "    return [len(p[0]['content']) + len(r) + c['source']['number'] for p, r, c in rows]"
+    )
+    run(REWARDS, dataset_name_or_path=source, output_dir=out, scorer=function_file(tmp_path, body))
+    for record in read(out):
+        base = len(record["prompt"][0]["content"]) + record["source"]["number"]
+        assert record["rewards"] == [base + len(response) for response in record["responses"]]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise ValueError('nothing to say')", "prompt the-id: .*raised ValueError: nothing to say"),
+        ("return [1.0]", "prompt the-id: .*gave 1 rewards for 2 responses"),
+        ("return [1.0, math.nan]", "response 2 of prompt the-id: function gave nan"),
+        ("os._exit(1)", "prompt the-id: .*ended its process"),
+    ],
+)
+def test_a_function_that_fails_names_the_prompt(tmp_path, body, message):
+    source = write(tmp_path / "in.jsonl", [{**GOOD, "id": "the-id"}])
+    scorer = function_file(tmp_path, body)
+    log = run(REWARDS, code=2, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", scorer=scorer, workers=1)
+    assert re.search(message, log), log
+
+
+def test_a_function_that_takes_too_long_loses_its_record_alone(tmp_path):
+    records = [{**GOOD, "id": "quick"}, {**GOOD, "id": "slow"}, {**GOOD, "id": "quick too"}]
+    source, out = write(tmp_path / "in.jsonl", records), tmp_path / "o.jsonl"
+    scorer = function_file(tmp_path, "return time.sleep(600) if records[0]['id'] == 'slow' else [1, 2]")
+    log = run(REWARDS, code=3, dataset_name_or_path=source, output_dir=out, scorer=scorer, timeout=2, workers=1)
+    assert [record["id"] for record in read(out)] == ["quick", "quick too"]
+    assert "dropped slow" in log
+
+
+def test_several_scorers_are_weighed(annotated, models, tmp_path):
+    source, plain = annotated
+    out = tmp_path / "o.jsonl"
+    brief = function_file(tmp_path, "return [-len(response) for response in responses]")
+    values = {"dataset_name_or_path": source, "output_dir": out, "weights": [2, 0.01], "plot": True}
+    run(REWARDS, scorer=[f"bt:{models / 'rm'}", f"brief={brief}"], **values)
+    for record, bt in zip(read(out), read(plain), strict=True):
+        assert record["rewards_by"]["bt"] == pytest.approx(bt["rewards"], abs=1e-5)
+        assert record["rewards_by"]["brief"] == [-len(response) for response in record["responses"]]
+        expected = [2 * a + 0.01 * b for a, b in zip(*record["rewards_by"].values(), strict=True)]
+        assert record["rewards"] == pytest.approx(expected)
+    assert set(json.loads(Path(f"{out}.summary.json").read_text())) == {"rewards", "bt", "brief", "records", "noted"}
+    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pair_model_scores_by_mean_probability_to_win(models, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    records = generated(3)
+    records[2]["responses"][1] = records[2]["responses"][0]
+    source, out = write(tmp_path / "in.jsonl", records), tmp_path / "o.jsonl"
+    run(REWARDS, dataset_name_or_path=source, output_dir=out, scorer=f"pair:{models / 'lm'}")
+    model = AutoModelForCausalLM.from_pretrained(models / "lm").eval()
+    tokenizer = AutoTokenizer.from_pretrained(models / "lm")
+
+    def first_wins(prompt, a, b):
+        text = f"[CONTEXT] \n\n\n<turn> user\n {prompt}\n\n\n [RESPONSE A] {a} [RESPONSE B] {b} \n"
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1, tokenizer.convert_tokens_to_ids(["A", "B"])]
+        return logits.softmax(-1)[0].item()
+
+    for record in read(out):
+        prompt, texts = record["prompt"][0]["content"], record["responses"]
+        for i, score in enumerate(record["rewards"]):
+            wins = [
+                (first_wins(prompt, texts[i], b) + 1 - first_wins(prompt, b, texts[i])) / 2
+                for j, b in enumerate(texts)
+                if j != i
+            ]
+            assert score == pytest.approx(sum(wins) / len(wins), abs=1e-5)
+        assert sum(record["rewards"]) == pytest.approx(len(texts) / 2, abs=1e-5)
+    twins = read(out)[2]["rewards"]
+    assert twins[0] == pytest.approx(twins[1], abs=1e-5)
+
+
+def test_a_model_with_its_own_code_runs_only_when_allowed(annotated, models, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(models / "rm", tmp_path / "own")
+    (folder / "own_model.py").write_text(
+        "from transformers import LlamaForSequenceClassification\n\n"
+        "class OwnModel(LlamaForSequenceClassification):\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        output = super().forward(*args, **kwargs)\n"
+        "        output.score = output.logits[:, 0] * 2\n"
+        "        return output\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "own_model.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    source, plain = annotated
+    out = tmp_path / "o.jsonl"
+    values = {"dataset_name_or_path": source, "output_dir": out, "scorer": f"custom:{folder}"}
+    assert "--trust_remote_code" in run(REWARDS, code=2, **values)
+    run(REWARDS, trust_remote_code="true", **values)
+    assert rewards_in(out) == pytest.approx([2 * reward for reward in rewards_in(plain)], abs=1e-4)
+
+
+def test_bad_scorers_are_refused_before_anything_runs(models, tmp_path):
+    source = write(tmp_path / "in.jsonl", [GOOD])
+    rules = tmp_path / "rules.py"
+    rules.write_text("def rule(prompts, responses, records):\n    return [0] * len(prompts)\n")
+    rule = f"function:{rules}:rule"
+    for changes, message in [
+        ({"scorer": "somewhere"}, "expected [NAME=]KIND:TARGET"),
+        ({"scorer": f"btt:{models / 'rm'}"}, "did you mean `bt`?"),
+        ({"scorer": [rule, rule]}, "another one is called function already"),
+        ({"scorer": rule, "weights": [1, 2]}, "2 weights for 1 scorers"),
+        ({"scorer": f"function:{tmp_path}/absent.py:rule"}, "absent.py: No such file"),
+        ({"scorer": f"function:{rules}:rules"}, "defines no function rules, only: rule"),
+        ({"scorer": "http:localhost:5000"}, "begins with http://"),
+        ({"scorer": "judge:http://localhost:5000/v1"}, "--judge_model"),
+        ({"scorer": f"http:http://127.0.0.1:{free_port()}", "tries": 1}, "Connection refused"),
+    ]:
+        log = run(REWARDS, code=2, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", **changes)
+        assert message in log
+    single = write(tmp_path / "single.jsonl", [{**GOOD, "responses": ["a"]}])
+    pair = f"pair:{models / 'lm'}"
+    log = run(REWARDS, code=2, dataset_name_or_path=single, output_dir=tmp_path / "o.jsonl", scorer=pair)
+    assert "single.jsonl:1: a pairwise scorer needs at least 2" in log
+
+
+def gsm8k_records():
+    """The test set's questions, each with its worked answer and the same with one digit of the result altered."""
+    import gzip
+
+    path = ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl.gz"
+    if not path.exists():
+        pytest.skip("the GSM8K data is not on this machine")
+    for number, line in enumerate(gzip.decompress(path.read_bytes()).splitlines()):
+        problem = json.loads(line)
+        work, result = problem["answer"].rsplit("#### ", 1)
+        places = [i for i, letter in enumerate(result) if letter.isdigit()]
+        place = places[number % len(places)]
+        altered = result[:place] + str((int(result[place]) + 1 + number % 9) % 10) + result[place + 1 :]
+        responses = [problem["answer"], f"{work}The answer is ${result}.", f"{work}#### {altered}"]
+        yield {"prompt": problem["question"], "answer": problem["answer"], "responses": responses}
+
+
+def test_the_gsm8k_rule_rewards_every_worked_answer_and_no_altered_one(tmp_path):
+    source, out = write(tmp_path / "in.jsonl", gsm8k_records()), tmp_path / "o.jsonl"
+    scorer = f"function:{ROOT}/docs/examples/gsm8k_reward.py:gsm8k_reward"
+    run(REWARDS, dataset_name_or_path=source, output_dir=out, scorer=scorer)
+    assert [record["rewards"] for record in read(out)] == [[1.0, 1.0, 0.0]] * 1319
