@@ -69,8 +69,9 @@ def leave() -> None:
 class Sampler:
     """A running engine: called with tasks, it yields each with its K completions, in the order they finish."""
 
-    def __init__(self, engine: Any, arguments: Any):
-        self.engine, self.arguments = engine, arguments
+    def __init__(self, llm: Any, arguments: Any):
+        self.llm, self.engine, self.arguments = llm, llm.llm_engine, arguments
+        engine = self.engine
         self.context = engine.model_config.max_model_len
         # Twice what can run at once, so that the engine never runs dry; a million prompts need not be held.
         self.ahead = 1 + math.ceil(2 * engine.vllm_config.scheduler_config.max_num_seqs / arguments.K)
@@ -151,7 +152,7 @@ def start(arguments: Any, already_done: int) -> Sampler:
         max_num_seqs=config.scheduler_config.max_num_seqs,
         eager=eager,
     )
-    return Sampler(llm.llm_engine, arguments)
+    return Sampler(llm, arguments)
 
 
 def _cache_bytes_on_cpu(model: str, max_model_len: int | None, max_num_seqs: int | None) -> int:

@@ -9,14 +9,12 @@ Shard i of --my_world_size is written to <output_dir>i.jsonl: the prompt's recor
 order.
 """
 
-import time
 from pathlib import Path
 from typing import Literal
 
 from baton import program
 from baton.arguments import option, parse
 from baton.partial import PartialRecords
-from baton.progress import Progress
 from baton.prompts import PromptSet, shard_range
 from baton.stage import Drops, Stage
 from baton.templates import check_model_path, load_tokenizer
@@ -78,15 +76,7 @@ def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, 
     else:
         sample = engine.start(arguments, already_done=partial.done)
     tasks = sampling.unfinished(tokenizer, prompts, shard, partial, drops, sample.context)
-
-    progress, tokens, start = Progress(partial.count, "prompts", partial.done), 0, time.monotonic()
-    for task, completions in sample(tasks):
-        record = sampling.generated(task.record, completions)
-        partial.append(task.position, record)
-        tokens += sampling.count_tokens(record)
-        progress.update(note=f"{tokens / (time.monotonic() - start):.0f} tokens/s")
-    progress.close()
-    return tokens
+    return sampling.write(sample, tasks, partial)
 
 
 if __name__ == "__mp_main__":  # an engine process, started by spawn

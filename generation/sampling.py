@@ -1,12 +1,14 @@
 """From prompt records to what an engine is asked, and from its answers back to records."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import xxhash
 
 from baton.jsonl import Record
 from baton.partial import PartialRecords
+from baton.progress import Progress
 from baton.prompts import PromptSet
 from baton.stage import Drops
 from baton.templates import prompt_text, prompt_token_ids
@@ -64,6 +66,21 @@ def unfinished(
         else:
             reason = f"prompt longer than the context of {context} tokens"
             drops.add(reason, f"{record['id']} ({where}, {len(token_ids)} tokens)")
+
+
+def write(sample: Callable[[Iterable[Task]], Iterator], tasks: Iterable[Task], partial: PartialRecords) -> int:
+    """Have `sample` answer the tasks, and put each on disk once it is finished; returns the sampled tokens.
+
+    `sample` yields (task, completions) in any order.
+    """
+    progress, tokens, start = Progress(partial.count, "prompts", partial.done), 0, time.monotonic()
+    for task, completions in sample(tasks):
+        record = generated(task.record, completions)
+        partial.append(task.position, record)
+        tokens += count_tokens(record)
+        progress.update(note=f"{tokens / (time.monotonic() - start):.0f} tokens/s")
+    progress.close()
+    return tokens
 
 
 def generated(record: Record, completions: Sequence[Any]) -> Record:

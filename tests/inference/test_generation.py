@@ -39,7 +39,7 @@ def write(path: Path, prompts: list[object]) -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def manifest(path: Path) -> dict:

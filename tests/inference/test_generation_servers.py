@@ -36,7 +36,7 @@ def write(folder: Path, count: int) -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def assert_each_prompt_once(output: Path, count: int, K: int) -> None:

@@ -12,7 +12,7 @@ TEMPLATE = (
 )
 
 
-def make_tiny_policy(folder: Path, context: int = 256) -> Path:
+def make_tiny_policy(folder: Path, context: int = 256, hidden: int = 64, layers: int = 2) -> Path:
     """Save the model and its tokenizer in `folder`: end-of-turn token `<|end|>`, `context` positions."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,11 +36,11 @@ def make_tiny_policy(folder: Path, context: int = 256) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
         max_position_embeddings=context,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
