@@ -5,11 +5,11 @@ import os
 import random
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.programs import ROOT, read_jsonl, succeed
+
 K, PROMPTS, HELDOUT, ROUNDS = 4, 24, 8, 2
 
 RECIPE = f"""
@@ -32,30 +32,20 @@ def shell(*words, **options):
     return subprocess.run([str(word) for word in words], cwd=ROOT, capture_output=True, text=True, **options)
 
 
-def program(*words):
-    """Run a program of the training environment (the one that these tests run in)."""
-    done = shell("python", *words)
-    assert done.returncode == 0, done.stderr
-
-
-def records(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run's folder with data, a briefly trained policy and reward model, and a recipe."""
     folder = tmp_path_factory.mktemp("run")
     data, base = folder / "data", folder / "base"
     sizes = ["--demonstrations", 800, "--train_pairs", 100, "--test_pairs", 20, "--prompts_per_round", PROMPTS]
-    program("quickstart/make_data.py", "--output_dir", data, *sizes, "--heldout_prompts", HELDOUT)
-    program("quickstart/make_model.py", "--text", data / "sft.jsonl", "--output_dir", base, "--hidden_size", 64, "--layers", 2)
+    succeed("quickstart/make_data.py", "--output_dir", data, *sizes, "--heldout_prompts", HELDOUT)
+    succeed("quickstart/make_model.py", "--text", data / "sft.jsonl", "--output_dir", base, "--hidden_size", 64, "--layers", 2)
     steps = ["--max_steps", 30]
-    program(
+    succeed(
         "sft/run_sft.py", "configs/quickstart/sft.yaml", "--model_name_or_path", base, "--dataset_name_or_path",
         data / "sft.jsonl", "--output_dir", folder / "sft", *steps,
     )  # fmt: skip
-    program(
+    succeed(
         "reward_model/run_rm.py", "configs/quickstart/rm.yaml", "--model_name_or_path", base, "--dataset_name_or_path",
         data / "rm_train.jsonl", "--output_dir", folder / "reward_model", *steps,
     )  # fmt: skip
@@ -80,9 +70,9 @@ def test_relay_killed_at_random_moments_ends_with_every_prompt_once(run_dir):
     assert done.returncode == 0, done.stderr
 
     for number in range(1, ROUNDS + 1):
-        asked = [record["prompt"] for record in records(run_dir / f"data/prompts_round{number}.jsonl")]
+        asked = [record["prompt"] for record in read_jsonl(run_dir / f"data/prompts_round{number}.jsonl")]
         for name in ("gen_data", "data_with_rewards"):
-            got = records(run_dir / f"round{number}/{name}.jsonl")
+            got = read_jsonl(run_dir / f"round{number}/{name}.jsonl")
             assert [record["prompt"] for record in got] == asked
             assert len({record["id"] for record in got}) == PROMPTS
             assert all(len(record["responses"]) == len(record["response_token_ids"]) == K for record in got)

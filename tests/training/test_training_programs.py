@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.conftest import ROOT, read_jsonl, run_program
+from tests.programs import ROOT, read_jsonl, run_program, write_jsonl
 
 SMALL = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]
 SHORT = ["--max_length", 128, "--per_device_train_batch_size", 8, *SMALL]
@@ -96,8 +96,7 @@ def altered(source, target, change):
     """A copy of a JSONL file whose second record is changed."""
     records = read_jsonl(source)
     change(records[1])
-    target.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return target
+    return write_jsonl(target, records)
 
 
 @pytest.mark.parametrize(
