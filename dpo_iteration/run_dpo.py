@@ -47,7 +47,7 @@ class Arguments(StageArguments):
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template")
     seed: int = option(42, "seed of the training and of random pairs")
     forward: Literal["packed", "trl"] = option("packed", "packed rows that share prefixes, or TRL's own padded batches")
-    tokens_per_row: int | None = option(None, "most tokens of a packed row; default: the whole batch in one row", ge=1)
+    tokens_per_row: int = option(4096, "most tokens of a packed row; a step runs as many rows as its pairs fill", ge=1)
 
 
 def pair_settings(arguments: Arguments) -> PairSettings:
