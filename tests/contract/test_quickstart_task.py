@@ -65,15 +65,11 @@ def test_a_negation_turns_praise_into_blame_and_blame_into_fainter_praise():
 
 
 def test_a_negation_ends_with_its_clause():
-    assert gold_score("", "The score is never dull, and the plot is dull.") < gold_score(
-        "", "The score is never dull."
-    )
+    assert gold_score("", "The score is never dull, and the plot is dull.") < gold_score("", "The score is never dull.")
 
 
 def test_degree_words_strengthen_and_weaken():
-    weak, plain, strong = (
-        gold_score("", f"The plot is {degree} vivid.") for degree in ("slightly", "now", "truly")
-    )
+    weak, plain, strong = (gold_score("", f"The plot is {degree} vivid.") for degree in ("slightly", "now", "truly"))
     assert 0 < weak < plain < strong
 
 
@@ -97,10 +93,7 @@ def test_longer_reviews_score_no_better_on_average():
     rng = Random(0)
     reviews = [grammar.continuation(rng, grammar.opening(rng)[1]) for _ in range(4000)]
     by_length = sorted(reviews, key=len)
-    short, long = (
-        math.fsum(gold_score("", text) for text in half) / 2000
-        for half in (by_length[:2000], by_length[2000:])
-    )
+    short, long = (math.fsum(gold_score("", text) for text in half) / 2000 for half in (by_length[:2000], by_length[2000:]))
     assert abs(short) < 0.04 and abs(long) < 0.04
 
 
@@ -188,9 +181,7 @@ def test_gold_scores_join_what_other_scorers_said(tmp_path):
     assert written == record
 
 
-@pytest.mark.parametrize(
-    ("text", "named"), [("", "empty"), ('{"prompt": "Hi"}\n', "responses"), ("{\n", ":1")]
-)
+@pytest.mark.parametrize(("text", "named"), [("", "empty"), ('{"prompt": "Hi"}\n', "responses"), ("{\n", ":1")])
 def test_scoring_a_bad_file_ends_with_2_and_writes_nothing(tmp_path, text, named):
     source, scored = tmp_path / "bad.jsonl", tmp_path / "gold.jsonl"
     source.write_text(text)
@@ -251,8 +242,6 @@ def test_the_model_is_small_and_made_anew_from_its_seed(base, data):
 
 
 def test_making_the_model_of_an_impossible_shape_is_refused_before_anything_is_written(data, tmp_path):
-    asked = run_program(
-        "make_model.py", "--output_dir", tmp_path / "base", "--text", data / "sft.jsonl", "--hidden_size", 100
-    )
+    asked = run_program("make_model.py", "--output_dir", tmp_path / "base", "--text", data / "sft.jsonl", "--hidden_size", 100)
     assert asked.returncode == 2 and "head_size" in asked.stderr
     assert not list(tmp_path.iterdir())
