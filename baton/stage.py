@@ -74,10 +74,10 @@ class Stage:
         """Start or resume the work on `output`, or return None (and say so) where it is up to date.
 
         `settings` are those of a library underneath, which decide the result as well. Where work starts
-        afresh, what `output` held before is removed. Raises InputError where `output` holds, or is being
+        afresh, what `output` held before is kept as `<output>.old` until the new output is complete. Raises InputError where `output` holds, or is being
         given, the result of other arguments or other input; the message names the difference.
         """
-        asked = {"stage": name, "arguments": identity(arguments) | {"settings": settings or {}}}
+        asked = {"stage": name, "arguments": identity(arguments) | {"settings": dict(settings or {})}}
         stage = cls(name, output, asked)
         plan = _plan(asked, output, inputs, arguments.overwrite)
         if program.rank() == 0 and plan != UP_TO_DATE:
@@ -101,6 +101,10 @@ class Stage:
         """Where a stage whose output is a folder works: `<output>.partial`."""
         return self.output.with_name(self.output.name + ".partial")
 
+    @property
+    def _old(self) -> Path:
+        return self.output.with_name(self.output.name + ".old")
+
     def finish(self, *, records_in: int, records_out: int, drops: Drops | None = None, **facts: Any) -> None:
         """Give a partial folder its final name, write the manifest, log the account.
 
@@ -117,15 +121,16 @@ class Stage:
         counts = {"in": records_in, "out": records_out, "dropped": dict(drops.counts)}
         self.manifest |= {"counts": counts, "dropped": drops.names, "seconds": seconds, **facts}
         _write_json(manifest_path(self.output), self.manifest)
+        _remove(self._old)
         remove_partial(self.output)
         self._unlock()
         log.info("%s: %d in, %d out, dropped: %s; %.1f s", self.output, records_in, records_out, drops, seconds)
 
     def _start_afresh(self, inputs: dict[str, str | Path]) -> None:
-        """Write the manifest of work in progress, and remove what was there before.
+        """Write the manifest of work in progress, and put aside the output that was there before.
 
-        In this order a death at any point leaves either the old output with its manifest, or the new work
-        begun.
+        In this order a death at any point leaves either the old output with its manifest, or the new work begun, and
+        nobody takes the one for the other.
         """
         self.manifest |= {
             "inputs": {key: fingerprint(value) for key, value in inputs.items()},
@@ -135,7 +140,10 @@ class Stage:
         remove_partial(self.output)
         _write_json(manifest_path(in_progress(self.output)), self.manifest)
         manifest_path(self.output).unlink(missing_ok=True)
-        _remove(self.output)
+        if self.output.exists():
+            _remove(self._old)
+            self.output.replace(self._old)
+            log.info("%s: kept until the new output is complete", self._old)
 
     def _lock(self) -> None:
         """Hold a lock on the output until this process ends, however it ends."""

@@ -181,15 +181,17 @@ def test_an_output_never_replaces_its_input(prompts):
     assert prompts.read_bytes() == before
 
 
-def test_overwriting_leaves_no_old_output_that_could_be_taken_for_the_new(prompts, output):
+def test_overwriting_keeps_the_old_output_under_another_name_until_the_new_one_is_complete(prompts, output):
     run(prompts, output)
+    old, kept = output.read_bytes(), output.with_name(output.name + ".old")
     stop_at(start(prompts, output, "--K", "2", "--overwrite", "--wait_after", "9"), 9, signal.SIGKILL)
-    assert not output.exists()
+    assert not output.exists() and kept.read_bytes() == old
     code, log = run(prompts, output)
     assert code == 2
     assert "unfinished work with another K (2, now 1)" in log
     assert run(prompts, output, "--K", "2")[0] == 0
     assert_complete(output)
+    assert not kept.exists()
 
 
 @pytest.mark.parametrize("left", ["parts and manifests", "manifest in progress alone"])
