@@ -73,28 +73,39 @@ def reference_logps(
 ) -> Tensor:
     """Summed log-probabilities of chosen and rejected responses under `model`, float32 (pairs, 2).
 
-    Pairs are sorted by length and scored about `tokens_per_row` tokens at a time, prompts shared.
+    Pairs are scored about `tokens_per_row` tokens at a time, prompts shared; by an architecture that cannot take
+    packed trees, one sequence at a time.
 
     Args:
         ld_alpha: weight of the tokens past the shorter response's length (LD-DPO, arXiv 2409.06411); None: 1.
-    Raises:
-        ValueError: the architecture cannot take packed trees.
     """
-    reason = obstacle(model)
-    if reason:
-        raise ValueError(f"{type(model).__name__} cannot take packed trees: {reason}")
+    token_logps = _packed if obstacle(model) is None else _one_by_one
     logps = torch.empty(len(pairs), 2, device=model.device)
     training = model.training
     model.eval()
-    with attention(model, NAME):
-        for members in _batches(pairs, tokens_per_row):
-            sequences = [(pairs[i][0], response) for i in members for response in pairs[i][1:]]
-            scores, slices = score(model, sequences, None)
-            for i, chosen, rejected in zip(members, slices[::2], slices[1::2], strict=True):
-                shared = min(chosen.stop - chosen.start, rejected.stop - rejected.start)
-                for side, part in enumerate((chosen, rejected)):
-                    logps[i, side] = _weighted_sum(scores.log_probs[part], shared, ld_alpha)
+    for members in _batches(pairs, tokens_per_row):
+        sequences = [(pairs[i][0], response) for i in members for response in pairs[i][1:]]
+        scored = token_logps(model, sequences)
+        for i, chosen, rejected in zip(members, scored[::2], scored[1::2], strict=True):
+            shared = min(len(chosen), len(rejected))
+            logps[i, 0] = _weighted_sum(chosen, shared, ld_alpha)
+            logps[i, 1] = _weighted_sum(rejected, shared, ld_alpha)
     model.train(training)
+    return logps
+
+
+def _packed(model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[Tensor]:
+    with attention(model, NAME):
+        scores, slices = score(model, sequences, None)
+    return [scores.log_probs[part] for part in slices]
+
+
+def _one_by_one(model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[Tensor]:
+    logps = []
+    for prompt, response in sequences:
+        ids = torch.tensor([[*prompt, *response]], device=model.device)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logps.append(logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1))
     return logps
 
 

@@ -449,12 +449,9 @@ def test_a_margin_scale_without_margins_is_refused(tokenizer, tmp_path):
 
 
 def test_an_architecture_that_cannot_be_packed_is_padded_and_says_so(tokenizer, tmp_path, caplog):
-    torch.manual_seed(0)
-    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0)
-    model = AutoModelForCausalLM.from_config(config)
     rows = random_pairs(4)
     with caplog.at_level(logging.WARNING, logger="dpo_iteration.trainer"):
-        trainer = trainer_of(model, rows, tokenizer, tmp_path, max_steps=1, logging_steps=1)
+        trainer = trainer_of(bloom(), rows, tokenizer, tmp_path, max_steps=1, logging_steps=1)
     assert caplog.text.count("BloomForCausalLM: its attention does not go through") == 1
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -473,9 +470,17 @@ def test_generation_and_plain_calls_are_untouched():
 # The reference
 
 
+def bloom():
+    """A model whose attention is its own: it cannot be packed."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("build", [lambda: model_of("llama"), bloom], ids=["llama", "bloom"])
 @pytest.mark.parametrize("ld_alpha", [None, 0.4])
-def test_reference_logps_are_those_of_trl(ld_alpha, tokenizer, tmp_path):
-    model, rows = model_of("llama"), random_pairs(7)
+def test_reference_logps_are_those_of_trl(ld_alpha, build, tokenizer, tmp_path):
+    model, rows = build(), random_pairs(7)
     trainer = trainer_of(model, rows, tokenizer, tmp_path, packed=False, ld_alpha=ld_alpha)
     batch = trainer.data_collator([{name: row[name] for name in row if name != "margin"} for row in rows])
     wanted = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), dim=1)
