@@ -60,10 +60,15 @@ def shared_prefix_attention(
     return output.transpose(1, 2), None
 
 
+def _for_each_head(key: Tensor, value: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated for each of the `groups` query heads that share one."""
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
 def _tree_by_tree(query, key, value, layout, scaling, dropout, window, softcap) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        key, value = _for_each_head(key, value, groups)
     attend = functools.partial(_attend, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
     lengths = [length for prompt, responses in layout.trees for length in (prompt, *responses)]
     lengths.append(query.shape[2] - layout.length)
@@ -165,6 +170,9 @@ def _flex(query, key, value, layout, scaling, window, softcap) -> Tensor:
     length = query.shape[2]
     if (window, length) not in layout.masks:
         layout.masks[window, length] = block_mask(layout, length, window, query.device)
+    groups = query.shape[1] // key.shape[1]
+    if groups.bit_count() > 1:  # FlexAttention shares keys among a power of two of query heads only
+        key, value = _for_each_head(key, value, groups)
     score_mod = None if softcap is None else _softcap(softcap)
     return _compiled_flex()(
         query,
@@ -189,7 +197,7 @@ def _softcap(softcap: float):
 
 def block_mask(layout: Layout, length: int, window: int | None, device: torch.device) -> BlockMask:
     """FlexAttention's mask of a row of `length` tokens: same tree, earlier, and prompt or same response."""
-    tree, branch, position = (torch.full((length,), -1) for _ in range(3))
+    tree, branch, position = (torch.full((length,), -1, dtype=torch.int32) for _ in range(3))
     start = 0
     for index, (prompt, responses) in enumerate(layout.trees):
         for number, size in enumerate((prompt, *responses)):

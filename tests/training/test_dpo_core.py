@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -33,7 +34,7 @@ from transformers import (
 from trl import DPOConfig
 
 from baton.errors import InputError
-from dpo_iteration.attention import NAME, block_mask
+from dpo_iteration.attention import NAME, block_mask, shared_prefix_attention
 from dpo_iteration.forward import attention, score, share_prefixes
 from dpo_iteration.logps import token_scores
 from dpo_iteration.reference import kept_reference_logps, reference_logps
@@ -254,6 +255,22 @@ def test_the_flex_mask_lets_a_token_see_its_own_past_and_nothing_else(trees, win
             in_past = tree == other_tree and other_position <= position and other_response in (None, response)
             in_window = window is None or position - other_position < window
             assert bool(mask(0, 0, torch.tensor(q), torch.tensor(k))) == (in_past and in_window)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("heads", [4, 6])
+def test_both_kinds_of_attention_agree(heads, window):
+    torch.manual_seed(0)
+    sequences = [([3] * 30, [4] * 150), ([3] * 30, [5] * 9), ([6] * 5, [7] * 40)]
+    (row,), _ = pack(sequences, None)
+    length = 256  # the row and some padding
+    query, key, value = (torch.randn(1, count, length, 16) for count in (heads, 2, 2))
+    blocks, _ = shared_prefix_attention(None, query, key, value, layout=row.layout, sliding_window=window)
+    mask = block_mask(row.layout, length, window, torch.device("cpu"))
+    flex = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    used = row.layout.length
+    torch.testing.assert_close(blocks[:, :used], flex.transpose(1, 2)[:, :used])
 
 
 # Losses against TRL's own
