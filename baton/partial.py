@@ -65,7 +65,7 @@ class PartialRecords:
         self.close()
         merged = PartialRecords(self.output, self.count)
         in_order = self.output.with_name(self.output.name + ".sorting")
-        with in_order.open("wb", buffering=1 << 20) as file:
+        with in_order.open("wb", buffering=1 << 16) as file:
             sources = [part.open("rb") for part in merged.parts]
             written = 0
             for number, offset in zip(merged.part_of, merged.offset_of, strict=True):
