@@ -8,14 +8,14 @@ from pathlib import Path
 
 import orjson
 
+from annotate_data.processes import barrier
+from annotate_data.summary import Summary
+from annotate_data.work import Responses, Scorer, Scores, write_records
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.program import rank, world_size
 from baton.progress import Progress
 from baton.stage import Drops, Stage
-from processes import barrier
-from summary import Summary
-from work import Responses, Scorer, Scores, write_records
 
 log = logging.getLogger("baton")
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 
-import models
-from batching import batches, padded, windows
+from annotate_data import models
+from annotate_data.batching import batches, padded, windows
+from annotate_data.conversations import token_ids
+from annotate_data.work import Score, Task
 from baton.templates import load_tokenizer
-from conversations import token_ids
-from work import Score, Task
 
 
 class BradleyTerry:
@@ -19,7 +19,7 @@ class BradleyTerry:
         from transformers import AutoModelForSequenceClassification
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
-        self.model = models.load(AutoModelForSequenceClassification, path, settings.dtype).to(device)
+        self.model = models.place(models.load(AutoModelForSequenceClassification, path, settings.dtype), device)
         self.device = device
         self.max_length = models.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or models.TOKENS_PER_BATCH[device.type]

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 
-import models
-from batching import batches, padded, windows
+from annotate_data import models
+from annotate_data.batching import batches, padded, windows
+from annotate_data.work import Score, Task
 from baton.jsonl import Record
 from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_token_ids
-from work import Score, Task
 
 # Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
@@ -29,7 +29,7 @@ class CausalLM:
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
-        self.model = models.load(AutoModelForCausalLM, path, settings.dtype).to(device)
+        self.model = models.place(models.load(AutoModelForCausalLM, path, settings.dtype), device)
         self.device = device
         self.max_length = models.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]

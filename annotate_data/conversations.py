@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from annotate_data.work import Task
 from baton.records import Messages
 from baton.templates import conversation_token_ids
-from work import Task
 
 TRUNCATED = "truncated: longer than max_length tokens, so the conversation's beginning was left out"
 

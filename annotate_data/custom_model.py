@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-import models
-from batching import batches, windows
+from annotate_data import models
+from annotate_data.batching import batches, windows
+from annotate_data.conversations import token_ids
+from annotate_data.work import Score, Task
 from baton.errors import InputError
 from baton.templates import load_tokenizer
-from conversations import token_ids
-from work import Score, Task
 
 EQUAL_LENGTHS = 1.0  # another's code is given no padding to mistake for text
 

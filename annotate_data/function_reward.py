@@ -10,9 +10,9 @@ from queue import SimpleQueue
 
 import orjson
 
+from annotate_data.parallel import in_parallel
+from annotate_data.work import Score, Task
 from baton.errors import InputError
-from parallel import in_parallel
-from work import Score, Task
 
 WORKER = Path(__file__).with_name("function_worker.py")
 

@@ -12,14 +12,14 @@ response's tokens. Of responses sampled from `policy`, the mean of policy - init
 from pathlib import Path
 from typing import Literal
 
-import models
+from annotate_data import models
+from annotate_data.work import Responses, check_output
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.program import check_processes, log_what_runs, run
 from baton.stage import Stage
 from baton.templates import check_model_path
-from work import Responses, check_output
 
 
 class Arguments(StageArguments):
@@ -54,9 +54,9 @@ def main() -> None:
         return
     responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key)
 
-    import processes
-    from annotate import annotate
-    from causal_lm import CausalLM
+    from annotate_data import processes
+    from annotate_data.annotate import annotate
+    from annotate_data.causal_lm import CausalLM
 
     device = processes.choose_device(arguments.device)
 

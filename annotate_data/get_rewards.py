@@ -24,14 +24,14 @@ from typing import Literal
 
 from pydantic import SecretStr
 
-import scorers
+from annotate_data import scorers
+from annotate_data.plot import draw, plot_path
+from annotate_data.work import Responses, check_output
 from baton.arguments import StageArguments, option, parse
 from baton.errors import FailuresListed, InputError
 from baton.jsonl import Record
 from baton.program import check_processes, rank, run
 from baton.stage import Stage
-from plot import draw, plot_path
-from work import Responses, check_output
 
 
 class Arguments(StageArguments):
@@ -98,7 +98,7 @@ def main() -> None:
             return {**record, "rewards": rewards}, {"rewards": rewards}
         return {**record, "rewards": rewards, "rewards_by": scores}, {"rewards": rewards, **scores}
 
-    from annotate import annotate
+    from annotate_data.annotate import annotate
 
     makers = {scorer.name: scorers.maker(scorer, arguments) for scorer in wanted}
     drops = annotate(stage, responses, makers, add_rewards)

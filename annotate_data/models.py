@@ -47,6 +47,15 @@ def load(auto_class: Any, path: str, dtype: Dtype, **options: Any) -> Any:
         raise InputError(f"{path}: the model cannot be loaded: {error}") from None
 
 
+def place(model: Any, device: Any) -> Any:
+    """A causal model on its device, on a CPU with the attention that is fastest there."""
+    if device.type == "cpu":
+        from annotate_data import cpu_attention
+
+        cpu_attention.use(model)
+    return model.to(device)
+
+
 def longest_input(model: Any, wanted: int | None) -> int:
     """The tokens that a model reads at most: its own limit, or `wanted` where that is less."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30

@@ -8,12 +8,12 @@ from itertools import permutations
 
 import torch
 
-import models
-from batching import batches, padded, windows
+from annotate_data import models
+from annotate_data.batching import batches, padded, windows
+from annotate_data.work import Score, Task
 from baton.errors import InputError
 from baton.records import Messages
 from baton.templates import load_tokenizer, prompt_token_ids
-from work import Score, Task
 
 RECORDS_AT_ONCE = 64  # each is K * (K - 1) questions
 TOO_LONG = "longer than max_length tokens as a question about two responses"
@@ -33,7 +33,7 @@ class PairPreference:
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
         if any(len(ids) != 1 for ids in letters):
             raise InputError(f"{path}: its tokenizer has no single tokens for A and B, so it cannot be asked for them")
-        self.model = models.load(AutoModelForCausalLM, path, settings.dtype).to(device)
+        self.model = models.place(models.load(AutoModelForCausalLM, path, settings.dtype), device)
         self.letters = torch.tensor([ids[0] for ids in letters], device=device)
         self.device = device
         self.max_length = models.longest_input(self.model, settings.max_length)

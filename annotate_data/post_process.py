@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from annotate_data.work import check_output, write_records
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -29,7 +30,6 @@ from baton.program import check_processes, run
 from baton.prompts import read_records, with_ids
 from baton.records import prompt_of, responses_of, rewards_of
 from baton.stage import Drops, Stage
-from work import check_output, write_records
 
 log = logging.getLogger("baton")
 

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import models
+from annotate_data import models
+from annotate_data.function_reward import check_function
+from annotate_data.http_client import check_urls
+from annotate_data.work import Scorer
 from baton.arguments import check_known
 from baton.errors import InputError
 from baton.program import log_what_runs, world_size
 from baton.templates import check_model_path
-from function_reward import check_function
-from http_client import check_urls
-from work import Scorer
 
 KINDS = ("bt", "vllm", "pair", "custom", "function", "http", "judge")
 DEFAULT_RUBRIC = Path(__file__).with_name("rubric.txt")
@@ -94,7 +94,7 @@ def _transformers(module: str, name: str) -> Callable[..., Scorer]:
     def make(target: str, arguments: Any, settings: models.Settings) -> Scorer:
         import importlib
 
-        import processes
+        from annotate_data import processes
 
         device = processes.choose_device(arguments.device)
         scorer = getattr(importlib.import_module(module), name)(target, device, settings)
@@ -105,13 +105,13 @@ def _transformers(module: str, name: str) -> Callable[..., Scorer]:
 
 
 def _vllm(target: str, arguments: Any, settings: models.Settings) -> Scorer:
-    from vllm_reward import VLLMReward
+    from annotate_data.vllm_reward import VLLMReward
 
     return VLLMReward(target, settings)
 
 
 def _function(target: str, arguments: Any, settings: models.Settings) -> Scorer:
-    from function_reward import FunctionReward
+    from annotate_data.function_reward import FunctionReward
 
     workers = arguments.workers or max(1, len(os.sched_getaffinity(0)) // world_size())
     log_what_runs(function=target, processes=world_size(), workers=workers)
@@ -119,7 +119,7 @@ def _function(target: str, arguments: Any, settings: models.Settings) -> Scorer:
 
 
 def _http(target: str, arguments: Any, settings: models.Settings) -> Scorer:
-    from http_reward import HTTPReward
+    from annotate_data.http_reward import HTTPReward
 
     workers = arguments.workers or 32
     log_what_runs(service=target, processes=world_size(), requests_at_once=workers)
@@ -127,7 +127,7 @@ def _http(target: str, arguments: Any, settings: models.Settings) -> Scorer:
 
 
 def _judge(target: str, arguments: Any, settings: models.Settings) -> Scorer:
-    from judge import Judge
+    from annotate_data.judge import Judge
 
     workers = arguments.workers or 32
     rubric = (arguments.rubric or DEFAULT_RUBRIC).read_text(encoding="utf-8")
@@ -144,9 +144,9 @@ def _judge(target: str, arguments: Any, settings: models.Settings) -> Scorer:
 
 
 MAKERS: dict[str, Callable[[str, Any, models.Settings], Scorer]] = {
-    "bt": _transformers("bradley_terry", "BradleyTerry"),
-    "pair": _transformers("pair_preference", "PairPreference"),
-    "custom": _transformers("custom_model", "CustomModel"),
+    "bt": _transformers("annotate_data.bradley_terry", "BradleyTerry"),
+    "pair": _transformers("annotate_data.pair_preference", "PairPreference"),
+    "custom": _transformers("annotate_data.custom_model", "CustomModel"),
     "vllm": _vllm,
     "function": _function,
     "http": _http,

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import SecretStr
 
-import models
+from annotate_data import models
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.program import log_what_runs, run
@@ -43,8 +43,8 @@ def main() -> None:
 
     import uvicorn
 
-    import processes
-    from bradley_terry import BradleyTerry
+    from annotate_data import processes
+    from annotate_data.bradley_terry import BradleyTerry
 
     device = processes.choose_device(arguments.device)
     settings = models.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
@@ -63,7 +63,7 @@ def application(scorer, key: str | None):
 
     from fastapi import Body, FastAPI, HTTPException, Request
 
-    from conversations import encode_all
+    from annotate_data.conversations import encode_all
 
     app = FastAPI(title="Reward model")
     waiting: queue.SimpleQueue[tuple[list[int], Future[float]]] = queue.SimpleQueue()

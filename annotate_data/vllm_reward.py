@@ -3,13 +3,13 @@
 import os
 from collections.abc import Iterable, Iterator
 
-import models
-from batching import windows
+from annotate_data import models
+from annotate_data.batching import windows
+from annotate_data.conversations import token_ids
+from annotate_data.work import Score, Task
 from baton.errors import InputError
 from baton.program import log_what_runs, world_size
 from baton.templates import load_tokenizer
-from conversations import token_ids
-from work import Score, Task
 
 
 class VLLMReward:
