@@ -1,7 +1,7 @@
 """Merging speed and memory: `merge_data.py` on 8 shards of prompts with 8 responses of 200 words each.
 
-    python benchmarks/merging.py                        100,000 prompts, about 1 GB
-    python benchmarks/merging.py --prompts 1000000      about 11 GB, twice that on disk
+    python benchmarks/merge.py                        100,000 prompts, about 1 GB
+    python benchmarks/merge.py --prompts 1000000      about 11 GB, twice that on disk
 
 Prints MB/s of the merge as a whole (hashing its input, copying, fsync), beside a bare `cat` of the same files with
 `sync`, and the peak memory of the merging process.

@@ -1,8 +1,8 @@
 """Generation speed: Baton's offline and server modes against bare `vllm.LLM.generate`, on the same prompts.
 
-    python benchmarks/generation.py                                      a random Llama of 5 M parameters
-    python benchmarks/generation.py --model MODEL --prompts 2000 --max_new_tokens 512
-    python benchmarks/generation.py --no_servers                         the offline mode alone
+    python benchmarks/generate.py                                      a random Llama of 5 M parameters
+    python benchmarks/generate.py --model MODEL --prompts 2000 --max_new_tokens 512
+    python benchmarks/generate.py --no_servers                         the offline mode alone
 
 Bare vLLM gets token ids and returns objects in memory; Baton renders the chat template, tokenises, writes every
 record to disk as it finishes, sorts the output and writes the manifest. The offline sides use one engine in turn,
