@@ -150,8 +150,8 @@ if ((gpus)); then
     die "$num_servers servers of $tensor_parallel_size GPUs each, but there are $gpus GPUs"
 else
   ((tensor_parallel_size == 1)) || die "--tensor_parallel_size $tensor_parallel_size, but there is no GPU"
-  # The servers share the cores: each has its part of the threads, none is bound to a core or spins while it waits.
-  threads=$(($(nproc) / num_servers))
+  # The servers share the cores but one, which is for requests and answers; no thread is bound to a core or spins.
+  threads=$((($(nproc) - 1) / num_servers))
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} OMP_WAIT_POLICY=passive
   export VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
   vllm_options=(--enforce-eager "${vllm_options[@]}")
