@@ -52,13 +52,9 @@ class PairSettings:
 
     def __post_init__(self) -> None:
         if self.choose_type not in get_args(ChooseType):
-            raise InputError(
-                f"`choose_type`: {self.choose_type!r} is not one of {', '.join(get_args(ChooseType))}"
-            )
+            raise InputError(f"`choose_type`: {self.choose_type!r} is not one of {', '.join(get_args(ChooseType))}")
         if self.len_penalty and self.choose_type != "max_min_p":
-            raise InputError(
-                f"`len_penalty` acts with choose_type max_min_p only, not with {self.choose_type}"
-            )
+            raise InputError(f"`len_penalty` acts with choose_type max_min_p only, not with {self.choose_type}")
         if self.pairs_per_prompt < 1:
             raise InputError(f"`pairs_per_prompt` must be at least 1, got {self.pairs_per_prompt}")
         if not self.min_margin >= 0:
@@ -74,14 +70,10 @@ def candidates(count: int, settings: PairSettings) -> int:
 
 def scores(responses: Sequence[str], rewards: Sequence[float], settings: PairSettings) -> list[float]:
     """What responses are compared by: the reward, less `len_penalty` for each character."""
-    return [
-        reward - settings.len_penalty * len(text) for text, reward in zip(responses, rewards, strict=True)
-    ]
+    return [reward - settings.len_penalty * len(text) for text, reward in zip(responses, rewards, strict=True)]
 
 
-def choose_pair(
-    scores: Sequence[float], choose_type: ChooseType, generator: random.Random
-) -> tuple[int, int]:
+def choose_pair(scores: Sequence[float], choose_type: ChooseType, generator: random.Random) -> tuple[int, int]:
     """The indices (chosen, rejected) of one pair among at least two responses, the higher score first.
 
     Of equal scores the earlier response counts as the better one.
@@ -126,9 +118,7 @@ def pairs_of(
     for where, record in with_ids(iter(records), prompt_key):
         responses, rewards = responses_of(record, where), rewards_of(record, where)
         if len(responses) < 2:
-            raise InputError(
-                f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more"
-            )
+            raise InputError(f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more")
         yield from _pairs_of_record(
             {**record, "prompt": prompt_of(record, where, prompt_key)}, responses, rewards, settings, drops
         )

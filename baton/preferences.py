@@ -1,7 +1,7 @@
 """Offline preference records of every common shape, read as (prompt, chosen, rejected).
 
-    {"prompt", "chosen", "rejected"}    texts, or messages; chosen and rejected may repeat the prompt
-    {"chosen", "rejected"}              whole conversations: messages, or text with "\\n\\nHuman:" and "\\n\\nAssistant:" turns
+{"prompt", "chosen", "rejected"}    texts, or messages; chosen and rejected may repeat the prompt
+{"chosen", "rejected"}              whole conversations: messages, or text with "\\n\\nHuman:" and "\\n\\nAssistant:" turns
 """
 
 import re

@@ -73,9 +73,9 @@ class Stage:
     ) -> "Stage | None":
         """Start or resume the work on `output`, or return None (and say so) where it is up to date.
 
-        `settings` are those of a library underneath, which decide the result as well. Where work starts
-        afresh, what `output` held before is kept as `<output>.old` until the new output is complete. Raises InputError where `output` holds, or is being
-        given, the result of other arguments or other input; the message names the difference.
+        `settings` are those of a library underneath, which decide the result as well. Where work starts afresh, what
+        `output` held before is kept as `<output>.old` until the new output is complete. Raises InputError where `output`
+        holds, or is being given, the result of other arguments or other input; the message names the difference.
         """
         asked = {"stage": name, "arguments": identity(arguments) | {"settings": dict(settings or {})}}
         stage = cls(name, output, asked)

@@ -117,9 +117,7 @@ def score(
     targets = torch.cat([row.targets for row in rows])
     head = model.get_output_embeddings()
     # Under FSDP2 the head may be sharded here
-    weight, bias = (
-        part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias)
-    )
+    weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
     config = model.config
     scores = token_scores(
         hidden.to(weight.device),
@@ -167,9 +165,7 @@ def _several() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
-def _sequences(
-    input_ids: Tensor, attention_mask: Tensor, labels: Tensor
-) -> list[tuple[list[int], list[int]]]:
+def _sequences(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[tuple[list[int], list[int]]]:
     """Cut each row of a right-padded batch at its first label; the first token always counts as prompt."""
     lengths = attention_mask.sum(dim=1)
     # (B,) position of the first label; the length where there is none
@@ -183,6 +179,4 @@ def _unpack(labels: Tensor, scores: TokenScores, slices: list[slice]) -> ScoredT
     """Flat scores as a batch of TRL's shape, (B, L - 1)."""
     scored = labels[:, 1:] != -100
     source = torch.cat([torch.arange(part.start, part.stop) for part in slices]).to(labels.device)
-    return ScoredTokens(
-        *(values.new_zeros(scored.shape).masked_scatter(scored, values[source]) for values in scores)
-    )
+    return ScoredTokens(*(values.new_zeros(scored.shape).masked_scatter(scored, values[source]) for values in scores))

@@ -64,9 +64,7 @@ def gathered(*parameters: Tensor | None):
     return maybe_gather_lm_head_ctx(*parameters)
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """Logits in float32 (n, V); the product in the inputs' dtype."""
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
     if scale != 1.0:

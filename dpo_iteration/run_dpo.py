@@ -139,9 +139,7 @@ def main() -> None:
     metrics = training.train(trainer, stage)
     if program.rank() == 0:
         log.info("pairs: %s", ", ".join(f"{count} {name}" for name, count in counted.items() if name != "in"))
-        stage.finish(
-            records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics
-        )
+        stage.finish(records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -71,15 +71,11 @@ class PackedDPOTrainer(DPOTrainer):
         if not self._margin_scale:
             return
         if "sigmoid" not in self.loss_types or set(self.loss_types) - {"sigmoid", "sft"}:
-            raise InputError(
-                f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {self.loss_types}"
-            )
+            raise InputError(f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {self.loss_types}")
         if self.f_divergence_type != "reverse_kl":
             raise InputError(f"margin_scale needs f_divergence_type reverse_kl, not {self.f_divergence_type}")
         if "margin" not in self.train_dataset.column_names:
-            raise InputError(
-                "margin_scale needs a `margin` in every row: chosen reward minus rejected reward"
-            )
+            raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
 
     def _replace_forward(self) -> None:
         """Pack the forward passes of policy and in-memory reference, where the architecture allows it."""
@@ -87,13 +83,9 @@ class PackedDPOTrainer(DPOTrainer):
             return
         self._forward_replaced = True
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        reason = (
-            "its prompt tuning adds virtual tokens" if _has_virtual_tokens(self.model) else obstacle(policy)
-        )
+        reason = "its prompt tuning adds virtual tokens" if _has_virtual_tokens(self.model) else obstacle(policy)
         if reason:
-            logger.warning(
-                "%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason
-            )
+            logger.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
             return
         share_prefixes(policy, self._tokens_per_row)
         if self.ref_model is not None:

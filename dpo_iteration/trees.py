@@ -57,9 +57,7 @@ class Place:
     length: int
 
 
-def pack(
-    sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None
-) -> tuple[list[Row], list[Place]]:
+def pack(sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None) -> tuple[list[Row], list[Place]]:
     """Pack `(prompt, response)` token sequences into rows of at most `tokens_per_row` tokens (None: one row).
 
     Sequences with the same prompt share it, equal sequences share everything. A tree that alone is longer
@@ -146,7 +144,5 @@ def _row(trees: list[tuple[tuple[int, ...], list[tuple[int, ...]]]]) -> Row:
             input_ids += response[:-1]
             position_ids += range(len(prompt), len(prompt) + max(len(response) - 1, 0))
         lengths.append((len(prompt), [max(len(response) - 1, 0) for response in responses]))
-    ids = (
-        torch.tensor(values, dtype=torch.int64) for values in (input_ids, position_ids, predictors, targets)
-    )
+    ids = (torch.tensor(values, dtype=torch.int64) for values in (input_ids, position_ids, predictors, targets))
     return Row(*ids, Layout(lengths))

@@ -96,9 +96,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     drops = Drops()
     rows = training.rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")
-    trainer = SFTTrainer(
-        model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer
-    )
+    trainer = SFTTrainer(model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer)
     training.log_training(trainer)
     metrics = training.train(trainer, stage)
     if program.rank() == 0:

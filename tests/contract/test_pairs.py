@@ -45,9 +45,7 @@ settings = st.builds(
 
 def made(records, settings):
     drops = Drops()
-    return list(
-        pairs_of([(f"file:{i}", record) for i, record in enumerate(records, 1)], settings, drops)
-    ), drops
+    return list(pairs_of([(f"file:{i}", record) for i, record in enumerate(records, 1)], settings, drops)), drops
 
 
 def by_id_and_tokens(pair):
@@ -57,9 +55,7 @@ def by_id_and_tokens(pair):
 @given(st.lists(annotated(), max_size=6), settings)
 def test_every_pair_that_is_asked_for_is_kept_or_dropped_with_a_reason(records, settings):
     kept, drops = made(records, settings)
-    assert len(kept) + drops.counts.total() == sum(
-        candidates(len(record["responses"]), settings) for record in records
-    )
+    assert len(kept) + drops.counts.total() == sum(candidates(len(record["responses"]), settings) for record in records)
 
 
 @given(annotated(), settings)
@@ -86,9 +82,7 @@ def test_kept_pairs_pass_every_filter_and_use_each_response_once(record, setting
 def test_the_order_of_the_records_does_not_change_a_pair(records, settings, order):
     shuffled = records.copy()
     order.shuffle(shuffled)
-    assert sorted(made(records, settings)[0], key=by_id_and_tokens) == sorted(
-        made(shuffled, settings)[0], key=by_id_and_tokens
-    )
+    assert sorted(made(records, settings)[0], key=by_id_and_tokens) == sorted(made(shuffled, settings)[0], key=by_id_and_tokens)
 
 
 @given(st.lists(score, min_size=2, max_size=9), st.sampled_from(CHOOSE_TYPES), st.integers(0, 9))
