@@ -56,7 +56,8 @@ for name in training inference; do
   fi
 done
 code=5   # pytest's «no tests collected»: the verdict unless an environment finds some
-for name in "${!running[@]}"; do
+for name in training inference; do
+  [[ -n ${running[$name]:-} ]] || continue
   tail -n +1 -f --pid="${running[$name]}" "$logs/$name"
   result=0
   wait "${running[$name]}" || result=$?
