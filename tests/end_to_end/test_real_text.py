@@ -10,7 +10,10 @@ from tests.programs import ROOT, read_jsonl, succeed, write_jsonl
 SOURCE = ROOT.parent / "shared/data/alpaca_eval_k8.jsonl.gz"
 LABELLED = 600  # prompts whose own rewards the reward model learns from
 
-pytestmark = pytest.mark.skipif(not SOURCE.exists(), reason=f"the real data is not at {SOURCE}")
+pytestmark = [
+    pytest.mark.skipif(not SOURCE.exists(), reason=f"the real data is not at {SOURCE}"),
+    pytest.mark.timeout(1200),
+]
 
 
 def best_and_worst(record):

@@ -12,6 +12,8 @@ from tests.programs import ROOT, read_jsonl, succeed
 
 K, PROMPTS, HELDOUT, ROUNDS = 4, 24, 8, 2
 
+pytestmark = pytest.mark.timeout(1200)  # a whole relay, killed four times
+
 RECIPE = f"""
 INITIAL_POLICY=$RUN_DIR/sft
 REWARD_MODEL=$RUN_DIR/reward_model
