@@ -36,6 +36,7 @@ for variable in INITIAL_POLICY REWARD_MODEL PROMPTS; do
   [[ -n ${!variable:-} ]] || die "$recipe: sets no $variable"
 done
 [[ $REFERENCE =~ ^(initial|previous)$ ]] || die "$recipe: REFERENCE is initial or previous, not '$REFERENCE'"
+((GPUS <= $(gpu_count))) || die "$recipe: GPUS=$GPUS, but this machine has $(gpu_count)"
 ROUNDS=${ROUNDS:-${#PROMPTS[@]}}
 ((${#PROMPTS[@]} == 1 || ${#PROMPTS[@]} >= ROUNDS)) || die "$recipe: $ROUNDS ROUNDS, but PROMPTS names ${#PROMPTS[@]} sets"
 

@@ -104,10 +104,14 @@ def test_failed_stage_stops_the_loop_with_its_message(run_dir, tmp_path):
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("", "sets no INITIAL_POLICY"), (RECIPE + "REFERENCE=first\n", "REFERENCE is initial or previous"),
-     (RECIPE + "ROUNDS=5\n", "5 ROUNDS, but PROMPTS names 2 sets")],
-)  # fmt: skip
-def test_recipe_that_cannot_run_is_refused_at_once(run_dir, tmp_path, recipe, message):
+    [
+        ("", "sets no INITIAL_POLICY"),
+        (RECIPE + "REFERENCE=first\n", "REFERENCE is initial or previous"),
+        (RECIPE + "ROUNDS=5\n", "5 ROUNDS, but PROMPTS names 2 sets"),
+        (RECIPE + "GPUS=64\n", "GPUS=64, but this machine has"),
+    ],
+)
+def test_recipe_that_cannot_run_is_refused_at_once(tmp_path, recipe, message):
     (tmp_path / "bad.env").write_text(recipe)
     done = shell("bash", "scripts/run_loop.sh", tmp_path / "bad.env", "--run_dir", tmp_path / "run")
     assert done.returncode == 2 and message in done.stderr
