@@ -39,6 +39,7 @@ def test_real_responses_are_annotated_paired_and_trained_on(tmp_path):
     succeed(
         "annotate_data/get_rewards.py", "--dataset_name_or_path", write_jsonl(tmp_path / "responses.jsonl", unlabelled),
         "--reward_name_or_path", tmp_path / "reward_model", "--output_dir", annotated, "--K", 8, "--dtype", "bfloat16",
+        "--max_length", 256,
     )  # fmt: skip
     got = read_jsonl(annotated)
     assert [record["responses"] for record in got] == [record["responses"] for record in records]
