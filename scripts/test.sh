@@ -34,34 +34,20 @@ fi
 
 bash scripts/setup_envs.sh
 
-# Runs pytest in environment $1 on the paths that it owns.
-run_tests() {
-  local selected
-  mapfile -t selected <<<"${paths[$1]%$'\n'}"
-  echo "== tests in the $1 environment: ${selected[*]}"
-  in_env "$1" python -m pytest "--color=$colour" "${selected[@]}" "${options[@]}"
-}
-
 logs="$(mktemp -d)"
+trap 'rm -rf "$logs"' EXIT
 colour=no
 if [[ -t 1 ]]; then colour=yes; fi
-# Both environments at once, and each program on one thread: most of a test's time is start-up, which one core does.
+# Two test files at once, and each program on one thread: most of a test's time is start-up, which one core does.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-declare -A running=()
-trap 'kill "${running[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
-for name in training inference; do
-  if [[ -n ${paths[$name]} ]]; then
-    run_tests "$name" >"$logs/$name" 2>&1 &
-    running[$name]=$!
-  fi
-done
 code=5   # pytest's «no tests collected»: the verdict unless an environment finds some
-for name in training inference; do
-  [[ -n ${running[$name]:-} ]] || continue
-  tail -n +1 -f --pid="${running[$name]}" "$logs/$name"
+for name in inference training; do
+  if [[ -z ${paths[$name]} ]]; then continue; fi
+  mapfile -t selected <<<"${paths[$name]%$'\n'}"
+  echo "== tests in the $name environment: ${selected[*]}"
   result=0
-  wait "${running[$name]}" || result=$?
-  unset "running[$name]"
+  in_env "$name" python -m pytest --numprocesses 2 --dist loadfile "--color=$colour" "${selected[@]}" "${options[@]}" |
+    tee "$logs/$name" || result=$?
   if ((result != 5 && (code == 5 || code == 0))); then code=$result; fi
 done
 
