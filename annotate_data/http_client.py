@@ -9,6 +9,7 @@ import httpx
 import tenacity
 
 from baton.errors import InputError
+from baton.remote import error_text
 
 
 class Unusable(Exception):
@@ -50,25 +51,12 @@ class Client:
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise Unusable(f"{url}: {str(error) or type(error).__name__}") from None
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise Unusable(f"{url}: status {answer.status_code}: {answer.text[:200]}")
+            raise Unusable(f"{url}: status {answer.status_code}: {error_text(answer)}")
         if answer.status_code in (401, 403):
             raise InputError(f"{url}: refuses the API key (status {answer.status_code}): give it with --api_key")
         if answer.status_code >= 300:
-            raise InputError(f"{name}: {url} refuses the request: status {answer.status_code}: {answer.text[:500]}")
+            raise InputError(f"{name}: {url} refuses the request: status {answer.status_code}: {error_text(answer)}")
         try:
             return read(answer.json())
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise Unusable(f"{url}: not the expected answer ({type(error).__name__}: {error}): {answer.text[:200]}") from None
-
-
-def check_urls(text: str) -> list[str]:
-    """`URL[,URL…]` as a list. Raises InputError for what is no http(s) URL."""
-    urls = text.split(",")
-    for url in urls:
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise InputError(f"{url}: not a URL: {error}") from None
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise InputError(f"{url}: not a URL, which begins with http:// or https://")
-    return urls

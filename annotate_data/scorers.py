@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 from annotate_data import models
 from annotate_data.function_reward import check_function
-from annotate_data.http_client import check_urls
 from annotate_data.work import Scorer
 from baton.arguments import check_known
 from baton.errors import InputError
 from baton.program import log_what_runs, world_size
+from baton.remote import check_url
 from baton.templates import check_model_path
 
 KINDS = ("bt", "vllm", "pair", "custom", "function", "http", "judge")
@@ -72,7 +72,8 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
         return {label: scorer.target}
     if scorer.kind == "function":
         return {label: check_function(scorer.target)[0]}
-    check_urls(scorer.target)
+    for url in scorer.target.split(","):
+        check_url(url, "--scorer")
     if scorer.kind == "http":
         return {}
     if arguments.judge_model is None:
@@ -123,7 +124,7 @@ def _http(target: str, arguments: Any, settings: models.Settings) -> Scorer:
 
     workers = arguments.workers or 32
     log_what_runs(service=target, processes=world_size(), requests_at_once=workers)
-    return HTTPReward(check_urls(target), arguments.key(), workers, arguments.timeout, arguments.tries)
+    return HTTPReward(target.split(","), arguments.key(), workers, arguments.timeout, arguments.tries)
 
 
 def _judge(target: str, arguments: Any, settings: models.Settings) -> Scorer:
@@ -133,7 +134,7 @@ def _judge(target: str, arguments: Any, settings: models.Settings) -> Scorer:
     rubric = (arguments.rubric or DEFAULT_RUBRIC).read_text(encoding="utf-8")
     log_what_runs(judge=arguments.judge_model, service=target, processes=world_size(), requests_at_once=workers)
     return Judge(
-        check_urls(target),
+        target.split(","),
         arguments.judge_model,
         rubric,
         arguments.key(),

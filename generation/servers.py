@@ -14,6 +14,7 @@ import orjson
 import tenacity
 
 from baton.errors import FailuresListed, InputError
+from baton.remote import check_url, error_text
 
 log = logging.getLogger("baton")
 
@@ -125,14 +126,14 @@ class Servers:
     def _checked(self, server: Server, response: httpx.Response) -> dict[str, Any]:
         """The JSON object in an answer. Raises Transient or Refused for what is none."""
         if response.status_code in (408, 429) or response.status_code >= 500:
-            raise Transient(f"{server.url}: HTTP {response.status_code}: {_message(response)}")
+            raise Transient(f"{server.url}: HTTP {response.status_code}: {error_text(response)}")
         if response.status_code in (401, 403):
             raise InputError(
-                f"{server.url}: refuses the API key (HTTP {response.status_code}: {_message(response)}); give "
+                f"{server.url}: refuses the API key (HTTP {response.status_code}: {error_text(response)}); give "
                 "it with --api_key or VLLM_API_KEY"
             )
         if response.status_code >= 400:
-            raise Refused(f"HTTP {response.status_code}: {_message(response)}")
+            raise Refused(f"HTTP {response.status_code}: {error_text(response)}")
         try:
             answer = orjson.loads(response.content)
         except json.JSONDecodeError:
@@ -179,25 +180,5 @@ class Servers:
 
 def base_url(url: str) -> str:
     """A server's address as a base URL that ends in /v1. Raises InputError if it is no HTTP address."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise InputError(f"--url {url}: {error}") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InputError(f"--url {url}: expected an address such as http://127.0.0.1:8000/v1")
-    bare = url.rstrip("/")
+    bare = check_url(url, "--url").rstrip("/")
     return bare if bare.endswith("/v1") else f"{bare}/v1"
-
-
-def _message(response: httpx.Response) -> str:
-    """What a server says about an error, in OpenAI's shape or as text."""
-    try:
-        content = orjson.loads(response.content)
-    except json.JSONDecodeError:
-        return response.text[:200].strip() or response.reason_phrase
-    if isinstance(content, dict):
-        error = content.get("error", content)
-        if isinstance(error, dict):
-            return str(error.get("message") or error.get("detail") or error)
-        return str(error)
-    return str(content)

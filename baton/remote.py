@@ -1,0 +1,32 @@
+"""Servers that a stage talks to over HTTP: their addresses, and what they say when they refuse."""
+
+import json
+
+import httpx
+import orjson
+
+from baton.errors import InputError
+
+
+def check_url(url: str, argument: str) -> str:
+    """`url` as it is. Raises InputError naming `argument` if it is no http(s) address."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise InputError(f"{argument} {url}: {error}") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InputError(f"{argument} {url}: expected an address such as http://127.0.0.1:8000")
+    return url
+
+
+def error_text(response: httpx.Response) -> str:
+    """What a server says about an error, in OpenAI's shape or as text, at most 500 characters."""
+    try:
+        content = orjson.loads(response.content)
+    except json.JSONDecodeError:
+        return response.text[:200].strip() or response.reason_phrase
+    if isinstance(content, dict):
+        content = content.get("error", content)
+    if isinstance(content, dict):
+        content = content.get("message") or content.get("detail") or content
+    return str(content)[:500]
