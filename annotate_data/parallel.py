@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -9,18 +10,31 @@ R = TypeVar("R")
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Yield `function(item)` as each is done, in any order. The first exception ends it; nothing new is started then."""
+    """Yield `function(item)` as each is done, in any order.
+
+    After an exception nothing new is started; it is raised once the calls under way are done and their results,
+    which were paid for, are yielded.
+    """
+    items = iter(items)
     running: set[Future[R]] = set()
+    failure: BaseException | None = None
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for item in items:
-                running.add(pool.submit(function, item))
-                if len(running) >= 2 * workers:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while running:
+            while True:
+                room = 2 * workers - len(running) if failure is None else 0
+                running |= {pool.submit(function, item) for item in islice(items, room)}
+                if not running:
+                    break
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+                for future in done:
+                    if error := future.exception():
+                        failure = failure or error
+                    else:
+                        yield future.result()
+                if failure:
+                    running = {future for future in running if not future.cancel()}
         finally:
             for future in running:
                 future.cancel()
+    if failure:
+        raise failure

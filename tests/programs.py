@@ -1,16 +1,61 @@
-"""Running the project's programs in tests as a user does: as processes, from the project's folder."""
+"""Running the project's programs in tests as a user does: as processes, from the project's folder.
 
+Importing vLLM or TRL takes longer than most tests. So the process of a program is forked from one that has this
+environment's libraries imported (`libraries.py`) and has done nothing with them; the program runs in it from its first
+line, as `__main__`, with its own arguments, environment and output.
+"""
+
+import atexit
 import json
+import multiprocessing
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.libraries"])
 
-def run_program(*words, **options):
-    """Run one of the programs in this environment; returns the finished process with its output as text."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **options)
+
+def start(*words, env=None, output=None):
+    """Start `python WORDS…`; stdout and stderr go to the files of these names in the folder `output`, or nowhere.
+
+    Returns the multiprocessing.Process: `exitcode` is None while it runs.
+    """
+    process = FORKS.Process(target=_become, args=(list(map(str, words)), dict(env or os.environ), output))
+    process.start()
+    return process
+
+
+def run_program(*words, env=None, timeout=500):
+    """Run `python WORDS…` to its end; returns the finished process with its output as text."""
+    with tempfile.TemporaryDirectory() as output:
+        process = start(*words, env=env, output=output)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"not done after {timeout} s: {Path(output, 'stderr').read_text()}")
+        texts = [Path(output, name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(words, process.exitcode, *texts)
+
+
+def _become(words, env, output):
+    """Turn this process into `python WORDS…`."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.path.join(output, name) if output else os.devnull
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv, sys.path[0] = words, str(Path(words[0]).parent.resolve())
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing's own end leaves them out
 
 
 def succeed(*words):

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.programs import ROOT, run_program
+
 PROGRAMS = ROOT / "annotate_data"
 
 CHAT_TEMPLATE = (
@@ -98,6 +98,10 @@ def command(program, processes=1, **values):
 
 def run(program, processes=1, code=0, **values):
     """Run a program to its end, which must be with exit code `code`; returns its log."""
-    done = subprocess.run(command(program, processes, **values), env=environment(), capture_output=True, text=True, timeout=400)
+    words = command(program, processes, **values)
+    if processes == 1:
+        done = run_program(*words[1:], env=environment())
+    else:
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == code, done.stderr
     return done.stderr

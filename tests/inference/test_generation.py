@@ -16,20 +16,21 @@ import psutil
 import pytest
 
 from tests.inference.tiny_policy import TEMPLATE, make_tiny_policy
+from tests.programs import ROOT, run_program, start, succeed
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [f"the film number {n} was" for n in range(12)] + ["the film number 3 was"]
 
 
 def program(name: str, *arguments: object, **flags: object) -> list[str]:
-    """The command line of a generation program."""
+    """The words of a generation program's command line, after `python`."""
     words = [str(argument) for argument in arguments]
     for flag, value in flags.items():
         words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return [sys.executable, str(ROOT / "generation" / name), *words]
+    return [str(ROOT / "generation" / name), *words]
 
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command that is no program of ours, or one that must start as an interpreter of its own."""
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
 
 
@@ -56,15 +57,39 @@ def run_of_eight(policy, tmp_path_factory) -> Path:
     """The folder of 8 shards over 13 prompts, merged, as `scripts/test_gen.sh` leaves it."""
     folder = tmp_path_factory.mktemp("run")
     write(folder / "prompts.jsonl", PROMPTS)
-    result = run(generate_command(policy, folder))
-    assert result.returncode == 0, result.stderr
+    for index in range(8):
+        succeed(*shard_of_eight(policy, folder, index))
+    assert merge(folder, output="gen_data.jsonl").returncode == 0
     return folder
 
 
-def generate_command(policy: Path, folder: Path) -> list[str]:
+def shard_of_eight(policy: Path, folder: Path, index: int) -> list[str]:
+    return program(
+        "get_hf2.py",
+        model_name_or_path=policy,
+        dataset_name_or_path=folder / "prompts.jsonl",
+        output_dir=folder / "gen_data",
+        K=4,
+        max_new_tokens=60,
+        local_index=index,
+        my_world_size=8,
+    )
+
+
+def generate_command(policy: Path, folder: Path, shards: int = 8) -> list[str]:
+    """The script that does the same with a process for each GPU, one on a CPU."""
     flags = ["--model", policy, "--prompts", folder / "prompts.jsonl", "--output_dir", folder / "gen_data"]
-    flags += ["--K", 4, "--max_new_tokens", 60, "--my_world_size", 8]
+    flags += ["--K", 4, "--max_new_tokens", 60, "--my_world_size", shards]
     return ["bash", str(ROOT / "scripts/test_gen.sh"), *map(str, flags)]
+
+
+def test_the_script_runs_every_shard_and_merges_them(policy, tmp_path):
+    write(tmp_path / "prompts.jsonl", PROMPTS)
+    result = run(generate_command(policy, tmp_path, shards=2))
+    assert result.returncode == 0, result.stderr
+    assert [record["n"] for record in read(tmp_path / "gen_data.jsonl")] == list(range(13))
+    log = (tmp_path / "gen_data0.log").read_text()
+    assert re.search(r"runs on: device=\S+ dtype=bfloat16 attention=\S+ tensor_parallel_size=1", log)
 
 
 def test_eight_shards_over_thirteen_prompts_lose_none_and_merge_in_input_order(run_of_eight):
@@ -114,24 +139,9 @@ def test_the_manifests_account_for_every_prompt_and_token(run_of_eight):
     assert sum(manifest(run_of_eight / f"gen_data{i}.jsonl")["counts"]["in"] for i in range(8)) == 13
 
 
-def test_the_log_says_what_ran(run_of_eight):
-    log = (run_of_eight / "gen_data0.log").read_text()
-    assert re.search(r"runs on: device=\S+ dtype=bfloat16 attention=\S+ tensor_parallel_size=1", log)
-
-
 def test_a_second_run_is_up_to_date_and_imports_no_engine(policy, run_of_eight):
     before = {path: path.stat().st_mtime_ns for path in run_of_eight.glob("*.jsonl")}
-    shard = program(
-        "get_hf2.py",
-        model_name_or_path=policy,
-        dataset_name_or_path=run_of_eight / "prompts.jsonl",
-        output_dir=run_of_eight / "gen_data",
-        K=4,
-        max_new_tokens=60,
-        local_index=2,
-        my_world_size=8,
-    )
-    result = run([shard[0], "-X", "importtime", *shard[1:]])
+    result = run([sys.executable, "-X", "importtime", *shard_of_eight(policy, run_of_eight, 2)])
     assert result.returncode == 0
     assert "up to date" in result.stderr
     assert not imported(result.stderr) & {"vllm", "torch", "transformers"}
@@ -158,19 +168,19 @@ def test_killed_at_five_points_and_started_again_every_prompt_is_there_once(poli
     )
     points = sorted(random.Random(0).sample(range(1, 250), 5))
     for point in points:
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
-        while process.poll() is None and finished_lines(output) < point:
-            wait(process, 0.02)
+        process = start(*command)
+        while process.exitcode is None and finished_lines(output) < point:
+            process.join(0.02)
         children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was done before it was killed"
         psutil.wait_procs(children, timeout=10)
         assert not any(child.is_running() for child in children)
         assert not output.exists()
     with Path(f"{output}.partial").open("ab") as partial:
         partial.write(b'[299,{"id": "half a rec')
-    result = run(command)
-    assert result.returncode == 0, result.stderr
+    succeed(*command)
     records = read(output)
     assert [record["n"] for record in records] == list(range(300))
     assert all(len(record["responses"]) == 4 for record in records)
@@ -183,14 +193,6 @@ def test_killed_at_five_points_and_started_again_every_prompt_is_there_once(poli
 def finished_lines(output: Path) -> int:
     partial = Path(f"{output}.partial")
     return partial.read_bytes().count(b"\n") if partial.exists() else 0
-
-
-def wait(process: subprocess.Popen, seconds: float) -> None:
-    """Wait until the process ends or `seconds` have passed."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
 
 
 def test_a_forked_engine_process_dies_with_its_program(tmp_path):
@@ -219,20 +221,18 @@ def test_a_forked_engine_process_dies_with_its_program(tmp_path):
 
 def test_stop_strings_extra_end_tokens_and_prompts_beyond_the_context(policy, tmp_path):
     prompts = write(tmp_path / "prompts.jsonl", ["short", "the film " * 200, "also short"])
-    result = run(
-        program(
-            "get_hf2.py",
-            model_name_or_path=policy,
-            dataset_name_or_path=prompts,
-            output_dir=tmp_path / "gen",
-            K=64,
-            max_new_tokens=80,
-            max_model_len=128,
-            stop=["e", "o"],
-            eos_ids=[30, 31, 32],
-        )
+    command = program(
+        "get_hf2.py",
+        model_name_or_path=policy,
+        dataset_name_or_path=prompts,
+        output_dir=tmp_path / "gen",
+        K=64,
+        max_new_tokens=80,
+        max_model_len=128,
+        stop=["e", "o"],
+        eos_ids=[30, 31, 32],
     )
-    assert result.returncode == 0, result.stderr
+    result = succeed(*command)
     records = read(tmp_path / "gen0.jsonl")
     assert [record["n"] for record in records] == [0, 2]
     responses = [response for record in records for response in record["responses"]]
@@ -256,7 +256,7 @@ def test_more_shards_than_prompts_make_finished_empty_files_without_an_engine(po
         local_index=0,
         my_world_size=3,
     )
-    result = run([command[0], "-X", "importtime", *command[1:]])
+    result = run([sys.executable, "-X", "importtime", *command])
     assert result.returncode == 0
     assert (tmp_path / "gen0.jsonl").read_bytes() == b""
     assert manifest(tmp_path / "gen0.jsonl")["counts"] == {"in": 0, "out": 0, "dropped": {}}
@@ -314,13 +314,13 @@ def test_bad_flags_are_named_before_an_engine_starts(policy, tmp_path, flags, me
 
 def test_an_unknown_key_in_the_yaml_file_is_named(policy, tmp_path):
     (tmp_path / "generate.yaml").write_text("temperatur: 0.7\n")
-    result = run(program("get_hf2.py", tmp_path / "generate.yaml", model_name_or_path=policy))
+    result = run_program(*program("get_hf2.py", tmp_path / "generate.yaml", model_name_or_path=policy))
     assert result.returncode == 2
     assert "did you mean `temperature`" in result.stderr
 
 
 def refused(policy: Path, prompts: Path, folder: Path, message: str, *flags: str) -> None:
-    """Assert exit code 2, the message on one line, no engine imported and no output."""
+    """Assert exit code 2, the message on one line, no engine started and no output."""
     command = program(
         "get_hf2.py",
         "--model_name_or_path",
@@ -331,10 +331,10 @@ def refused(policy: Path, prompts: Path, folder: Path, message: str, *flags: str
         folder / "gen",
         *flags,
     )
-    result = run([command[0], "-X", "importtime", *command[1:]])
-    assert result.returncode == 2, result.stderr[-2000:]
-    assert re.search(f"ERROR .*{message}", result.stderr), result.stderr[-2000:]
-    assert "vllm" not in imported(result.stderr)
+    result = run_program(*command)
+    assert result.returncode == 2, result.stderr
+    assert re.search(f"ERROR .*{message}", result.stderr), result.stderr
+    assert "runs on" not in result.stderr
     assert not list(folder.glob("gen*.jsonl"))
 
 
@@ -348,12 +348,12 @@ def test_a_full_disk_leaves_whole_records_and_the_run_goes_on_afterwards(policy,
         K=4,
         max_new_tokens=40,
     )
-    result = run(command, preexec_fn=limit_file_size)
+    result = run([sys.executable, *command], preexec_fn=limit_file_size)
     assert result.returncode == 2, result.stderr
     assert "free some space" in result.stderr
     kept = finished_lines(tmp_path / "gen0.jsonl")
     assert 0 < kept < 40
-    assert run(command).returncode == 0
+    succeed(*command)
     assert [record["n"] for record in read(tmp_path / "gen0.jsonl")] == list(range(40))
 
 
@@ -370,16 +370,12 @@ def shards(run_of_eight, tmp_path) -> Path:
     return tmp_path
 
 
-def merge(folder: Path, num_datasets: int = 8, **options: object) -> subprocess.CompletedProcess[str]:
-    return run(
-        program(
-            "merge_data.py",
-            base_path=folder / "gen_data",
-            output_dir=folder / "gen_data.json",
-            num_datasets=num_datasets,
-        ),
-        **options,
-    )
+def merge_command(folder: Path, num_datasets: int = 8, output: str = "gen_data.json") -> list[str]:
+    return program("merge_data.py", base_path=folder / "gen_data", output_dir=folder / output, num_datasets=num_datasets)
+
+
+def merge(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return run_program(*merge_command(*arguments, **options))
 
 
 def change_manifest(path: Path, **arguments: object) -> None:
@@ -448,7 +444,7 @@ def test_shards_of_another_toolkit_are_merged_as_they_are(tmp_path):
 
 
 def test_a_full_disk_while_merging_leaves_no_output_and_the_next_merge_is_whole(shards, run_of_eight):
-    result = merge(shards, preexec_fn=limit_file_size)
+    result = run([sys.executable, *merge_command(shards)], preexec_fn=limit_file_size)
     assert result.returncode == 2, result.stderr
     assert "free some space" in result.stderr
     assert not (shards / "gen_data.json").exists()

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,7 @@ from baton.errors import InputError
 from baton.mixing import Selection, parse_probs, select_rows
 from baton.prompts import PromptSet
 from tests.inference.tiny_policy import make_tiny_policy
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.programs import run_program
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -111,9 +109,8 @@ def policy(tmp_path_factory) -> Path:
 
 
 def generate(policy: Path, prompts: object, output: Path, *flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "generation/get_hf2.py", "--model_name_or_path", policy]
-    command += ["--dataset_name_or_path", prompts, "--output_dir", output, *flags]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=ROOT)
+    command = ["generation/get_hf2.py", "--model_name_or_path", policy]
+    return run_program(*command, "--dataset_name_or_path", prompts, "--output_dir", output, *flags)
 
 
 def responses(*paths: Path) -> dict[str, list[str]]:

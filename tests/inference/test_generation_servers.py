@@ -13,8 +13,8 @@ import pytest
 
 from tests.inference.misbehaving_server import MisbehavingServer
 from tests.inference.tiny_policy import make_tiny_policy
+from tests.programs import ROOT, run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 REGISTER = ["bash", str(ROOT / "generation/register_server.sh")]
 
 
@@ -24,9 +24,9 @@ def run(command: list[object], **options: object) -> subprocess.CompletedProcess
 
 
 def gen_hf(prompts: Path, *arguments: object) -> list[object]:
+    """The words of a command line, after `python`."""
     output = prompts.with_name("gen_data.jsonl")
-    program = [sys.executable, ROOT / "generation/gen_hf.py"]
-    return [*program, "--dataset_name_or_path", prompts, "--output_dir", output, *arguments]
+    return ["generation/gen_hf.py", "--dataset_name_or_path", prompts, "--output_dir", output, *arguments]
 
 
 def write(folder: Path, count: int) -> Path:
@@ -76,8 +76,8 @@ class Pair:
     def register(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         return run([*REGISTER, *arguments], env=self.env)
 
-    def start(self) -> subprocess.CompletedProcess[str]:
-        options = ["--num_servers", 2, "--port", self.ports[0], "--max_model_len", 200]
+    def start(self, count: int = 2) -> subprocess.CompletedProcess[str]:
+        options = ["--num_servers", count, "--port", self.ports[0], "--max_model_len", 200]
         return self.register(self.policy, *options, "--", "--disable-log-stats")
 
     def kill(self, port: int) -> None:
@@ -127,7 +127,7 @@ def test_sampled_token_ids_and_finish_reasons_come_back(pair, policy, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(policy)
     flags = ["--ports", *pair.ports, "--tokenizer", policy, "--K", 4, "--max_new_tokens", 40]
-    result = run(gen_hf(write(tmp_path, 20), *flags))
+    result = run_program(*gen_hf(write(tmp_path, 20), *flags))
     assert result.returncode == 0, result.stderr
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 20, 4)
     for record in read(tmp_path / "gen_data.jsonl"):
@@ -135,7 +135,7 @@ def test_sampled_token_ids_and_finish_reasons_come_back(pair, policy, tmp_path):
         for text, ids, reason in samples:
             assert tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd") == text.rstrip("\ufffd")
             assert (ids[-1] == tokenizer.eos_token_id) == (reason == "stop")
-    again = run(gen_hf(tmp_path / "prompts.jsonl", *flags))
+    again = run_program(*gen_hf(tmp_path / "prompts.jsonl", *flags))
     assert again.returncode == 0
     assert "up to date" in again.stderr
 
@@ -146,7 +146,7 @@ def test_reproducible_sampling_does_not_depend_on_the_server_or_the_workers(pair
         (tmp_path / str(number)).mkdir()
         prompts = write(tmp_path / str(number), 12)
         flags = ["--tokenizer", policy, "--K", 3, "--max_new_tokens", 24, "--reproducible", "--seed", 7]
-        result = run(gen_hf(prompts, "--ports", *ports, "--max_workers", 12 - 11 * number, *flags))
+        result = run_program(*gen_hf(prompts, "--ports", *ports, "--max_workers", 12 - 11 * number, *flags))
         assert result.returncode == 0, result.stderr
         texts.append([record["responses"] for record in read(prompts.with_name("gen_data.jsonl"))])
     assert texts[0] == texts[1]
@@ -158,14 +158,14 @@ def test_prompts_beyond_the_servers_context_are_dropped_and_a_refusal_names_the_
     with prompts.open("a") as file:
         file.write(json.dumps({"prompt": "film " * 300, "n": 3}) + "\n")
     flags = ["--ports", *pair.ports, "--K", 2, "--max_new_tokens", 10]
-    messages = run(gen_hf(prompts, *flags))  # without a tokenizer it is the server that finds it too long
+    messages = run_program(*gen_hf(prompts, *flags))  # without a tokenizer it is the server that finds it too long
     assert messages.returncode == 3, messages.stderr
     assert re.search(rf"\({re.escape(str(prompts))}:4\): HTTP 400: .*context length", messages.stderr)
     assert finished_lines(tmp_path / "gen_data.jsonl") == 3
-    dropped = run(gen_hf(prompts, *flags, "--drop_failed"))
+    dropped = run_program(*gen_hf(prompts, *flags, "--drop_failed"))
     assert dropped.returncode == 0, dropped.stderr
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 3, 2)
-    tokens = run(gen_hf(prompts, *flags, "--overwrite", "--tokenizer", policy))
+    tokens = run_program(*gen_hf(prompts, *flags, "--overwrite", "--tokenizer", policy))
     assert tokens.returncode == 0, tokens.stderr
     assert "1 prompt longer than the context of 200 tokens" in tokens.stderr
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 3, 2)
@@ -175,7 +175,8 @@ def test_one_of_two_servers_killed_in_the_middle_loses_no_prompt(pair, policy, t
     flags = ["--ports", *pair.ports, "--tokenizer", policy, "--K", 4, "--max_new_tokens", 100, "--max_workers", 16]
     command = gen_hf(write(tmp_path, 300), *flags)
     output = tmp_path / "gen_data.jsonl"
-    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    words = [sys.executable, *map(str, command)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         wait_for_lines(process, output, 20)
         pair.kill(pair.ports[0])
         log = process.communicate()[1]
@@ -186,26 +187,25 @@ def test_one_of_two_servers_killed_in_the_middle_loses_no_prompt(pair, policy, t
 
 
 def test_both_servers_killed_keeps_what_is_done_and_a_rerun_completes_it(pair, policy, tmp_path):
-    assert pair.start().returncode == 0  # starts the dead one again
     flags = ["--ports", *pair.ports, "--tokenizer", policy, "--K", 4, "--max_new_tokens", 100, "--max_workers", 16]
     command = gen_hf(write(tmp_path, 300), *flags, "--patience", 2)
     output = tmp_path / "gen_data.jsonl"
-    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    words = [sys.executable, *map(str, command)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         wait_for_lines(process, output, 20)
-        for port in pair.ports:
-            pair.kill(port)
+        pair.kill(pair.ports[1])  # the other has been dead since the test before this one
         log = process.communicate()[1]
     assert process.returncode == 3, log
     assert "no server has answered for 2 s" in log
     kept = finished_lines(output)
     assert 20 <= kept < 300
     assert not output.exists()
-    refused = run(command)
+    refused = run_program(*command)
     assert refused.returncode == 2
     assert "start them with generation/register_server.sh" in refused.stderr
     assert finished_lines(output) == kept
-    assert pair.start().returncode == 0
-    result = run(command)
+    assert pair.start(count=1).returncode == 0
+    result = run_program(*command)
     assert result.returncode == 0, result.stderr
     assert_each_prompt_once(output, 300, 4)
 
@@ -214,7 +214,7 @@ def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text('{"model_type": "no such type"}')
     servers = Pair(tmp_path / "model", tmp_path / "servers")
-    result = servers.start()
+    result = servers.start(count=1)
     assert result.returncode == 1
     assert re.search(r"port \d+: the server has ended; the end of .*\.log:", result.stderr)
     assert "no such type" in result.stderr
@@ -244,7 +244,7 @@ def test_trouble_that_passes_is_tried_again_until_every_prompt_is_there(tmp_path
     times = 1 if trouble == "hang" else 3
     with MisbehavingServer(script=(trouble,) * times) as server:
         command = gen_hf(write(tmp_path, 6), "--ports", server.port, "--K", 2, "--timeout", 1)
-        result = run(command)
+        result = run_program(*command)
     assert result.returncode == 0, result.stderr
     assert set(server.seen.values()) == {times + 1}
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 6, 2)
@@ -257,7 +257,7 @@ def test_trouble_that_passes_is_tried_again_until_every_prompt_is_there(tmp_path
 def test_trouble_that_does_not_pass_is_listed_and_the_rest_is_kept(tmp_path):
     prompts = write(tmp_path, 3)
     with MisbehavingServer(script=("500",) * 100) as server:
-        result = run(gen_hf(prompts, "--ports", server.port, "--K", 2, "--max_retries", 2))
+        result = run_program(*gen_hf(prompts, "--ports", server.port, "--K", 2, "--max_retries", 2))
         assert set(server.seen.values()) == {3}
     assert result.returncode == 3, result.stderr
     assert "3 of 3 prompts failed" in result.stderr
@@ -267,7 +267,7 @@ def test_trouble_that_does_not_pass_is_listed_and_the_rest_is_kept(tmp_path):
 def test_a_hanging_server_does_not_hold_what_the_other_can_do(tmp_path):
     with MisbehavingServer(script=("hang",) * 100) as hangs, MisbehavingServer() as works:
         command = gen_hf(write(tmp_path, 6), "--ports", hangs.port, works.port, "--K", 2, "--timeout", 1)
-        result = run(command)
+        result = run_program(*command)
     assert result.returncode == 0, result.stderr
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 6, 2)
 
@@ -275,14 +275,14 @@ def test_a_hanging_server_does_not_hold_what_the_other_can_do(tmp_path):
 def test_a_server_that_gives_too_few_responses_is_named_with_the_prompt(tmp_path):
     prompts = write(tmp_path, 2)
     with MisbehavingServer(script=("few",) * 100) as server:
-        result = run(gen_hf(prompts, "--ports", server.port, "--K", 4))
+        result = run_program(*gen_hf(prompts, "--ports", server.port, "--K", 4))
     assert result.returncode == 3
     assert re.search(rf"\({re.escape(str(prompts))}:1\): 3 responses instead of 4", result.stderr)
 
 
 def test_no_more_requests_are_in_flight_than_workers(tmp_path):
     with MisbehavingServer() as server:
-        result = run(gen_hf(write(tmp_path, 40), "--ports", server.port, "--K", 1, "--max_workers", 3))
+        result = run_program(*gen_hf(write(tmp_path, 40), "--ports", server.port, "--K", 1, "--max_workers", 3))
     assert result.returncode == 0
     assert server.most_in_flight <= 3
 
@@ -290,8 +290,8 @@ def test_no_more_requests_are_in_flight_than_workers(tmp_path):
 def test_an_api_key_is_sent_and_its_refusal_is_an_error_that_keeps_it_secret(tmp_path):
     prompts = write(tmp_path, 2)
     with MisbehavingServer(api_key="right-key") as server:
-        wrong = run(gen_hf(prompts, "--ports", server.port, "--K", 1, "--api_key", "wrong-key"))
-        right = run(gen_hf(prompts, "--url", f"http://127.0.0.1:{server.port}", "--K", 1, "--api_key", "right-key"))
+        wrong = run_program(*gen_hf(prompts, "--ports", server.port, "--K", 1, "--api_key", "wrong-key"))
+        right = run_program(*gen_hf(prompts, "--url", f"http://127.0.0.1:{server.port}", "--K", 1, "--api_key", "right-key"))
     assert wrong.returncode == 2
     assert "refuses the API key" in wrong.stderr
     assert right.returncode == 0, right.stderr
@@ -312,13 +312,13 @@ def test_an_api_key_is_sent_and_its_refusal_is_an_error_that_keeps_it_secret(tmp
     ],
 )
 def test_bad_arguments_of_the_client_are_named(tmp_path, arguments, message):
-    result = run(gen_hf(write(tmp_path, 1), *arguments))
+    result = run_program(*gen_hf(write(tmp_path, 1), *arguments))
     assert result.returncode == 2
     assert message in result.stderr
 
 
 def test_a_model_that_no_server_serves_is_named_with_those_they_do(tmp_path):
     with MisbehavingServer() as server:
-        result = run(gen_hf(write(tmp_path, 1), "--ports", server.port, "--model", "other"))
+        result = run_program(*gen_hf(write(tmp_path, 1), "--ports", server.port, "--model", "other"))
     assert result.returncode == 2
     assert "--model other: the servers serve scripted" in result.stderr
