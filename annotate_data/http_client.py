@@ -1,8 +1,7 @@
 """JSON over HTTP to one of several equal servers, with patience: retries, backoff with jitter, another server next."""
 
 import itertools
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -17,13 +16,13 @@ class Unusable(Exception):
 
 
 class Client:
-    """POSTs to `urls` in turn; a call moves on to the next one when it fails. Safe to call from several threads."""
+    """POSTs to `urls` in turn; a call that fails moves on to the next one. Safe to call from several threads."""
 
     def __init__(self, urls: list[str], api_key: str | None, seconds: float, tries: int):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.http = httpx.Client(headers=headers, timeout=httpx.Timeout(seconds, connect=10.0), trust_env=False)
-        self.urls, self.lock = itertools.cycle(urls), threading.Lock()
-        self.tries = tries
+        self.urls, self.tries = urls, tries
+        self.calls = itertools.count()
 
     def ask(self, body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
         """`read(answer)` of the first usable answer; `read` raises Unusable, KeyError, TypeError or ValueError for another.
@@ -37,15 +36,14 @@ class Client:
             reraise=True,
         )
         try:
-            return retrying(self._once, body, read, name)
+            return retrying(self._once, itertools.count(next(self.calls)), body, read, name)
         except Unusable as error:
             raise InputError(
                 f"{name}: {error} ({self.tries} tries); what is scored so far is kept, run again to go on"
             ) from None
 
-    def _once(self, body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
-        with self.lock:
-            url = next(self.urls)
+    def _once(self, turns: Iterator[int], body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
+        url = self.urls[next(turns) % len(self.urls)]
         try:
             answer = self.http.post(url, json=body)
         except (httpx.TransportError, httpx.DecodingError) as error:

@@ -15,7 +15,7 @@ def check_url(url: str, argument: str) -> str:
     except httpx.InvalidURL as error:
         raise InputError(f"{argument} {url}: {error}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InputError(f"{argument} {url}: expected an address such as http://127.0.0.1:8000")
+        raise InputError(f"{argument} {url}: expected an address that begins with http:// or https://")
     return url
 
 

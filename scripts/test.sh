@@ -27,7 +27,7 @@ for argument in "$@"; do
   paths[${owner[$part]}]+="$argument"$'\n'
 done
 if [[ -z ${paths[inference]}${paths[training]} ]]; then
-  for part in contract training end_to_end inference; do
+  for part in end_to_end contract training inference; do  # the longest file first: it then runs beside all others
     if [[ -d tests/$part ]]; then paths[${owner[$part]}]+="tests/$part"$'\n'; fi
   done
 fi
