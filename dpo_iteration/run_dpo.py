@@ -56,12 +56,10 @@ def pair_settings(arguments: Arguments) -> PairSettings:
     return PairSettings(**{name: getattr(arguments, name) for name in names})
 
 
-def config_fields() -> tuple:
-    from dataclasses import fields
-
+def config_class() -> type:
     from trl import DPOConfig
 
-    return fields(DPOConfig)
+    return DPOConfig
 
 
 def load(model: str, config: Any) -> Any:
@@ -86,7 +84,7 @@ def with_reference_logps(dataset: Any, reference: str, config: Any, folder: Path
 
 
 def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_fields)
+    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
     choosing = pair_settings(arguments)
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
@@ -108,13 +106,11 @@ def main() -> None:
         if jsonl.write(pairs_path, pairs) == 0:
             raise InputError(f"{arguments.dataset_name_or_path}: no pair is left; dropped: {drops}")
 
-    from trl import DPOConfig
-
     from baton import training
     from dpo_iteration.trainer import PackedDPOTrainer
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
-    config = training.trainer_config(DPOConfig, settings, Arguments.model_fields, stage)
+    config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
 
     def rows():
