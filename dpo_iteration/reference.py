@@ -6,8 +6,10 @@ find it and another reference model, tokenizer or data set does not.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,26 @@ from dpo_iteration.trees import Tokens
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
+
+FSDP_EMPTY_WEIGHTS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+@contextmanager
+def unsharded(config: Any) -> Iterator[None]:
+    """Context in which a model that is not trained loads whole, and is taken to be whole, under ZeRO-3 and FSDP as well.
+
+    ZeRO-3 would shard it as it loads. Under FSDP only the first process of a machine would read the weights, since the
+    others wait for theirs to be sent, which happens to the trained model alone. `config` is the TrainingArguments.
+    """
+    plugin, before = config.deepspeed_plugin, os.environ.get(FSDP_EMPTY_WEIGHTS)
+    with plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext():
+        os.environ[FSDP_EMPTY_WEIGHTS] = "false"
+        try:
+            yield
+        finally:
+            del os.environ[FSDP_EMPTY_WEIGHTS]
+            if before is not None:
+                os.environ[FSDP_EMPTY_WEIGHTS] = before
 
 
 def kept_reference_logps(
