@@ -77,7 +77,7 @@ def merge_adapter(model: str, folder: Path, config: Any) -> None:
 
     with unsharded(config):
         base = create_model_from_path(model, **{**(config.model_init_kwargs or {}), "device_map": None})
-    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(folder)
+        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(folder)
     for name in ADAPTER_FILES:
         (folder / name).unlink()

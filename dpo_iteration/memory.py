@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from transformers.utils import strtobool
 
 from baton.errors import InputError
+from dpo_iteration.logps import CHUNK_BYTES
 
 log = logging.getLogger("baton")
 
@@ -90,19 +91,18 @@ def estimate(
         model: an `outline`, or a real model.
         tokens: of the largest batch of one process, in one forward pass.
         reference: whether a reference model is in memory too.
-    Activations: 10 hidden + 4 intermediate sizes a token and layer, with checkpointing those of one layer and the hidden
-    states between layers; with one chunk of logits three times in float32 at the head.
     """
     loaded = {"bfloat16": 2, "float16": 2, "auto": 2}.get(str((config.model_init_kwargs or {}).get("dtype")), 4)
     half = 2 if config.bf16 or config.fp16 else loaded
     frozen, trained = ([p.numel() for p in model.parameters() if p.requires_grad is wanted] for wanted in (False, True))
     adapted = bool(frozen)
+    lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weight = half if sharding.deepspeed else 4 if sharding.stage == 3 else loaded
     trained_weight = 4 if adapted and not sharding.deepspeed else weight  # PEFT keeps adapters in float32
     frozen_weight = half if sharding.deepspeed else loaded
-    embeddings = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    packed = sum(frozen) - sum(weight.numel() for weight in embeddings.values()) if in_4_bit else 0
-    named = next((size for part, size in STATE_BYTES.items() if part in str(config.optim)), None)
+    unpacked = head.numel() + (lookup.numel() if lookup is not head else 0)  # bitsandbytes leaves them as they are
+    packed = sum(frozen) - unpacked if in_4_bit else 0
+    named = next((size for part, size in STATE_BYTES.items() if part in config.optim.value), None)
     states = 2 * (4 if sharding.deepspeed else trained_weight) if named is None else named
     if sharding.deepspeed and half < 4:
         states += 4  # its own float32 copy of the weights
@@ -115,15 +115,23 @@ def estimate(
     needs = {name: size / (sharding.processes if sharding.stage >= spread[name] else 1) for name, size in needs.items()}
     if reference:
         needs["reference"] = sum(frozen or trained) * loaded
+    needs["activations"] = activations(model, config, tokens, half) + (0 if adapted else 4 * head.numel())
+    offloaded = ["optimizer states"] * sharding.offload_optimizer + ["weights"] * sharding.offload_weights
+    needs["offloaded"] = sum(needs.pop(name) for name in offloaded)
+    return needs
+
+
+def activations(model: nn.Module, config: Any, tokens: int, element: int) -> float:
+    """Bytes that the forward pass keeps for the backward pass, of elements of so many bytes.
+
+    10 hidden and 4 intermediate sizes a token and layer; with checkpointing those of one layer, and the hidden states
+    between layers. At the head three float32 copies of one chunk of logits (`logps.CHUNK_BYTES`).
+    """
     text = model.config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
     layer = 10 * hidden + 4 * (getattr(text, "intermediate_size", None) or 4 * hidden)
     kept = layers * hidden + layer if config.activation_checkpointing else layers * layer
-    head = 0 if adapted else text.vocab_size * hidden * 4
-    needs["activations"] = tokens * kept * half + 3 * (256 if config.device.type == "cuda" else 4) * 2**20 + head
-    offloaded = ["optimizer states"] * sharding.offload_optimizer + ["weights"] * sharding.offload_weights
-    needs["offloaded"] = sum(needs.pop(name) for name in offloaded)
-    return needs
+    return tokens * kept * element + 3 * CHUNK_BYTES.get(config.device.type, CHUNK_BYTES["cuda"])
 
 
 def check_memory(needs: dict[str, float], config: Any) -> None:

@@ -7,7 +7,7 @@ find it and another reference model, tokenizer or data set does not.
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from dpo_iteration.attention import NAME
 from dpo_iteration.forward import TOKENS_PER_ROW, attention, obstacle, score
@@ -25,25 +30,22 @@ from dpo_iteration.trees import Tokens
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
 
-FSDP_EMPTY_WEIGHTS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-
 
 @contextmanager
 def unsharded(config: Any) -> Iterator[None]:
-    """Context in which a model that is not trained loads whole, and is taken to be whole, under ZeRO-3 and FSDP as well.
+    """Context in which a model that is not trained loads whole, and is taken to be whole, in a run under ZeRO-3 as well.
 
-    ZeRO-3 would shard it as it loads. Under FSDP only the first process of a machine would read the weights, since the
-    others wait for theirs to be sent, which happens to the trained model alone. `config` is the TrainingArguments.
+    `config` is a TrainingArguments; while it is alive, Transformers shards every model that it loads.
     """
-    plugin, before = config.deepspeed_plugin, os.environ.get(FSDP_EMPTY_WEIGHTS)
-    with plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext():
-        os.environ[FSDP_EMPTY_WEIGHTS] = "false"
-        try:
-            yield
-        finally:
-            del os.environ[FSDP_EMPTY_WEIGHTS]
-            if before is not None:
-                os.environ[FSDP_EMPTY_WEIGHTS] = before
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    sharding = getattr(config, "hf_deepspeed_config", None) or config.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(sharding)
 
 
 def kept_reference_logps(

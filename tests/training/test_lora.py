@@ -2,16 +2,18 @@
 
 import logging
 import math
-import os
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DeepSpeedPlugin
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from baton.errors import InputError
 from dpo_iteration import run_dpo
@@ -168,22 +170,18 @@ def test_modules_that_the_model_does_not_have_are_refused_before_it_is_loaded(ta
         outline(str(task / "base"), adapter)
 
 
-def test_the_reference_is_loaded_whole_where_fsdp_leaves_a_process_without_weights(task, base, tmp_path):
-    class Config:
-        deepspeed_plugin = None
-
-    def embedding():
-        return AutoModelForCausalLM.from_pretrained(task / "base").get_input_embeddings().weight
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": "1"}
+def test_the_reference_is_not_sharded_in_a_run_under_zero_3(task, base):
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in launched.items():
+            patch.setenv(name, value)
+        plugin = DeepSpeedPlugin(zero3_init_flag=True)
+    plugin.set_deepspeed_weakref()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in launched.items():
-                patch.setenv(name, value)
-            assert not torch.equal(embedding(), base.get_input_embeddings().weight)
-            with unsharded(Config):
-                assert torch.equal(embedding(), base.get_input_embeddings().weight)
-            assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+        assert is_deepspeed_zero3_enabled()
+        with unsharded(SimpleNamespace(deepspeed_plugin=plugin)):
+            logps = reference_logps(AutoModelForCausalLM.from_pretrained(task / "base"), some_pairs(base.config.vocab_size))
+        assert is_deepspeed_zero3_enabled()
     finally:
-        torch.distributed.destroy_process_group()
+        unset_hf_deepspeed_config()
+    torch.testing.assert_close(logps, reference_logps(base, some_pairs(base.config.vocab_size)))
