@@ -6,6 +6,7 @@ TRL logs `rewards/accuracies`, `rewards/margins`, `logps/chosen` and `logps/reje
 
 import logging
 import math
+import re
 import time
 from typing import Any
 
@@ -15,9 +16,9 @@ from transformers import TrainerCallback
 
 log = logging.getLogger("baton")
 
-PEAK_FLOPS = {  # dense bf16, by a part of the GPU's name; the makers' data sheets
+PEAK_FLOPS = {  # dense bf16, by words of the GPU's name, the longer first; the maker's data sheets
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H20": 148e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A40": 150e12, "A30": 165e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A40": 150e12, "A30": 165e12,
     "RTX 6000 Ada": 182e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
@@ -29,11 +30,12 @@ NEAR_LN_2 = 0.003
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of a GPU, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    known = sorted((part for part in PEAK_FLOPS if part in name), key=len)
-    return PEAK_FLOPS[known[-1]] if known else None
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(gpu: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU of this name, or None where it is not known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", gpu)), None)
 
 
 def weights_of(model: nn.Module) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from baton.errors import InputError
 from dpo_iteration.checks import check_pairs, check_precision, check_training
 from dpo_iteration.lora import LoraArguments, adapter_config
 from dpo_iteration.memory import Sharding, check_memory, estimate, largest_batch, outline, sharding_of
-from dpo_iteration.metrics import WarnOfTrouble, forward_flops, weights_of
+from dpo_iteration.metrics import WarnOfTrouble, forward_flops, peak_flops_of, weights_of
 from dpo_iteration.reference import reference_logps
 from dpo_iteration.run_dpo import Arguments
 from dpo_iteration.trees import distinct_tokens
@@ -192,6 +192,11 @@ def test_flops_of_the_forward_pass_are_those_of_its_matrix_products(family):
     attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
     # Norms and biases, which are no products, are a hundredth of so small a model
     assert forward_flops(weights_of(model), 40, 40) == pytest.approx(products - attention, rel=0.02)
+
+
+def test_a_gpu_is_known_by_its_whole_name_and_others_have_no_mfu():
+    names = ["NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA H20"]
+    assert [peak_flops_of(name) for name in names] == [989e12, 756e12, 312e12, 181e12, None, 148e12]
 
 
 def warnings_of(caplog, lines, beta=0.1, starts_at_ln_2=True, **settings):
