@@ -50,7 +50,7 @@ def identity(arguments: StageArguments) -> dict[str, Any]:
 
 def parse(model: type[A], description: str, argv: Sequence[str] | None = None) -> A:
     """Read `model` from a YAML file and flags. Raises InputError on anything unknown, mistyped or missing."""
-    settings = _read_settings(model, description, lambda: (), argv)
+    settings = _read_settings(model, description, None, argv)
     check_known(settings, model.model_fields)
     return _validate(model, settings)
 
@@ -58,15 +58,15 @@ def parse(model: type[A], description: str, argv: Sequence[str] | None = None) -
 def parse_with_rest(
     model: type[A],
     description: str,
-    other_fields: Callable[[], Sequence[Any]],
+    config_class: Callable[[], type],
     argv: Sequence[str] | None = None,
 ) -> tuple[A, dict[str, Any]]:
     """Read `model`, and return beside it the settings that it does not know, unchecked: see `build_config`.
 
-    `other_fields` gives the dataclass fields that such settings belong to (a trainer's configuration); it is
-    called for `--help` alone, so that a library is not imported just to parse.
+    `config_class` gives the dataclass that such settings belong to (a trainer's configuration); it is called for
+    `--help` alone, so that a library is not imported just to parse.
     """
-    settings = _read_settings(model, description, other_fields, argv)
+    settings = _read_settings(model, description, config_class, argv)
     rest = {name: settings.pop(name) for name in list(settings) if name not in model.model_fields}
     return _validate(model, settings), rest
 
@@ -113,7 +113,7 @@ def build_config(config_class: type, settings: dict[str, Any], own_names: typing
 
 
 def _read_settings(
-    model: type[A], description: str, other_fields: Callable[[], Sequence[Any]], argv: Sequence[str] | None
+    model: type[A], description: str, config_class: Callable[[], type] | None, argv: Sequence[str] | None
 ) -> dict[str, Any]:
     """Every setting of the YAML file and the flags, by name, flags first; values are not converted yet."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -129,9 +129,9 @@ def _read_settings(
     for name, field in model.model_fields.items():
         ending = "required" if field.is_required() else f"default: {field.get_default()}"
         _add_flag(parser, name, field.annotation, f"{field.description} [{ending}]")
-    if {"-h", "--help"} & set(argv) and (others := other_fields()):
+    if config_class and {"-h", "--help"} & set(argv):
         group = parser.add_argument_group("settings of the trainer underneath")
-        for field in others:
+        for field in dataclasses.fields(config_class()):
             if field.init and field.name not in model.model_fields:
                 default = "" if field.default is dataclasses.MISSING else f" [default: {field.default}]"
                 _add_flag(group, field.name, str, f"{field.metadata.get('help', '')}{default}")

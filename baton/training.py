@@ -72,16 +72,18 @@ def log_training(trainer: Any) -> None:
     )
 
 
-def train(trainer: Any, stage: Stage) -> dict[str, float]:
+def train(trainer: Any, stage: Stage, export: Callable[[Path], None] = lambda folder: None) -> dict[str, float]:
     """Train from the last whole checkpoint, or from the start; returns the training metrics.
 
-    At the end `<output>.partial` holds the model and the tokenizer and nothing else.
+    At the end `<output>.partial` holds the model and the tokenizer and nothing else. `export` may change what is saved
+    there; process 0 calls it, before the checkpoints are deleted, so that a death in it costs no training.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines())
     metrics = trainer.train(resume_from_checkpoint=last_whole_checkpoint(stage.partial_folder)).metrics
     trainer.save_model(str(stage.partial_folder))
     if program.rank() == 0:
+        export(stage.partial_folder)
         for leftover in (*stage.partial_folder.glob("checkpoint-*"), stage.partial_folder / "rows"):
             shutil.rmtree(leftover, ignore_errors=True)
         (stage.partial_folder / "training_args.bin").unlink(missing_ok=True)

@@ -27,11 +27,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dpo_iteration.metrics import forward_flops, peak_flops, weights_of
+
 MODELS = {  # hidden size, layers, heads, intermediate size, vocabulary
     "17m": (384, 6, 6, 1024, 8192),
     "1b": (2048, 16, 32, 8192, 128256),
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16, by name of the GPU
 SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
 
 
@@ -304,21 +305,17 @@ def sigmoid_loss(logps: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
 def useful_flops(model, rows: list[dict], epochs: int) -> float:
     """Floating-point operations of the matrix products that training on these pairs needs.
 
-    2 per weight and token forward, twice that backward; each distinct prompt token once, the LM head on response
-    tokens only; the reference's forward pass once. Attention scores and recomputation are not counted.
+    Each distinct prompt token once, the LM head on response tokens only; the reference's forward pass once.
     """
-    head = model.get_output_embeddings().weight.numel()
-    body = sum(p.numel() for p in model.parameters()) - 2 * head
     scored = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     tokens = scored + sum(len(row["prompt_ids"]) for row in rows)
-    forward = 2 * (body * tokens + head * scored)
-    return forward * (3 * epochs + 1)
+    return forward_flops(weights_of(model), tokens, scored) * (3 * epochs + 1)
 
 
 def report(args: argparse.Namespace, results: list[dict]) -> None:
     """Print both sides, the ratios to each TRL side, and the largest difference of a step's loss."""
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if gpu and name in gpu), None)
+    peak = peak_flops(torch.device(args.device))
     where = gpu or f"{torch.get_num_threads()} CPU threads"
     data = f"{args.pairs} pairs x {args.epochs} epochs, {args.pairs_per_step} a step, {args.turns} turns before"
     print(f"{args.model} Llama, {args.dtype}, {where}; {data}")

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from dpo_iteration.attention import NAME
 from dpo_iteration.logps import TokenScores, token_scores
-from dpo_iteration.trees import Place, Row, Tokens, pack
+from dpo_iteration.trees import Place, Row, Tokens, distinct_tokens, pack
 
 # FlexAttention works in blocks of this many tokens, so rows are padded to a multiple of it on a GPU.
 FLEX_BLOCK = 128
@@ -38,7 +38,15 @@ class ScoredTokens(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
 
 
-def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_PER_ROW) -> None:
+@dataclass
+class TokenCounts:
+    """What the last packed forward pass came to: tokens that it needed at least, tokens computed with repeats and padding."""
+
+    needed: int = 0
+    computed: int = 0
+
+
+def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_PER_ROW) -> TokenCounts:
     """Make `model(input_ids, attention_mask, labels=…, fused_lm_head=True)` a packed forward pass, in place.
 
     The inputs are a right-padded batch as TRL's collator makes it: int64 (B, L) each, `labels` -100 on
@@ -51,6 +59,8 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
             it).
         tokens_per_row: most tokens of a row; rows run one after another. None, and in a run of several
             processes: one row, since sharded models need the same number of forward passes in each process.
+    Returns:
+        counts that each packed forward pass sets anew.
     Raises:
         ValueError: the architecture cannot take packed trees (`obstacle` says why).
     """
@@ -58,11 +68,15 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
     if reason:
         raise ValueError(f"{type(model).__name__} cannot take packed trees: {reason}")
     own_forward, own_attention = model.forward, model.config._attn_implementation
+    counts = TokenCounts()
 
     def forward(self, *args, fused_lm_head=False, **kwargs):
         if fused_lm_head and not kwargs.get("output_router_logits"):
-            sequences = _sequences(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
-            return _unpack(kwargs["labels"], *score(self, sequences, None if _several() else tokens_per_row))
+            sequences = sequences_of(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
+            rows, places = pack(sequences, None if _several() else tokens_per_row)
+            counts.needed = distinct_tokens(sequences)
+            counts.computed = sum(row.layout.length + _padding(row, self.device) for row in rows)
+            return _unpack(kwargs["labels"], *_score_rows(self, rows, places))
         with attention(self, own_attention):
             return own_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
 
@@ -70,6 +84,7 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
     # backward.
     model.config._attn_implementation = NAME
     model.forward = types.MethodType(forward, model)
+    return counts
 
 
 @contextmanager
@@ -112,7 +127,10 @@ def score(
     Returns:
         the scores of all distinct response tokens in one flat batch, and each sequence's slice of it.
     """
-    rows, places = pack(sequences, tokens_per_row)
+    return _score_rows(model, *pack(sequences, tokens_per_row))
+
+
+def _score_rows(model: PreTrainedModel, rows: list[Row], places: list[Place]) -> tuple[TokenScores, list[slice]]:
     hidden = torch.cat([_hidden(model, row) for row in rows])
     targets = torch.cat([row.targets for row in rows])
     head = model.get_output_embeddings()
@@ -141,8 +159,7 @@ def _slice(place: Place, row_start: list[int]) -> slice:
 def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
     """Last hidden states (N, H) that predict the row's N scored tokens."""
     device = model.device
-    length = len(row.input_ids)
-    padding = -length % FLEX_BLOCK if device.type == "cuda" else 0
+    padding = _padding(row, device)
     input_ids, position_ids = (
         torch.nn.functional.pad(ids, (0, padding)).to(device, non_blocking=True)[None]
         for ids in (row.input_ids, row.position_ids)
@@ -151,6 +168,10 @@ def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
         input_ids=input_ids, position_ids=position_ids, layout=row.layout, use_cache=False
     ).last_hidden_state[0]  # (T, H)
     return states[row.predictors.to(states.device, non_blocking=True)]
+
+
+def _padding(row: Row, device: torch.device) -> int:
+    return -row.layout.length % FLEX_BLOCK if device.type == "cuda" else 0
 
 
 def _logit_scale(config) -> float:
@@ -165,7 +186,7 @@ def _several() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
-def _sequences(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[tuple[list[int], list[int]]]:
+def sequences_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[tuple[list[int], list[int]]]:
     """Cut each row of a right-padded batch at its first label; the first token always counts as prompt."""
     lengths = attention_mask.sum(dim=1)
     # (B,) position of the first label; the length where there is none

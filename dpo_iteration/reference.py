@@ -6,8 +6,10 @@ find it and another reference model, tokenizer or data set does not.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from dpo_iteration.attention import NAME
 from dpo_iteration.forward import TOKENS_PER_ROW, attention, obstacle, score
@@ -22,6 +29,23 @@ from dpo_iteration.trees import Tokens
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
+
+
+@contextmanager
+def unsharded(config: Any) -> Iterator[None]:
+    """Context in which a model that is not trained loads whole, and is taken to be whole, in a run under ZeRO-3 as well.
+
+    `config` is a TrainingArguments; while it is alive, Transformers shards every model that it loads.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    sharding = getattr(config, "hf_deepspeed_config", None) or config.deepspeed_plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(sharding)
 
 
 def kept_reference_logps(

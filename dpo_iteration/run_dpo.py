@@ -4,7 +4,8 @@
     accelerate launch --config_file configs/zero2.yaml dpo_iteration/run_dpo.py configs/training.yaml # eight GPUs
 
 Every field of TRL's DPOConfig is accepted in the YAML file and as a flag (`beta`, `loss_type`, `label_smoothing`, …). The
-reference policy's log-probabilities are computed once, before the policy is loaded, and kept beside the output.
+reference policy's log-probabilities are computed once, before the policy is loaded, and kept beside the output. With
+`--use_peft` an adapter is trained; `--merge_adapter` writes it merged into the policy, as the next round needs it.
 """
 
 import logging
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baton import jsonl, program
-from baton.arguments import StageArguments, option, parse_with_rest
+from baton.arguments import option, parse_with_rest
 from baton.errors import InputError
 from baton.fingerprint import fingerprint
 from baton.pairs import ChooseType, PairSettings
 from baton.stage import Drops, Stage
 from baton.templates import check_model_path, load_tokenizer
+from dpo_iteration.lora import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
 from dpo_iteration.rows import choose_pairs, token_rows
 
 log = logging.getLogger("baton")
 
 
-class Arguments(StageArguments):
+class Arguments(LoraArguments):
     """What this program adds to DPOConfig."""
 
     model_name_or_path: str = option(..., "the policy that this round starts from", changes_result=False)
@@ -56,40 +58,46 @@ def pair_settings(arguments: Arguments) -> PairSettings:
     return PairSettings(**{name: getattr(arguments, name) for name in names})
 
 
-def config_fields() -> tuple:
-    from dataclasses import fields
-
+def config_class() -> type:
     from trl import DPOConfig
 
-    return fields(DPOConfig)
+    return DPOConfig
 
 
-def load(model: str, config: Any) -> Any:
-    """A causal language model as TRL loads it, on this process's device."""
+def load(model: str, config: Any, quantization: Any) -> Any:
+    """A causal language model as TRL loads it, all of it on this process's device."""
     from trl.trainer.utils import create_model_from_path
 
-    return create_model_from_path(model, **(config.model_init_kwargs or {})).to(config.device)
+    settings = dict(config.model_init_kwargs or {})
+    if quantization is not None:
+        settings["quantization_config"] = quantization
+    if config.device.type == "cuda":
+        settings["device_map"] = {"": config.device}  # TRL's default spreads a model over all GPUs
+    return create_model_from_path(model, **settings).to(config.device)
 
 
-def with_reference_logps(dataset: Any, reference: str, config: Any, folder: Path) -> Any:
+def with_reference_logps(dataset: Any, reference: str, config: Any, quantization: Any, folder: Path) -> Any:
     """The rows with the columns `ref_chosen_logps` and `ref_rejected_logps`, in the precision of the training."""
     import torch
 
-    from dpo_iteration.reference import kept_reference_logps
+    from dpo_iteration.reference import kept_reference_logps, unsharded
 
     pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in dataset]
-    key = [fingerprint(reference)["hash"], f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs}"]
+    key = [fingerprint(reference)["hash"], f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs} {quantization}"]
     dtype = torch.float16 if config.fp16 else torch.bfloat16
-    with torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
-        logps = kept_reference_logps(pairs, lambda: load(reference, config), folder, key, ld_alpha=config.ld_alpha)
+    with unsharded(config), torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
+        logps = kept_reference_logps(
+            pairs, lambda: load(reference, config, quantization), folder, key, ld_alpha=config.ld_alpha
+        )
     return dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
 
 
 def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_fields)
+    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
     choosing = pair_settings(arguments)
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
+    check_lora(arguments)
     reference = arguments.ref_model or arguments.model_name_or_path
     for model in (arguments.model_name_or_path, reference):
         check_model_path(model)
@@ -108,13 +116,15 @@ def main() -> None:
         if jsonl.write(pairs_path, pairs) == 0:
             raise InputError(f"{arguments.dataset_name_or_path}: no pair is left; dropped: {drops}")
 
-    from trl import DPOConfig
-
     from baton import training
+    from dpo_iteration.checks import check_pairs, check_training
+    from dpo_iteration.memory import check_memory, estimate, largest_batch, outline, sharding_of
     from dpo_iteration.trainer import PackedDPOTrainer
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
-    config = training.trainer_config(DPOConfig, settings, Arguments.model_fields, stage)
+    config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    sharding = sharding_of(config)
+    check_training(arguments, config, sharding)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
 
     def rows():
@@ -123,20 +133,37 @@ def main() -> None:
     dataset = training.rows_on_disk(rows, config, "pairs")
     if len(dataset) == 0:
         raise InputError(f"{pairs_path}: no pair is left; dropped: {drops}")
-    if arguments.forward == "packed":
-        dataset = with_reference_logps(dataset, reference, config, pairs_path.parent)
+    check_pairs(len(dataset), config)
+    packed = arguments.forward == "packed"
+    adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
+    # With an adapter, TRL's own forward pass gets the reference by switching the adapter off.
+    in_memory = not packed and not (adapter and reference == arguments.model_name_or_path)
+    needs = estimate(
+        outline(arguments.model_name_or_path, adapter), config, sharding, largest_batch(dataset, config, packed),
+        in_4_bit=quantization is not None, reference=in_memory,
+    )  # fmt: skip
+    check_memory(needs, config)
+    if packed:
+        dataset = with_reference_logps(dataset, reference, config, quantization, pairs_path.parent)
     trainer = PackedDPOTrainer(
         model=arguments.model_name_or_path,
-        ref_model=None if arguments.forward == "packed" else load(reference, config),
+        ref_model=load(reference, config, quantization) if in_memory else None,
+        peft_config=adapter,
+        quantization_config=quantization,
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
-        packed=arguments.forward == "packed",
+        packed=packed,
         margin_scale=arguments.margin_scale,
         tokens_per_row=arguments.tokens_per_row,
     )
     training.log_training(trainer)
-    metrics = training.train(trainer, stage)
+
+    def export(folder: Path) -> None:
+        if arguments.merge_adapter:
+            merge_adapter(arguments.model_name_or_path, folder, config)
+
+    metrics = training.train(trainer, stage, export)
     if program.rank() == 0:
         log.info("pairs: %s", ", ".join(f"{count} {name}" for name, count in counted.items() if name != "in"))
         stage.finish(records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics)

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from baton.errors import InputError
-from dpo_iteration.forward import TOKENS_PER_ROW, obstacle, share_prefixes
+from dpo_iteration.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
+from dpo_iteration.metrics import LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
+from dpo_iteration.trees import distinct_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -59,23 +61,19 @@ class PackedDPOTrainer(DPOTrainer):
         self._margin_scale = margin_scale
         self._packed = packed
         self._forward_replaced = False
+        self._token_counts = None
+        _check_margin(margin_scale, args, train_dataset)
         if margin_scale or set(train_dataset.column_names or ()) >= REFERENCE_COLUMNS:
             args.precompute_ref_log_probs = True
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        self._check_margin()
         if margin_scale:
             self.data_collator = _with_margin(self.data_collator)
         self._replace_forward()
-
-    def _check_margin(self) -> None:
-        if not self._margin_scale:
-            return
-        if "sigmoid" not in self.loss_types or set(self.loss_types) - {"sigmoid", "sft"}:
-            raise InputError(f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {self.loss_types}")
-        if self.f_divergence_type != "reverse_kl":
-            raise InputError(f"margin_scale needs f_divergence_type reverse_kl, not {self.f_divergence_type}")
-        if "margin" not in self.train_dataset.column_names:
-            raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
+        adapted = is_peft_model(self.model)
+        weights = weights_of(self.model.get_base_model() if adapted else self.model)
+        self._line = LineOfMetrics(weights, passes=2 if adapted else 3, peak=peak_flops(self.accelerator.device))
+        plain = self.loss_types == ["sigmoid"] and not margin_scale and not self.use_weighting
+        self.add_callback(WarnOfTrouble(self.beta, starts_at_ln_2=plain and self.loss_weights == [1.0]))
 
     def _replace_forward(self) -> None:
         """Pack the forward passes of policy and in-memory reference, where the architecture allows it."""
@@ -87,7 +85,7 @@ class PackedDPOTrainer(DPOTrainer):
         if reason:
             logger.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
             return
-        share_prefixes(policy, self._tokens_per_row)
+        self._token_counts = share_prefixes(policy, self._tokens_per_row)
         if self.ref_model is not None:
             share_prefixes(self.accelerator.unwrap_model(self.ref_model), self._tokens_per_row)
 
@@ -107,10 +105,38 @@ class PackedDPOTrainer(DPOTrainer):
         self._replace_forward()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
+    def train(self, *args, **kwargs):
+        self._line.start()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            logs.update(self._line.line(self.accelerator))
+        super().log(logs, start_time)
+
     def _compute_loss(self, model, inputs, return_outputs):
         margin = inputs.pop("margin", None)
         if margin is None or not self._margin_scale:
-            return super()._compute_loss(model, inputs, return_outputs)
+            result = super()._compute_loss(model, inputs, return_outputs)
+        else:
+            result = self._loss_with_offset(model, inputs, margin, return_outputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.beta:
+            kl = kl_on_pairs(metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1], self.beta)
+            metrics["kl_on_pairs"].append(kl)
+        if self.model.training:
+            self._line.add(inputs["completion_mask"], *self._tokens_of(inputs))
+        return result
+
+    def _tokens_of(self, inputs) -> tuple[int, int]:
+        """Tokens of a batch that had to be computed, and that were."""
+        if self._token_counts is not None:
+            return self._token_counts.needed, self._token_counts.computed
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        sequences = sequences_of(inputs["input_ids"], inputs["attention_mask"], labels)
+        return distinct_tokens(sequences), inputs["input_ids"].numel()
+
+    def _loss_with_offset(self, model, inputs, margin, return_outputs):
         # beta * (logratio difference - margin_scale / beta * margin): the offset acts like a larger reference
         # log-probability of the chosen response. TRL's code runs twice on one forward pass, since its metrics
         # must not see the offset.
@@ -122,6 +148,17 @@ class PackedDPOTrainer(DPOTrainer):
         self._metrics, self._total_train_tokens = metrics, tokens
         reported = super()._compute_loss(model, inputs, return_outputs)
         return (loss, reported[1]) if return_outputs else loss
+
+
+def _check_margin(margin_scale: float, args: DPOConfig, train_dataset: Dataset) -> None:
+    if not margin_scale:
+        return
+    if "sigmoid" not in args.loss_type or set(args.loss_type) - {"sigmoid", "sft"}:
+        raise InputError(f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {args.loss_type}")
+    if args.f_divergence_type != "reverse_kl":
+        raise InputError(f"margin_scale needs f_divergence_type reverse_kl, not {args.f_divergence_type}")
+    if "margin" not in train_dataset.column_names:
+        raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
 
 
 def _has_virtual_tokens(model) -> bool:

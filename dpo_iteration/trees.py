@@ -95,6 +95,13 @@ def pack(sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None)
     return rows, places
 
 
+def distinct_tokens(sequences: Sequence[tuple[Tokens, Tokens]]) -> int:
+    """Tokens that rows of these `(prompt, response)` sequences need at least: each prompt once, each response to it once."""
+    distinct = {(tuple(prompt), tuple(response)) for prompt, response in sequences}
+    prompts = {prompt for prompt, _ in distinct}
+    return sum(map(len, prompts)) + sum(_size(0, [response]) for _, response in distinct)
+
+
 def _size(prompt: int, responses: Sequence[Tokens]) -> int:
     """Tokens that a tree takes in a row."""
     return prompt + sum(max(len(response) - 1, 0) for response in responses)

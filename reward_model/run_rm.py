@@ -70,16 +70,14 @@ def held_out_metrics(metrics: dict[str, float]) -> dict[str, float]:
     }
 
 
-def config_fields() -> tuple:
-    from dataclasses import fields
-
+def config_class() -> type:
     from trl import RewardConfig
 
-    return fields(RewardConfig)
+    return RewardConfig
 
 
 def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_fields)
+    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
     check_model_path(arguments.model_name_or_path)
     source, held_out = arguments.dataset_name_or_path, arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, "pairs": source} | ({"held-out pairs": held_out} if held_out else {})
@@ -91,12 +89,12 @@ def main() -> None:
     if count < 2:
         raise InputError(f"{source}: holds {count} pairs, at least 2 are needed")
 
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardTrainer
 
     from baton import training
 
     settings |= {"max_length": arguments.max_length}
-    config = training.trainer_config(RewardConfig, settings, Arguments.model_fields, stage)
+    config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     every = min(arguments.eval_every, count)
     splits = {

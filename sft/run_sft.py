@@ -67,16 +67,14 @@ def tokenised(arguments: Arguments, tokenizer: Any, drops: Drops) -> Iterator[di
         yield {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}
 
 
-def config_fields() -> tuple:
-    from dataclasses import fields
-
+def config_class() -> type:
     from trl import SFTConfig
 
-    return fields(SFTConfig)
+    return SFTConfig
 
 
 def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_fields)
+    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
     check_model_path(arguments.model_name_or_path)
     inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
     stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings)
@@ -87,12 +85,12 @@ def main() -> None:
     if count == 0:
         raise InputError(f"{arguments.dataset_name_or_path}: holds no demonstrations")
 
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from baton import training
 
     settings |= {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    config = training.trainer_config(SFTConfig, settings, Arguments.model_fields, stage)
+    config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     drops = Drops()
     rows = training.rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")

@@ -169,7 +169,7 @@ def test_settings_of_a_trainer_are_passed_on_and_become_its_types(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("model_name_or_path: m\nbeta: 5e-1\nmax_steps: 3\n")
     flags = ("--max_steps", "20", "--bf16", "--loss_type", "sigmoid", "sft", "--K", "2")
-    arguments, rest = parse_with_rest(Arguments, "A stage.", lambda: (), [str(config), *flags])
+    arguments, rest = parse_with_rest(Arguments, "A stage.", lambda: TrainerConfig, [str(config), *flags])
     assert arguments.K == 2
     expected = TrainerConfig(beta=0.5, loss_type=["sigmoid", "sft"], bf16=True, max_steps=20)
     assert build_config(TrainerConfig, rest) == expected
@@ -196,7 +196,7 @@ def test_a_bad_setting_of_a_trainer_is_named(settings, message):
 
 def test_help_lists_the_settings_of_the_trainer_too(capsys):
     with pytest.raises(SystemExit):
-        parse_with_rest(Arguments, "A stage.", lambda: dataclasses.fields(TrainerConfig), ["--help"])
+        parse_with_rest(Arguments, "A stage.", lambda: TrainerConfig, ["--help"])
     text = capsys.readouterr().out
     assert "--label_smoothing" in text
     assert "of the loss, 100 % [default: 0.1]" in text

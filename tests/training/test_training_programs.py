@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from baton.arguments import build_config, read_yaml
 from tests.programs import ROOT, read_jsonl, run_program, write_jsonl
 
 SMALL = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]
@@ -131,17 +132,35 @@ def test_yaml_file_with_an_unknown_key_names_the_nearest(task, annotated, tmp_pa
     assert done.returncode == 2 and "unknown setting `lerning_rate`: did you mean `learning_rate`?" in done.stderr
 
 
-def test_every_launch_configuration_is_one_that_accelerate_accepts():
+LAUNCH_CONFIGS = [path for path in sorted(ROOT.glob("configs/*.yaml")) if "compute_environment" in read_yaml(path)]
+
+
+@pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=lambda path: path.stem)
+def test_a_launch_configuration_is_one_that_accelerate_accepts_and_does_what_its_name_says(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    for name in ("cpu", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"):
-        assert load_config_from_file(str(ROOT / f"configs/{name}.yaml")).num_processes >= 1
+    config = load_config_from_file(str(path))
+    deepspeed, fsdp = config.deepspeed_config or {}, config.fsdp_config or {}
+    assert (config.distributed_type.value == "DEEPSPEED") == bool(deepspeed)
+    assert (config.distributed_type.value == "FSDP") == bool(fsdp)
+    assert config.num_processes == (1 if path.stem == "cpu" else 8 * config.num_machines)
+    assert config.num_machines == (2 if path.stem == "two_machines" else 1)
+    if path.stem.startswith("zero"):
+        assert path.stem[4] == str(deepspeed["zero_stage"])
+        assert (deepspeed["offload_optimizer_device"] == "cpu") == path.stem.endswith("_offload")
+        assert (deepspeed["offload_param_device"] == "cpu") == (path.stem == "zero3_offload")
+    if fsdp:
+        assert fsdp["fsdp_version"] == 2
+
+
+def test_every_launch_configuration_of_the_readme_is_there():
+    names = "cpu ddp fsdp two_machines zero0 zero1 zero2 zero2_offload zero3 zero3_offload".split()
+    assert [path.stem for path in LAUNCH_CONFIGS] == names
+    assert f"configs/{{{','.join(names)}}}.yaml" in (ROOT / "README.md").read_text()
 
 
 def test_published_training_configuration_is_one_that_the_programs_accept():
     from trl import DPOConfig, RewardConfig, SFTConfig
-
-    from baton.arguments import build_config, read_yaml
 
     for name, config_class in (("training", DPOConfig), ("sft", SFTConfig), ("rm", RewardConfig)):
         settings = read_yaml(Path(ROOT / f"configs/{name}.yaml"))

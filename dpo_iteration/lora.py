@@ -1,0 +1,83 @@
+"""LoRA and QLoRA: their settings, and an adapter merged into a plain model folder.
+
+The names are those of TRL's ModelConfig. Nothing heavy is imported with this file, since arguments are read from it.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from baton.arguments import StageArguments, option
+from baton.errors import InputError
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class LoraArguments(StageArguments):
+    """Arguments of a program that can train an adapter instead of the whole model."""
+
+    use_peft: bool = option(False, "train a LoRA adapter; the model itself stays as it is and is the reference")
+    lora_r: int = option(16, "rank of the adapter's matrices", ge=1)
+    lora_alpha: int = option(32, "the adapter counts lora_alpha / lora_r times", ge=1)
+    lora_dropout: float = option(0.0, "dropout in the adapter, a share; needs `disable_dropout: false`", ge=0, lt=1)
+    lora_target_modules: str | list[str] | None = option(
+        None, "names of the modules that get an adapter, or `all-linear`; default: PEFT's choice for the architecture"
+    )
+    load_in_4bit: bool = option(False, "QLoRA: the frozen model in 4 bits (NF4); needs a CUDA GPU and bitsandbytes")
+    merge_adapter: bool = option(False, "write the model with the adapter merged in, a plain folder, not the adapter alone")
+
+
+def check_lora(arguments: LoraArguments) -> None:
+    """Raise InputError for a setting that would be ignored without `use_peft`, or a missing part of QLoRA."""
+    names = LoraArguments.model_fields.keys() - StageArguments.model_fields.keys() - {"use_peft"}
+    default = {name: field.default for name, field in LoraArguments.model_fields.items()}
+    for name in sorted(names):
+        if not arguments.use_peft and getattr(arguments, name) != default[name]:
+            raise InputError(f"`{name}` acts with `use_peft` only: add --use_peft, or leave it out")
+    if not arguments.load_in_4bit:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("`load_in_4bit` needs bitsandbytes in the training environment: pip install bitsandbytes")
+    from transformers.utils import is_torch_cuda_available
+
+    if not is_torch_cuda_available():
+        raise InputError("`load_in_4bit` needs a CUDA GPU, and none is here; LoRA without it runs anywhere")
+
+
+def adapter_config(arguments: LoraArguments) -> Any:
+    """PEFT's configuration of the adapter, or None where the whole model is trained."""
+    from trl import ModelConfig, get_peft_config
+
+    names = ("use_peft", "lora_r", "lora_alpha", "lora_dropout")
+    settings = ModelConfig(**{name: getattr(arguments, name) for name in names})
+    modules = arguments.lora_target_modules
+    # Set after ModelConfig's own check, which makes a list of one name a text, and so a pattern for PEFT.
+    settings.lora_target_modules = "all-linear" if modules == ["all-linear"] else modules
+    return get_peft_config(settings)
+
+
+def quantization_config(arguments: LoraArguments, config: Any) -> Any:
+    """Transformers' 4-bit configuration, computing in the precision of the training `config`, or None."""
+    from trl import ModelConfig, get_quantization_config
+
+    dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+    return get_quantization_config(ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=dtype))
+
+
+def merge_adapter(model: str, folder: Path, config: Any) -> None:
+    """Replace the adapter in `folder` by `model` with the adapter merged in, a plain Hugging Face folder.
+
+    The model is loaded on the CPU, in the dtype of `config.model_init_kwargs` and not in 4 bits: QLoRA's merged policy
+    differs from the trained one by the rounding to 4 bits. To be called by one process, when `folder` is complete.
+    """
+    from peft import PeftModel
+    from trl.trainer.utils import create_model_from_path
+
+    from dpo_iteration.reference import unsharded
+
+    with unsharded(config):
+        base = create_model_from_path(model, **{**(config.model_init_kwargs or {}), "device_map": None})
+        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(folder)
+    for name in ADAPTER_FILES:
+        (folder / name).unlink()
