@@ -6,13 +6,16 @@ find it and another reference model, tokenizer or data set does not.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +25,27 @@ from dpo_iteration.trees import Tokens
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
+
+
+class DatasetPairs(Sequence[Pair]):
+    """The pairs in a data set's columns `prompt_ids`, `chosen_ids`, `rejected_ids`, read from disk when asked for.
+
+    A slice is another such view; one pair comes as lists, iteration gives int64 arrays.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return DatasetPairs(self.dataset.select(range(*place.indices(len(self)))))
+        return tuple(self.dataset[place].values())
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (tuple(row.values()) for row in self.dataset.with_format("numpy"))
 
 
 def kept_reference_logps(
@@ -84,7 +108,7 @@ def reference_logps(
     training = model.training
     model.eval()
     for members in _batches(pairs, tokens_per_row):
-        sequences = [(pairs[i][0], response) for i in members for response in pairs[i][1:]]
+        sequences = [(prompt, response) for prompt, *both in (pairs[i] for i in members) for response in both]
         scored = token_logps(model, sequences)
         for i, chosen, rejected in zip(members, scored[::2], scored[1::2], strict=True):
             shared = min(len(chosen), len(rejected))
@@ -115,19 +139,26 @@ def _weighted_sum(token_logps: Tensor, shared: int, ld_alpha: float | None) -> T
     return token_logps[:shared].sum() + ld_alpha * token_logps[shared:].sum()
 
 
-def _batches(pairs: Sequence[Pair], tokens: int) -> list[list[int]]:
-    """Indices of pairs in groups of at most `tokens` tokens; pairs of one prompt side by side."""
-    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), tuple(pairs[i][0])))
-    batches: list[list[int]] = []
-    room = 0
-    for i in order:
-        size = sum(len(part) for part in pairs[i])
-        if size > room:
-            batches.append([])
-            room = tokens
-        batches[-1].append(i)
-        room -= size
-    return batches
+def _batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[int]]:
+    """Yield indices of pairs in groups of at most `tokens` tokens; pairs of one prompt side by side.
+
+    Holds 24 bytes a pair, not its tokens.
+    """
+    lengths, prompts, sizes = array("q"), array("Q"), array("q")
+    for pair in pairs:
+        lengths.append(len(pair[0]))
+        prompts.append(xxhash.xxh3_64_intdigest(np.asarray(pair[0], dtype=np.int64).tobytes()))
+        sizes.append(sum(len(part) for part in pair))
+    members: list[int] = []
+    room = tokens
+    for i in map(int, np.lexsort((prompts, lengths))):
+        if members and sizes[i] > room:
+            yield members
+            members, room = [], tokens
+        members.append(i)
+        room -= sizes[i]
+    if members:
+        yield members
 
 
 def _digest(pairs: Sequence[Pair], key: Sequence[str]) -> str:
@@ -135,5 +166,6 @@ def _digest(pairs: Sequence[Pair], key: Sequence[str]) -> str:
     hasher = hashlib.sha256("\0".join(key).encode())
     for pair in pairs:
         for part in pair:
-            hasher.update(np.asarray([len(part), *part], dtype=np.int64).tobytes())
+            hasher.update(len(part).to_bytes(8, "little"))
+            hasher.update(np.asarray(part, dtype="<i8").tobytes())
     return hasher.hexdigest()[:16]

@@ -3,12 +3,15 @@
     python dpo_iteration/run_dpo.py configs/training.yaml                                             # one process
     accelerate launch --config_file configs/zero2.yaml dpo_iteration/run_dpo.py configs/training.yaml # eight GPUs
 
+Several input files may be mixed, and the pairs of earlier rounds (`history`); <pairs_path> holds this round's own alone.
 Every field of TRL's DPOConfig is accepted in the YAML file and as a flag (`beta`, `loss_type`, `label_smoothing`, …). The
 reference policy's log-probabilities are computed once, before the policy is loaded, and kept beside the output.
 """
 
 import logging
 from collections import Counter
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +19,12 @@ from baton import jsonl, program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.errors import InputError
 from baton.fingerprint import fingerprint
+from baton.mixing import parse_probs
 from baton.pairs import ChooseType, PairSettings
+from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.stage import Drops, Stage
 from baton.templates import check_model_path, load_tokenizer
-from dpo_iteration.rows import choose_pairs, token_rows
+from dpo_iteration.rows import account, choose_pairs, earlier_pairs, log_rows, no_pair_left, pairs_again, token_rows
 
 log = logging.getLogger("baton")
 
@@ -30,9 +35,14 @@ class Arguments(StageArguments):
     model_name_or_path: str = option(..., "the policy that this round starts from", changes_result=False)
     ref_model: str | None = option(None, "the reference policy; default: the starting policy", changes_result=False)
     dataset_name_or_path: str = option(
-        ..., "annotated responses (`prompt`, `responses`, `rewards`) or preferences (`chosen`, …)", changes_result=False
+        ...,
+        "annotated responses (`prompt`, `responses`, `rewards`), preferences (`chosen`, `rejected`) or Baton's own pairs: "
+        "a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset; several with commas between",
+        changes_result=False,
     )
+    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
+    history: int = option(0, "train also on the pairs of so many rounds before; needs folders round1, round2, …", ge=0)
     output_dir: str = option(..., "folder of the finished policy", changes_result=False)
     pairs_path: str | None = option(None, "file for the chosen pairs; default: <output_dir>.pairs.jsonl", changes_result=False)
     choose_type: ChooseType = option("max_min", "which two responses of a prompt make a pair")
@@ -75,13 +85,13 @@ def with_reference_logps(dataset: Any, reference: str, config: Any, folder: Path
     """The rows with the columns `ref_chosen_logps` and `ref_rejected_logps`, in the precision of the training."""
     import torch
 
-    from dpo_iteration.reference import kept_reference_logps
+    from dpo_iteration.reference import DatasetPairs, kept_reference_logps
 
-    pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in dataset]
     key = [fingerprint(reference)["hash"], f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs}"]
     dtype = torch.float16 if config.fp16 else torch.bfloat16
     with torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
-        logps = kept_reference_logps(pairs, lambda: load(reference, config), folder, key, ld_alpha=config.ld_alpha)
+        load_it = partial(load, reference, config)
+        logps = kept_reference_logps(DatasetPairs(dataset), load_it, folder, key, ld_alpha=config.ld_alpha)
     return dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
 
 
@@ -93,36 +103,52 @@ def main() -> None:
     reference = arguments.ref_model or arguments.model_name_or_path
     for model in (arguments.model_name_or_path, reference):
         check_model_path(model)
-    inputs = {"model": arguments.model_name_or_path, "reference": reference, "data": arguments.dataset_name_or_path}
     output = Path(arguments.output_dir)
+    pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
+    probs = parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
+    earlier = earlier_pairs(pairs_path, arguments.history)
+    inputs = {"model": arguments.model_name_or_path, "reference": reference}
+    inputs |= source_inputs("data", arguments.dataset_name_or_path)
+    for name, source in inputs.items():
+        if Path(source).resolve() == pairs_path.resolve():
+            raise InputError(f"{pairs_path}: the pairs cannot replace the input `{name}`; give another --pairs_path")
+    inputs |= {f"pairs of {path.parent.name}": path for path in earlier}
     stage = Stage.begin("dpo", arguments, output, inputs, settings)
     if stage is None:
         return
     program.check_processes()
 
-    pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
     drops: Drops = Drops()
     counted: Counter[str] = Counter()
     if program.rank() == 0:
-        pairs = choose_pairs(arguments.dataset_name_or_path, arguments.dataset_split, choosing, drops, counted)
-        if jsonl.write(pairs_path, pairs) == 0:
-            raise InputError(f"{arguments.dataset_name_or_path}: no pair is left; dropped: {drops}")
+        records = mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, probs, arguments.seed)
+        if jsonl.write(pairs_path, choose_pairs(records, choosing, drops, counted)) == 0:
+            no_pair_left(arguments.dataset_name_or_path, drops)
 
     from trl import DPOConfig
 
     from baton import training
-    from dpo_iteration.trainer import PackedDPOTrainer
+    from dpo_iteration.trainer import PackedDPOTrainer, check_losses
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
     config = training.trainer_config(DPOConfig, settings, Arguments.model_fields, stage)
+    check_losses(config, arguments.margin_scale)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
 
     def rows():
-        return token_rows(pairs_path, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
+        pairs = chain(jsonl.read(pairs_path), pairs_again(earlier, counted))
+        left = token_rows(pairs, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
+        yield next(left, None) or no_pair_left(str(pairs_path), drops)
+        yield from left
 
     dataset = training.rows_on_disk(rows, config, "pairs")
-    if len(dataset) == 0:
-        raise InputError(f"{pairs_path}: no pair is left; dropped: {drops}")
+    if program.rank() == 0:
+        log_rows(dataset, tokenizer, drops, counted)
+        if arguments.margin_scale and counted["pairs without a margin"]:
+            raise InputError(
+                f"`margin_scale` needs the margin of every pair, but {counted['pairs without a margin']} pairs have neither "
+                "`margin` nor `chosen_reward` and `rejected_reward`; leave them out, or set margin_scale to 0"
+            )
     if arguments.forward == "packed":
         dataset = with_reference_logps(dataset, reference, config, pairs_path.parent)
     trainer = PackedDPOTrainer(
@@ -138,7 +164,7 @@ def main() -> None:
     training.log_training(trainer)
     metrics = training.train(trainer, stage)
     if program.rank() == 0:
-        log.info("pairs: %s", ", ".join(f"{count} {name}" for name, count in counted.items() if name != "in"))
+        log.info("pairs: %s", account(counted))
         stage.finish(records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics)
 
 
