@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from baton import jsonl
 from baton.errors import InputError
@@ -100,9 +100,14 @@ def pairs_again(paths: Iterable[Path], counted: Counter[str]) -> Iterator[tuple[
             yield where, pair
 
 
-def no_pair_left(source: str, drops: Drops) -> NoReturn:
-    """Raise the InputError that says which filter took how many pairs."""
-    raise InputError(f"{source}: no pair is left; dropped: {drops}; loosen what drops the most")
+def at_least_one(pairs: Iterator[dict[str, Any]], source: str, drops: Drops) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of `source`. Raises InputError if there is none, saying which filter took how many."""
+    empty = True
+    for pair in pairs:
+        empty = False
+        yield pair
+    if empty:
+        raise InputError(f"{source}: no pair is left; dropped: {drops}; loosen what drops the most")
 
 
 def token_rows(

@@ -24,9 +24,16 @@ from baton.pairs import ChooseType, PairSettings
 from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.stage import Drops, Stage
 from baton.templates import check_model_path, load_tokenizer
-from dpo_iteration.rows import account, choose_pairs, earlier_pairs, log_rows, no_pair_left, pairs_again, token_rows
+from dpo_iteration.rows import account, at_least_one, choose_pairs, earlier_pairs, log_rows, pairs_again, token_rows
 
 log = logging.getLogger("baton")
+
+
+# TRL itself refuses others in the first step, when the model is long loaded.
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
 
 
 class Arguments(StageArguments):
@@ -66,6 +73,13 @@ def pair_settings(arguments: Arguments) -> PairSettings:
     return PairSettings(**{name: getattr(arguments, name) for name in names})
 
 
+def check_loss_types(loss_type: Any) -> None:
+    """Raise InputError for a loss, one or several in a list, that TRL does not have."""
+    for name in loss_type if isinstance(loss_type, list) else [loss_type]:
+        if name not in LOSS_TYPES:
+            raise InputError(f"`loss_type`: {name!r} is not one of TRL's {', '.join(LOSS_TYPES)}")
+
+
 def config_fields() -> tuple:
     from dataclasses import fields
 
@@ -98,6 +112,7 @@ def with_reference_logps(dataset: Any, reference: str, config: Any, folder: Path
 def main() -> None:
     arguments, settings = parse_with_rest(Arguments, __doc__, config_fields)
     choosing = pair_settings(arguments)
+    check_loss_types(settings.get("loss_type", "sigmoid"))
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     reference = arguments.ref_model or arguments.model_name_or_path
@@ -122,24 +137,23 @@ def main() -> None:
     counted: Counter[str] = Counter()
     if program.rank() == 0:
         records = mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, probs, arguments.seed)
-        if jsonl.write(pairs_path, choose_pairs(records, choosing, drops, counted)) == 0:
-            no_pair_left(arguments.dataset_name_or_path, drops)
+        pairs = choose_pairs(records, choosing, drops, counted)
+        jsonl.write(pairs_path, at_least_one(pairs, arguments.dataset_name_or_path, drops))
 
     from trl import DPOConfig
 
     from baton import training
-    from dpo_iteration.trainer import PackedDPOTrainer, check_losses
+    from dpo_iteration.trainer import PackedDPOTrainer, check_margin
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
     config = training.trainer_config(DPOConfig, settings, Arguments.model_fields, stage)
-    check_losses(config, arguments.margin_scale)
+    check_margin(config, arguments.margin_scale)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
 
     def rows():
         pairs = chain(jsonl.read(pairs_path), pairs_again(earlier, counted))
         left = token_rows(pairs, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
-        yield next(left, None) or no_pair_left(str(pairs_path), drops)
-        yield from left
+        return at_least_one(left, str(pairs_path), drops)
 
     dataset = training.rows_on_disk(rows, config, "pairs")
     if program.rank() == 0:

@@ -24,18 +24,10 @@ logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
-# TRL names them in the message of the error that it raises in the first step.
-LOSS_TYPES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
 
 
-def check_losses(config: DPOConfig, margin_scale: float = 0.0) -> None:
-    """Refuse, before a model loads, a loss that TRL does not have, or that has no offset for `margin_scale`."""
-    for loss_type in config.loss_type:
-        if loss_type not in LOSS_TYPES:
-            raise InputError(f"`loss_type`: {loss_type!r} is not one of TRL's {', '.join(LOSS_TYPES)}")
+def check_margin(config: DPOConfig, margin_scale: float) -> None:
+    """Refuse, before a model loads, a loss that has no offset for `margin_scale`."""
     if not margin_scale:
         return
     if "sigmoid" not in config.loss_type or set(config.loss_type) - {"sigmoid", "sft"}:
@@ -59,7 +51,7 @@ class PackedDPOTrainer(DPOTrainer):
             margin).
         packed: False for TRL's own forward pass on the same rows, for comparison.
     Raises:
-        InputError: an unknown loss; `margin_scale` with a loss that has no such offset, or without margins.
+        InputError: `margin_scale` with a loss that has no such offset, or without margins.
     """
 
     def __init__(
@@ -79,7 +71,7 @@ class PackedDPOTrainer(DPOTrainer):
         self._forward_replaced = False
         if margin_scale or set(train_dataset.column_names or ()) >= REFERENCE_COLUMNS:
             args.precompute_ref_log_probs = True
-        check_losses(args, margin_scale)
+        check_margin(args, margin_scale)
         if margin_scale and "margin" not in train_dataset.column_names:
             raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)

@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 
-from baton import jsonl
+from baton import jsonl, training
 from baton.errors import InputError
 from baton.pairs import PairSettings
 from baton.preferences import preference_of
@@ -16,7 +17,7 @@ from baton.stage import Drops
 from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_pieces, response_token_ids
 from dpo_iteration import reference
 from dpo_iteration.reference import DatasetPairs
-from dpo_iteration.rows import choose_pairs, earlier_pairs, example, log_rows, pairs_again, token_rows
+from dpo_iteration.rows import at_least_one, choose_pairs, earlier_pairs, example, log_rows, pairs_again, token_rows
 from tests.programs import write_jsonl
 
 PROMPT = [{"role": "user", "content": "Continue this review: It opens at sea."}]
@@ -57,6 +58,18 @@ def test_token_ids_of_another_tokenizer_are_not_used_and_the_log_says_so(tokeniz
     assert f"pairs.jsonl:1: `chosen_token_ids` are not this tokenizer's ({says}" in caplog.text
     log_rows(Dataset.from_list([row]), tokenizer, drops, counted)
     assert "1 of 2 responses have token ids that are not this tokenizer's" in caplog.text
+
+
+def test_rows_that_no_pair_is_left_for_are_refused_by_filter(tokenizer, tmp_path):
+    drops = Drops()
+    pairs = [("here", {"id": str(i), "prompt": PROMPT, "chosen": "A warm film.", "rejected": "A mess."}) for i in range(3)]
+
+    def rows():
+        return at_least_one(token_rows(pairs, tokenizer, 256, 1, drops, Counter()), "pairs.jsonl", drops)
+
+    config = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(InputError, match=r"pairs\.jsonl: no pair is left; dropped: 3 prompt longer than max_prompt_length 1 "):
+        training.rows_on_disk(rows, config, "pairs")
 
 
 def read_back(path, **settings):
