@@ -1,6 +1,8 @@
 """JSON Lines: read with line numbers in the errors, write one whole record at a time."""
 
 import gzip
+import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,10 +33,26 @@ def parse(line: bytes, where: str) -> Record:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
+        raise InputError(f"{where}: {_not_finite(line) or f'not JSON: {error}'}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
     return record
+
+
+def _not_finite(line: bytes) -> str | None:
+    """What to say of a line that is no JSON only because some programs write NaN and Infinity into it."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    for name, field in record.items() if isinstance(record, dict) else ():
+        inside = [field]
+        while inside:
+            value = inside.pop()
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"`{name}` holds {value}, which is not finite; correct it or leave the record out"
+            inside += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return None
 
 
 def read(path: Path) -> Iterator[tuple[str, Record]]:

@@ -9,6 +9,7 @@
 | `max_min_p`  | the best | the worst, both after `len_penalty` per character is subtracted from the reward |
 """
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Literal, get_args
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.prompts import with_ids
-from baton.records import prompt_of, responses_of, rewards_of
+from baton.records import check_finite, check_token_ids, prompt_of, responses_of, rewards_of
 from baton.stage import Drops
 
 ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p"]
@@ -102,6 +103,31 @@ def why_dropped(chosen: str, rejected: str, margin: float, settings: PairSetting
         if longer > settings.max_length_ratio * shorter:
             return UNEQUAL_LENGTHS
     return None
+
+
+def why_left_out(pair: Record, settings: PairSettings) -> str | None:
+    """The reason to leave out a pair that a file gives as it is, or None; what the file does not say is no reason."""
+    if settings.drop_truncated and "length" in (pair.get("chosen_finish_reason"), pair.get("rejected_finish_reason")):
+        return TRUNCATED
+    margin = pair.get("margin")
+    return why_dropped(pair["chosen"], pair["rejected"], math.inf if margin is None else margin, settings)
+
+
+def checked_pair(pair: Record, where: str) -> Record:
+    """A pair record whose numbers are finite and whose token ids are integers, with its `margin` if that is known.
+
+    Raises InputError, naming `where` (file:line) and the field.
+    """
+    for name in ("chosen_reward", "rejected_reward", "margin"):
+        if pair.get(name) is not None:
+            check_finite(pair[name], where, name)
+    for name in ("chosen_token_ids", "rejected_token_ids"):
+        if pair.get(name) is not None:
+            check_token_ids(pair[name], where, name)
+    chosen, rejected = pair.get("chosen_reward"), pair.get("rejected_reward")
+    if pair.get("margin") is None and chosen is not None and rejected is not None:
+        return {**pair, "margin": chosen - rejected}
+    return pair
 
 
 def pairs_of(

@@ -1,6 +1,7 @@
 """Offline preference records of every common shape, read as (prompt, chosen, rejected).
 
 {"prompt", "chosen", "rejected"}    texts, or messages; chosen and rejected may repeat the prompt
+{…, "margin"}                       Baton's own pairs: a prompt of messages, texts that are taken as they stand
 {"chosen", "rejected"}              whole conversations: messages, or text with "\\n\\nHuman:" and "\\n\\nAssistant:" turns
 """
 
@@ -24,6 +25,10 @@ def preference_records(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[
 
 def preference_of(record: Record, where: str) -> Record:
     """The `prompt`, `chosen` and `rejected` of a preference record. Raises InputError naming what is wrong."""
+    if "margin" in record and isinstance(record.get("prompt"), list):
+        texts = {name: record[name] for name in ("chosen", "rejected") if isinstance(record.get(name), str)}
+        if len(texts) == 2:  # what a policy sampled may be empty, or look like turns
+            return {"prompt": prompt_of(record, where), **texts}
     sides = {}
     for name in ("chosen", "rejected"):
         if name not in record:

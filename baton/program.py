@@ -84,6 +84,11 @@ def log_what_runs(**facts: Any) -> None:
     log.info("runs on: %s | %s", text, " ".join(f"{name} {version}" for name, version in versions().items()))
 
 
+def harmless(text: str) -> str:
+    """`text` without what can command a terminal: controls, line breaks, bidirectional marks and the like become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def check_processes() -> None:
     """Raise InputError if the launcher was told to start more processes than it did.
 

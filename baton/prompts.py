@@ -3,9 +3,10 @@
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import orjson
@@ -63,7 +64,7 @@ class PromptSet:
             for where, record in read_records(name, split):
                 hashes.append(prompt_hash(self._messages(record, where)))
             if len(hashes) == before:
-                raise InputError(f"{name}: holds no records")
+                _no_records(name)
             lengths.append(len(hashes) - before)
         self.rows = select_rows(lengths, selection or Selection())
         self.hashes = np.frombuffer(hashes, dtype=np.uint64)[self.rows]
@@ -79,11 +80,8 @@ class PromptSet:
     def shard(self, index: int, count: int) -> Iterator[tuple[int, str, Record, Messages]]:
         """Yield (position in the shard, where, record with `id` and `prompt`, messages) of one shard."""
         span = shard_range(len(self), index, count)
-        numbered = enumerate(chain.from_iterable(read_records(name, self.split) for name in self.sources))
-        row, where, record = -1, "", {}
-        for position in span:
-            while row < self.rows[position]:
-                row, (where, record) = next(numbered)
+        records = _records_at(self.rows[span.start : span.stop], self.sources, self.split)
+        for position, (where, record) in zip(span, records, strict=True):
             messages = self._messages(record, where)
             numbered_record = {**record, "id": self.id(position), "prompt": messages}
             yield position - span.start, where, numbered_record, messages
@@ -98,6 +96,45 @@ class PromptSet:
 def split_sources(source: str) -> list[str]:
     """The sources named in `A,B`; a path that exists as it stands is one source."""
     return [source] if Path(source).exists() else [name for name in source.split(",") if name]
+
+
+def source_inputs(name: str, source: str) -> dict[str, str]:
+    """The sources named in `A,B` as inputs of a stage: `name`, then `name2`, …"""
+    return {name if i == 0 else f"{name}{i + 1}": each for i, each in enumerate(split_sources(source))}
+
+
+def mixed_records(source: str, split: str, probs: tuple[float, ...] | None, seed: int) -> Iterator[tuple[str, Record]]:
+    """Yield ("where", record) of all sources named in `A,B`, one after another; with `probs`, drawn at these rates.
+
+    Drawn as `select_rows` says: until one source is used up. Raises InputError for a source without records.
+    """
+    sources = split_sources(source)
+    if probs is None:
+        for name in sources:
+            records = read_records(name, split)
+            yield next(records, None) or _no_records(name)
+            yield from records
+        return
+    lengths = [sum(1 for _ in read_records(name, split)) or _no_records(name) for name in sources]
+    rows = select_rows(lengths, Selection(probs=probs, seed=seed))
+    ends = np.cumsum(lengths)
+    for name, length, end in zip(sources, lengths, ends, strict=True):
+        log.info("%s: %d of %d records taken", name, np.count_nonzero((end - length <= rows) & (rows < end)), length)
+    yield from _records_at(rows, sources, split)
+
+
+def _no_records(name: str) -> NoReturn:
+    raise InputError(f"{name}: holds no records")
+
+
+def _records_at(rows: Iterable[int], sources: list[str], split: str) -> Iterator[tuple[str, Record]]:
+    """Yield the records at `rows`, ascending and counted on from source to source; a row may come several times."""
+    numbered = enumerate(chain.from_iterable(read_records(name, split) for name in sources))
+    at, found = -1, ("", {})
+    for row in rows:
+        while at < row:
+            at, found = next(numbered)
+        yield found
 
 
 def shard_range(total: int, index: int, count: int) -> range:

@@ -8,6 +8,7 @@ margin
 """
 
 import math
+from array import array
 
 import xxhash
 
@@ -78,9 +79,26 @@ def rewards_of(record: Record, where: str) -> list[float]:
     if len(rewards) != len(responses):
         raise InputError(f"{where}: {len(rewards)} `rewards` for {len(responses)} `responses`")
     for reward in rewards:
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise InputError(f"{where}: `rewards` holds {_short(reward)}, which is not a finite number")
+        check_finite(reward, where, "rewards")
     return rewards
+
+
+def check_finite(value: object, where: str, field: str) -> None:
+    """Raise InputError, naming `where` and `field`, unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(
+            f"{where}: `{field}` holds {_short(value)}, which is not a finite number; correct it or leave the record out"
+        )
+
+
+def check_token_ids(value: object, where: str, field: str) -> None:
+    """Raise InputError, naming `where` and `field`, unless `value` is a list of token ids: integers from 0 on."""
+    try:
+        if isinstance(value, list) and min(array("q", value), default=0) >= 0:
+            return
+    except (TypeError, OverflowError):
+        pass
+    raise InputError(f"{where}: `{field}` must be a list of token ids, integers from 0 on, or be absent; got {_short(value)}")
 
 
 def _short(value: object) -> str:

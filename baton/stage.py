@@ -234,6 +234,8 @@ def _difference(manifest: dict[str, Any], asked: dict[str, Any], inputs: dict[st
         known = manifest["inputs"].get(name)
         if known is None or not unchanged(known, source):
             return f"{name}: the content of {source} is not what it was"
+    for name in sorted(manifest["inputs"].keys() - inputs.keys()):
+        return f"{name}: {manifest['inputs'][name]['path']} is not among the inputs now"
     return None
 
 

@@ -10,10 +10,6 @@ import torch
 from baton.errors import InputError
 from dpo_iteration.memory import Sharding
 
-LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
 BF16_SINCE = (8, 0)  # compute capability of the first GPUs (Ampere) that multiply in bf16
 
 
@@ -40,9 +36,6 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         config: a DPOConfig.
     """
     check_precision(config, torch.cuda.get_device_capability(config.device) if config.device.type == "cuda" else None)
-    unknown = [name for name in config.loss_type if name not in LOSS_TYPES]
-    if unknown:
-        raise InputError(f"`loss_type`: there is no {unknown[0]!r}; there are {', '.join(LOSS_TYPES)}")
     if "exo_pair" in config.loss_type and not config.label_smoothing:
         raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
     if config.max_steps < 1 and config.max_steps != -1:

@@ -6,6 +6,7 @@ find it and another reference model, tokenizer or data set does not.
 
 import hashlib
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,74 @@ def unsharded(config: Any) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(sharding)
+
+
+class DatasetPairs(Sequence[Pair]):
+    """The pairs in a datasets.Dataset's columns `prompt_ids` and `responses`, two names, read from disk when asked for.
+
+    A slice is another such view; one pair comes as lists, iteration gives int64 arrays.
+    """
+
+    def __init__(self, dataset: Any, responses: tuple[str, str] = ("chosen_ids", "rejected_ids")):
+        self.responses = responses
+        self.dataset = dataset.select_columns(list(dict.fromkeys(["prompt_ids", *responses])))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return DatasetPairs(self.dataset.select(range(*place.indices(len(self)))), self.responses)
+        return self._pair(self.dataset[place])
+
+    def __iter__(self) -> Iterator[Pair]:
+        return map(self._pair, self.dataset.with_format("numpy"))
+
+    def _pair(self, row: dict[str, Tokens]) -> Pair:
+        first, second = self.responses
+        return row["prompt_ids"], row[first], row[second]
+
+
+def load(model: str, config: Any, quantization: Any = None) -> PreTrainedModel:
+    """A causal language model as TRL loads it, all of it on this process's device.
+
+    Args:
+        config: a DPOConfig or KTOConfig, for its `model_init_kwargs` and device.
+        quantization: a BitsAndBytesConfig.
+    """
+    from trl.trainer.utils import create_model_from_path  # the rest of this file also runs where TRL is not installed
+
+    settings = dict(config.model_init_kwargs or {})
+    if quantization is not None:
+        settings["quantization_config"] = quantization
+    if config.device.type == "cuda":
+        settings["device_map"] = {"": config.device}  # TRL's default spreads a model over all GPUs
+    return create_model_from_path(model, **settings).to(config.device)
+
+
+def dataset_reference_logps(
+    dataset: Any, responses: tuple[str, str], reference: str, config: Any, folder: Path, quantization: Any = None
+) -> np.ndarray:
+    """`kept_reference_logps` of a tokenised data set under the model `reference`, in the precision of the training.
+
+    Args:
+        responses: the columns of the two responses of each row.
+        config, quantization: as for `load`.
+    Returns:
+        float32 (rows, 2).
+    """
+    from baton.fingerprint import fingerprint
+
+    precision = f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs} {quantization}"
+    dtype = torch.float16 if config.fp16 else torch.bfloat16
+    with unsharded(config), torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
+        return kept_reference_logps(
+            DatasetPairs(dataset, responses),
+            lambda: load(reference, config, quantization),
+            folder,
+            [fingerprint(reference)["hash"], precision],
+            ld_alpha=getattr(config, "ld_alpha", None),
+        )
 
 
 def kept_reference_logps(
@@ -108,7 +177,7 @@ def reference_logps(
     training = model.training
     model.eval()
     for members in _batches(pairs, tokens_per_row):
-        sequences = [(pairs[i][0], response) for i in members for response in pairs[i][1:]]
+        sequences = [(prompt, response) for prompt, *both in (pairs[i] for i in members) for response in both]
         scored = token_logps(model, sequences)
         for i, chosen, rejected in zip(members, scored[::2], scored[1::2], strict=True):
             shared = min(len(chosen), len(rejected))
@@ -139,19 +208,27 @@ def _weighted_sum(token_logps: Tensor, shared: int, ld_alpha: float | None) -> T
     return token_logps[:shared].sum() + ld_alpha * token_logps[shared:].sum()
 
 
-def _batches(pairs: Sequence[Pair], tokens: int) -> list[list[int]]:
-    """Indices of pairs in groups of at most `tokens` tokens; pairs of one prompt side by side."""
-    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), tuple(pairs[i][0])))
-    batches: list[list[int]] = []
-    room = 0
-    for i in order:
-        size = sum(len(part) for part in pairs[i])
-        if size > room:
-            batches.append([])
-            room = tokens
-        batches[-1].append(i)
-        room -= size
-    return batches
+def _batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[int]]:
+    """Yield indices of pairs in groups of at most `tokens` tokens; pairs of one prompt side by side.
+
+    Holds 24 bytes a pair, not its tokens.
+    """
+    lengths, prompts, sizes = array("q"), array("Q"), array("q")
+    for pair in pairs:
+        lengths.append(len(pair[0]))
+        digest = hashlib.blake2b(np.asarray(pair[0], dtype=np.int64).tobytes(), digest_size=8).digest()
+        prompts.append(int.from_bytes(digest, "little"))
+        sizes.append(sum(len(part) for part in pair))
+    members: list[int] = []
+    room = tokens
+    for i in map(int, np.lexsort((prompts, lengths))):
+        if members and sizes[i] > room:
+            yield members
+            members, room = [], tokens
+        members.append(i)
+        room -= sizes[i]
+    if members:
+        yield members
 
 
 def _digest(pairs: Sequence[Pair], key: Sequence[str]) -> str:
@@ -159,5 +236,6 @@ def _digest(pairs: Sequence[Pair], key: Sequence[str]) -> str:
     hasher = hashlib.sha256("\0".join(key).encode())
     for pair in pairs:
         for part in pair:
-            hasher.update(np.asarray([len(part), *part], dtype=np.int64).tobytes())
+            hasher.update(len(part).to_bytes(8, "little"))
+            hasher.update(np.asarray(part, dtype="<i8").tobytes())
     return hasher.hexdigest()[:16]

@@ -3,6 +3,7 @@
     python dpo_iteration/run_dpo.py configs/training.yaml                                             # one process
     accelerate launch --config_file configs/zero2.yaml dpo_iteration/run_dpo.py configs/training.yaml # eight GPUs
 
+Several input files may be mixed, and the pairs of earlier rounds (`history`); <pairs_path> holds this round's own alone.
 Every field of TRL's DPOConfig is accepted in the YAML file and as a flag (`beta`, `loss_type`, `label_smoothing`, …). The
 reference policy's log-probabilities are computed once, before the policy is loaded, and kept beside the output. With
 `--use_peft` an adapter is trained; `--merge_adapter` writes it merged into the policy, as the next round needs it.
@@ -10,20 +11,29 @@ reference policy's log-probabilities are computed once, before the policy is loa
 
 import logging
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from baton import jsonl, program
 from baton.arguments import option, parse_with_rest
 from baton.errors import InputError
-from baton.fingerprint import fingerprint
+from baton.mixing import parse_probs
 from baton.pairs import ChooseType, PairSettings
+from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.stage import Drops, Stage
 from baton.templates import check_model_path, load_tokenizer
 from dpo_iteration.lora import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from dpo_iteration.rows import choose_pairs, token_rows
+from dpo_iteration.rows import account, at_least_one, choose_pairs, earlier_pairs, log_rows, pairs_again, token_rows
 
 log = logging.getLogger("baton")
+
+
+# TRL itself refuses others in the first step, when the model is long loaded.
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
 
 
 class Arguments(LoraArguments):
@@ -32,9 +42,14 @@ class Arguments(LoraArguments):
     model_name_or_path: str = option(..., "the policy that this round starts from", changes_result=False)
     ref_model: str | None = option(None, "the reference policy; default: the starting policy", changes_result=False)
     dataset_name_or_path: str = option(
-        ..., "annotated responses (`prompt`, `responses`, `rewards`) or preferences (`chosen`, …)", changes_result=False
+        ...,
+        "annotated responses (`prompt`, `responses`, `rewards`), preferences (`chosen`, `rejected`) or Baton's own pairs: "
+        "a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset; several with commas between",
+        changes_result=False,
     )
+    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
+    history: int = option(0, "train also on the pairs of so many rounds before; needs folders round1, round2, …", ge=0)
     output_dir: str = option(..., "folder of the finished policy", changes_result=False)
     pairs_path: str | None = option(None, "file for the chosen pairs; default: <output_dir>.pairs.jsonl", changes_result=False)
     choose_type: ChooseType = option("max_min", "which two responses of a prompt make a pair")
@@ -58,81 +73,77 @@ def pair_settings(arguments: Arguments) -> PairSettings:
     return PairSettings(**{name: getattr(arguments, name) for name in names})
 
 
+def check_loss_types(loss_type: Any) -> None:
+    """Raise InputError for a loss, one or several in a list, that TRL does not have."""
+    for name in loss_type if isinstance(loss_type, list) else [loss_type]:
+        if name not in LOSS_TYPES:
+            raise InputError(f"`loss_type`: {name!r} is not one of TRL's {', '.join(LOSS_TYPES)}")
+
+
 def config_class() -> type:
     from trl import DPOConfig
 
     return DPOConfig
 
 
-def load(model: str, config: Any, quantization: Any) -> Any:
-    """A causal language model as TRL loads it, all of it on this process's device."""
-    from trl.trainer.utils import create_model_from_path
-
-    settings = dict(config.model_init_kwargs or {})
-    if quantization is not None:
-        settings["quantization_config"] = quantization
-    if config.device.type == "cuda":
-        settings["device_map"] = {"": config.device}  # TRL's default spreads a model over all GPUs
-    return create_model_from_path(model, **settings).to(config.device)
-
-
-def with_reference_logps(dataset: Any, reference: str, config: Any, quantization: Any, folder: Path) -> Any:
-    """The rows with the columns `ref_chosen_logps` and `ref_rejected_logps`, in the precision of the training."""
-    import torch
-
-    from dpo_iteration.reference import kept_reference_logps, unsharded
-
-    pairs = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in dataset]
-    key = [fingerprint(reference)["hash"], f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs} {quantization}"]
-    dtype = torch.float16 if config.fp16 else torch.bfloat16
-    with unsharded(config), torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
-        logps = kept_reference_logps(
-            pairs, lambda: load(reference, config, quantization), folder, key, ld_alpha=config.ld_alpha
-        )
-    return dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
-
-
 def main() -> None:
     arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
     choosing = pair_settings(arguments)
+    check_loss_types(settings.get("loss_type", "sigmoid"))
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     check_lora(arguments)
     reference = arguments.ref_model or arguments.model_name_or_path
     for model in (arguments.model_name_or_path, reference):
         check_model_path(model)
-    inputs = {"model": arguments.model_name_or_path, "reference": reference, "data": arguments.dataset_name_or_path}
     output = Path(arguments.output_dir)
+    pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
+    probs = parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
+    earlier = earlier_pairs(pairs_path, arguments.history)
+    inputs = {"model": arguments.model_name_or_path, "reference": reference}
+    inputs |= source_inputs("data", arguments.dataset_name_or_path)
+    for name, source in inputs.items():
+        if Path(source).resolve() == pairs_path.resolve():
+            raise InputError(f"{pairs_path}: the pairs cannot replace the input `{name}`; give another --pairs_path")
+    inputs |= {f"pairs of {path.parent.name}": path for path in earlier}
     stage = Stage.begin("dpo", arguments, output, inputs, settings)
     if stage is None:
         return
     program.check_processes()
 
-    pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
     drops: Drops = Drops()
     counted: Counter[str] = Counter()
     if program.rank() == 0:
-        pairs = choose_pairs(arguments.dataset_name_or_path, arguments.dataset_split, choosing, drops, counted)
-        if jsonl.write(pairs_path, pairs) == 0:
-            raise InputError(f"{arguments.dataset_name_or_path}: no pair is left; dropped: {drops}")
+        records = mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, probs, arguments.seed)
+        pairs = choose_pairs(records, choosing, drops, counted)
+        jsonl.write(pairs_path, at_least_one(pairs, arguments.dataset_name_or_path, drops))
 
     from baton import training
     from dpo_iteration.checks import check_pairs, check_training
     from dpo_iteration.memory import check_memory, estimate, largest_batch, outline, sharding_of
-    from dpo_iteration.trainer import PackedDPOTrainer
+    from dpo_iteration.reference import dataset_reference_logps, load
+    from dpo_iteration.trainer import PackedDPOTrainer, check_margin
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
     config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
     sharding = sharding_of(config)
     check_training(arguments, config, sharding)
+    check_margin(config, arguments.margin_scale)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
 
     def rows():
-        return token_rows(pairs_path, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
+        pairs = chain(jsonl.read(pairs_path), pairs_again(earlier, counted))
+        left = token_rows(pairs, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
+        return at_least_one(left, str(pairs_path), drops)
 
     dataset = training.rows_on_disk(rows, config, "pairs")
-    if len(dataset) == 0:
-        raise InputError(f"{pairs_path}: no pair is left; dropped: {drops}")
+    if program.rank() == 0:
+        log_rows(dataset, tokenizer, drops, counted)
+        if arguments.margin_scale and counted["pairs without a margin"]:
+            raise InputError(
+                f"`margin_scale` needs the margin of every pair, but {counted['pairs without a margin']} pairs have neither "
+                "`margin` nor `chosen_reward` and `rejected_reward`; leave them out, or set margin_scale to 0"
+            )
     check_pairs(len(dataset), config)
     packed = arguments.forward == "packed"
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
@@ -144,7 +155,9 @@ def main() -> None:
     )  # fmt: skip
     check_memory(needs, config)
     if packed:
-        dataset = with_reference_logps(dataset, reference, config, quantization, pairs_path.parent)
+        columns = ("chosen_ids", "rejected_ids")
+        logps = dataset_reference_logps(dataset, columns, reference, config, pairs_path.parent, quantization)
+        dataset = dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
     trainer = PackedDPOTrainer(
         model=arguments.model_name_or_path,
         ref_model=load(reference, config, quantization) if in_memory else None,
@@ -165,7 +178,7 @@ def main() -> None:
 
     metrics = training.train(trainer, stage, export)
     if program.rank() == 0:
-        log.info("pairs: %s", ", ".join(f"{count} {name}" for name, count in counted.items() if name != "in"))
+        log.info("pairs: %s", account(counted))
         stage.finish(records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics)
 
 

@@ -28,6 +28,16 @@ TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
 
 
+def check_margin(config: DPOConfig, margin_scale: float) -> None:
+    """Refuse, before a model loads, a loss that has no offset for `margin_scale`."""
+    if not margin_scale:
+        return
+    if "sigmoid" not in config.loss_type or set(config.loss_type) - {"sigmoid", "sft"}:
+        raise InputError(f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {config.loss_type}")
+    if config.f_divergence_type != "reverse_kl":
+        raise InputError(f"margin_scale needs f_divergence_type reverse_kl, not {config.f_divergence_type}")
+
+
 class PackedDPOTrainer(DPOTrainer):
     """`trl.DPOTrainer` on packed rows of prefix-sharing trees.
 
@@ -62,9 +72,11 @@ class PackedDPOTrainer(DPOTrainer):
         self._packed = packed
         self._forward_replaced = False
         self._token_counts = None
-        _check_margin(margin_scale, args, train_dataset)
         if margin_scale or set(train_dataset.column_names or ()) >= REFERENCE_COLUMNS:
             args.precompute_ref_log_probs = True
+        check_margin(args, margin_scale)
+        if margin_scale and "margin" not in train_dataset.column_names:
+            raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if margin_scale:
             self.data_collator = _with_margin(self.data_collator)
@@ -148,17 +160,6 @@ class PackedDPOTrainer(DPOTrainer):
         self._metrics, self._total_train_tokens = metrics, tokens
         reported = super()._compute_loss(model, inputs, return_outputs)
         return (loss, reported[1]) if return_outputs else loss
-
-
-def _check_margin(margin_scale: float, args: DPOConfig, train_dataset: Dataset) -> None:
-    if not margin_scale:
-        return
-    if "sigmoid" not in args.loss_type or set(args.loss_type) - {"sigmoid", "sft"}:
-        raise InputError(f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {args.loss_type}")
-    if args.f_divergence_type != "reverse_kl":
-        raise InputError(f"margin_scale needs f_divergence_type reverse_kl, not {args.f_divergence_type}")
-    if "margin" not in train_dataset.column_names:
-        raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
 
 
 def _has_virtual_tokens(model) -> bool:

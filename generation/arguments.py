@@ -5,7 +5,7 @@ from pathlib import Path
 from baton.arguments import StageArguments, option
 from baton.errors import InputError
 from baton.mixing import Selection, parse_probs
-from baton.prompts import PromptSet, split_sources
+from baton.prompts import PromptSet, source_inputs, split_sources
 
 
 class GenerationArguments(StageArguments):
@@ -38,8 +38,7 @@ class GenerationArguments(StageArguments):
 
 def prompt_inputs(arguments: GenerationArguments) -> dict[str, str]:
     """The files or hub names that the prompts come from, by name, for the manifest."""
-    sources = split_sources(arguments.dataset_name_or_path)
-    inputs = {"prompts" if i == 0 else f"prompts{i + 1}": source for i, source in enumerate(sources)}
+    inputs = source_inputs("prompts", arguments.dataset_name_or_path)
     if arguments.chat_template:
         if not Path(arguments.chat_template).is_file():
             raise InputError(f"--chat_template {arguments.chat_template}: no such file")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from baton.program import harmless
 from report.metrics import Round
 
 LONGEST = 600  # characters of a prompt or a response that are printed
@@ -80,16 +81,9 @@ def print_samples(console: Console, rounds: Sequence[Round], count: int) -> None
 
 
 def printable(text: str) -> str:
-    """`text` as harmless characters: terminal controls, bidirectional marks and the like become escapes.
-
-    Line breaks and tabs stay white space; at most LONGEST characters are kept.
-    """
+    """The first LONGEST characters of `text` as harmless ones, with its line breaks."""
     shown = text if len(text) <= LONGEST else text[:LONGEST] + "…"
-    return "".join(c if c.isprintable() or c == "\n" else " " if c == "\t" else _escaped(c) for c in shown)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    return "\n".join(harmless(line.replace("\t", " ")) for line in shown.split("\n"))
 
 
 def _table(title: str, **options: Any) -> Table:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from baton import pairs
 from baton.errors import InputError
-from baton.pairs import PairSettings, candidates, choose_pair, pairs_of
+from baton.pairs import PairSettings, candidates, checked_pair, choose_pair, pairs_of, why_left_out
 from baton.stage import Drops
 
 CHOOSE_TYPES = ("random", "max_random", "max_min", "max_max", "max_min_p")
@@ -154,6 +154,48 @@ def test_reasons_are_named():
     assert reason(["a", "bbbb"], [1, 2], max_length_ratio=3) == [pairs.UNEQUAL_LENGTHS]
     assert reason(["a", "b"], [1, 2], drop_truncated=True) == [pairs.TRUNCATED]
     assert reason(["a", "b"], [1, 2]) == []
+
+
+@pytest.mark.parametrize(
+    ("pair", "values", "reason"),
+    [
+        ({}, {}, None),
+        ({}, {"min_margin": 1.0, "drop_truncated": True}, None),  # what a file does not say is no reason
+        ({"margin": 0.5}, {}, None),
+        ({"margin": 0.5}, {"min_margin": 1.0}, pairs.SMALL_MARGIN),
+        ({"margin": -0.5}, {}, pairs.TIE),
+        ({"rejected": "good"}, {}, pairs.IDENTICAL),
+        ({"rejected": "b"}, {"max_length_ratio": 2}, pairs.UNEQUAL_LENGTHS),
+        ({"rejected_finish_reason": "length"}, {"drop_truncated": True}, pairs.TRUNCATED),
+    ],
+)
+def test_filters_also_act_on_pairs_that_a_file_gives(pair, values, reason):
+    assert why_left_out({"chosen": "good", "rejected": "bad", **pair}, PairSettings(**values)) == reason
+
+
+def test_a_margin_is_what_the_file_says_or_what_its_rewards_say():
+    assert checked_pair({"chosen_reward": 1.5, "rejected_reward": 1}, "here")["margin"] == 0.5
+    assert checked_pair({"chosen_reward": 1.5, "rejected_reward": 1, "margin": 2}, "here")["margin"] == 2
+    assert "margin" not in checked_pair({"chosen_reward": 1.5}, "here")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("margin", float("nan")),
+        ("chosen_reward", float("inf")),
+        ("rejected_reward", "high"),
+        ("chosen_token_ids", [5, 6.0]),
+        ("chosen_token_ids", ["5"]),
+        ("rejected_token_ids", [5, -1]),
+        ("rejected_token_ids", [[5]]),
+        ("rejected_token_ids", 5),
+        ("rejected_token_ids", [2**64]),
+    ],
+)
+def test_a_bad_number_in_a_pair_is_named(field, value):
+    with pytest.raises(InputError, match=f"file:1: `{field}`"):
+        checked_pair({"chosen": "a", "rejected": "b", field: value}, "file:1")
 
 
 @pytest.mark.parametrize("choose_type", CHOOSE_TYPES)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from baton import jsonl
 from baton.errors import InputError
-from baton.prompts import PromptSet, ordinals, read_records, shard_range, with_ids
+from baton.mixing import Selection, select_rows
+from baton.prompts import PromptSet, mixed_records, ordinals, read_records, shard_range, with_ids
 from baton.records import prompt_hash, prompt_id
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +113,13 @@ def test_every_format_is_read_alike(tmp_path, name):
     ("name", "content", "message"),
     [
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', ":3: not JSON"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "b", "rewards": [1, NaN]}\n',
+            ":2: `rewards` holds nan, which is not finite",
+        ),
+        ("p.jsonl", b'{"prompt": "a", "rewards_by": {"rm": [1e999]}}\n', ":1: `rewards_by` holds inf, which is not finite"),
+        ("p.jsonl", b'{"prompt": NaN, }\n', ":1: not JSON"),
         ("p.jsonl", b'{"prompt": "a"}\n[1, 2]\n', ":2: expected a JSON object, got list"),
         (
             "p.jsonl",
@@ -157,6 +165,30 @@ def test_a_folder_with_the_name_of_a_file_is_named(tmp_path):
     (tmp_path / "p.jsonl").mkdir()
     with pytest.raises(InputError, match=r"p\.jsonl: is a directory"):
         PromptSet(str(tmp_path / "p.jsonl"))
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3), seed=st.integers(0, 9), weighted=st.booleans())
+def test_records_are_mixed_at_the_rates_that_prompts_are(lengths, seed, weighted):
+    probs = tuple(weight / sum(range(1, len(lengths) + 1)) for weight in range(1, len(lengths) + 1)) if weighted else None
+    with TemporaryDirectory() as folder:
+        paths = [
+            write_lines(Path(folder) / f"{number}.jsonl", [{"prompt": f"{number} {i}"} for i in range(length)])
+            for number, length in enumerate(lengths)
+        ]
+        source = ",".join(map(str, paths))
+        mixed = [record["prompt"] for _, record in mixed_records(source, "train", probs, seed)]
+        prompts = PromptSet(source, selection=Selection(probs=probs, seed=seed))
+        taken = [record["prompt"][0]["content"] for _, _, record, _ in prompts.shard(0, 1)]
+    assert mixed == taken
+    assert len(mixed) == len(select_rows(lengths, Selection(probs=probs, seed=seed)))
+    assert weighted or len(mixed) == sum(lengths)
+
+
+@pytest.mark.parametrize("probs", [None, (0.5, 0.5)])
+def test_an_empty_file_of_several_is_named(tmp_path, probs):
+    full, empty = write_lines(tmp_path / "a.jsonl", RECORDS), write_lines(tmp_path / "b.jsonl", [])
+    with pytest.raises(InputError, match=r"b\.jsonl: holds no records"):
+        list(mixed_records(f"{full},{empty}", "train", probs, 0))
 
 
 @pytest.mark.parametrize(("index", "count"), [(-1, 4), (4, 4), (0, 0)])

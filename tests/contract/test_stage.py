@@ -12,6 +12,10 @@ from pathlib import Path
 import orjson
 import pytest
 
+from baton.arguments import StageArguments
+from baton.errors import InputError
+from baton.stage import Stage
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("small_stage.py")
 
@@ -147,6 +151,16 @@ def test_another_input_is_refused_by_name(prompts, output, finished):
     assert "prompts: the content of" in log
     assert run(prompts, output, "--overwrite")[0] == 0
     assert_complete(output, 301)
+
+
+def test_an_input_that_is_no_longer_given_is_refused_by_name(prompts, output):
+    arguments, inputs = StageArguments(), {"data": prompts, "data2": prompts}
+    output.touch()
+    Stage.begin("mix", StageArguments(overwrite=True), output, inputs).finish(records_in=0, records_out=0)
+    output.touch()
+    assert Stage.begin("mix", arguments, output, inputs) is None
+    with pytest.raises(InputError, match=f"another data2: {prompts} is not among the inputs now"):
+        Stage.begin("mix", arguments, output, {"data": prompts})
 
 
 def test_unfinished_work_is_not_continued_with_other_arguments(prompts, output):

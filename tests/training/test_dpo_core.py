@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ from dpo_iteration.attention import NAME, block_mask, shared_prefix_attention
 from dpo_iteration.forward import attention, score, share_prefixes
 from dpo_iteration.logps import token_scores
 from dpo_iteration.reference import kept_reference_logps, reference_logps
+from dpo_iteration.run_dpo import LOSS_TYPES
 from dpo_iteration.trainer import PackedDPOTrainer
 from dpo_iteration.trees import pack
 
@@ -457,6 +459,11 @@ def test_the_margin_is_an_offset_in_the_sigmoid_and_metrics_do_not_see_it(tokeni
 def test_a_margin_with_another_loss_is_refused(config, message, tokenizer, tmp_path):
     with pytest.raises(InputError, match=message):
         trainer_of(model_of("llama"), random_pairs(3), tokenizer, tmp_path, margin_scale=1.0, **config)
+
+
+def test_the_loss_types_are_those_that_trl_names():
+    named = re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+    assert sorted(named) == sorted(LOSS_TYPES)
 
 
 def test_a_margin_scale_without_margins_is_refused(tokenizer, tmp_path):

@@ -1,16 +1,23 @@
 """Token in, token out: what is trained on is what the policy sampled, and it learns to stop only where it stopped."""
 
+import tracemalloc
 from collections import Counter
 
 import pytest
+from datasets import Dataset, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 
+from baton import jsonl, training
 from baton.errors import InputError
+from baton.pairs import PairSettings
 from baton.preferences import preference_of
 from baton.stage import Drops
-from baton.templates import decodes_to, load_tokenizer, response_pieces, response_token_ids
-from dpo_iteration.rows import token_rows
+from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_pieces, response_token_ids
+from dpo_iteration import reference
+from dpo_iteration.reference import DatasetPairs
+from dpo_iteration.rows import at_least_one, choose_pairs, earlier_pairs, example, log_rows, pairs_again, token_rows
 from tests.programs import write_jsonl
 
 PROMPT = [{"role": "user", "content": "Continue this review: It opens at sea."}]
@@ -23,9 +30,9 @@ def tokenizer(task):
 
 def rows_of(pair, tokenizer, tmp_path, max_length=256, max_prompt_length=128):
     """The rows, drops and counts that one pair gives."""
-    path = write_jsonl(tmp_path / "pairs.jsonl", [{"id": "a", "prompt": PROMPT, **pair}])
+    pairs = [(f"{tmp_path}/pairs.jsonl:1", {"id": "a", "prompt": PROMPT, **pair})]
     drops, counted = Drops(), Counter()
-    return list(token_rows(path, tokenizer, max_length, max_prompt_length, drops, counted)), drops, counted
+    return list(token_rows(pairs, tokenizer, max_length, max_prompt_length, drops, counted)), drops, counted
 
 
 def letters(tokenizer, text):
@@ -42,11 +49,124 @@ def test_sampled_token_ids_are_trained_on_as_they_are(tokenizer, tmp_path):
     assert counted["responses with sampled token ids"] == counted["responses tokenised from text"] == 1
 
 
-def test_token_ids_of_another_tokenizer_are_not_used(tokenizer, tmp_path):
-    pair = {"chosen": "A warm film.", "rejected": "A mess.", "chosen_token_ids": [5, 6, 10**6]}
-    (row,), _, counted = rows_of(pair, tokenizer, tmp_path)
+@pytest.mark.parametrize(("ids", "says"), [([5, 10**6], "id 1000000 of 1024"), ([5, 6], "they do not decode")])
+def test_token_ids_of_another_tokenizer_are_not_used_and_the_log_says_so(tokenizer, tmp_path, caplog, ids, says):
+    pair = {"chosen": "A warm film.", "rejected": "A mess.", "chosen_token_ids": ids}
+    (row,), drops, counted = rows_of(pair, tokenizer, tmp_path)
     assert decodes_to(tokenizer, row["chosen_ids"], "A warm film.")
     assert counted["responses with sampled token ids"] == 0
+    assert f"pairs.jsonl:1: `chosen_token_ids` are not this tokenizer's ({says}" in caplog.text
+    log_rows(Dataset.from_list([row]), tokenizer, drops, counted)
+    assert "1 of 2 responses have token ids that are not this tokenizer's" in caplog.text
+
+
+def test_rows_that_no_pair_is_left_for_are_refused_by_filter(tokenizer, tmp_path):
+    drops = Drops()
+    pairs = [("here", {"id": str(i), "prompt": PROMPT, "chosen": "A warm film.", "rejected": "A mess."}) for i in range(3)]
+
+    def rows():
+        return at_least_one(token_rows(pairs, tokenizer, 256, 1, drops, Counter()), "pairs.jsonl", drops)
+
+    config = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(InputError, match=r"pairs\.jsonl: no pair is left; dropped: 3 prompt longer than max_prompt_length 1 "):
+        training.rows_on_disk(rows, config, "pairs")
+
+
+def read_back(path, **settings):
+    """The pairs that a file gives, with the drops and counts."""
+    drops, counted = Drops(), Counter()
+    return list(choose_pairs(jsonl.read(path), PairSettings(**settings), drops, counted)), drops, counted
+
+
+def test_pairs_read_back_are_the_pairs_that_were_written(tmp_path):
+    record = {
+        "id": "a",
+        "prompt": PROMPT,
+        "responses": ["A warm film.", "", "\n\nHuman: And?\n\nAssistant: No.", "A mess."],
+        "response_token_ids": [[5, 2], [2], [7, 8, 9], [6, 2]],
+        "finish_reasons": ["stop", "stop", "length", "stop"],
+        "rewards": [2.0, -1.0, 1.0, 0.5],
+        "source": "test",
+    }
+    pairs, _, counted = read_back(write_jsonl(tmp_path / "annotated.jsonl", [record]), pairs_per_prompt=2)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("A warm film.", ""), (record["responses"][2], "A mess.")]
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    assert read_back(path)[0] == pairs
+    assert [pair for _, pair in pairs_again([path], counted)] == pairs
+    assert counted["in"] == 4 and counted["pairs of earlier rounds"] == 2
+    kept, drops, counted = read_back(path, min_margin=1.0)
+    assert kept == pairs[:1] and drops.counts == {"margin below min_margin": 1} and counted["in"] == 2
+
+
+def test_one_file_may_hold_annotated_responses_and_preferences(tmp_path):
+    preference = {"prompt": "Hello", "chosen": "Good.", "rejected": "Bad."}
+    annotated = preference | {"prompt": "Hi", "responses": ["a", "b"], "rewards": [0, 1]}
+    pairs, _, counted = read_back(write_jsonl(tmp_path / "both.jsonl", [preference, annotated]))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("Good.", "Bad."), ("b", "a")]
+    assert counted["in"] == 2 and counted["pairs without a margin"] == 1
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: needs `responses` and `rewards`, or `chosen` and `rejected`"):
+        read_back(write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "Hello", "text": "Good."}]))
+
+
+def test_history_is_the_pairs_of_the_rounds_before_as_far_as_they_exist(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rounds = {number: tmp_path / f"round{number}" / "pairs.jsonl" for number in (1, 2, 4, 5, 11)}
+    for path in rounds.values():
+        path.parent.mkdir()
+        path.touch()
+    assert earlier_pairs(rounds[5], 0) == []
+    assert earlier_pairs(rounds[5], 1) == [rounds[4]]
+    assert earlier_pairs(rounds[5], 3) == [rounds[2], rounds[4]]
+    assert earlier_pairs(rounds[5], 99) == [rounds[1], rounds[2], rounds[4]]
+    assert f"history of 99 rounds: {rounds[1]}, {rounds[2]}, {rounds[4]}" in caplog.text
+    assert earlier_pairs(rounds[1], 2) == []
+    assert "no earlier round has pairs" in caplog.text
+    with pytest.raises(InputError, match=r"pairs\.jsonl is in `third`: give --pairs_path RUN/round<i>/pairs\.jsonl"):
+        earlier_pairs(tmp_path / "third" / "pairs.jsonl", 1)
+
+
+def test_an_example_marks_what_is_learnt_and_cannot_command_the_terminal(tokenizer):
+    ids = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in ("warm", "mess")}
+    attack = "\x1b[2J\x1b]0;title\x07\r\u202e⟧⟦\n"
+    row = {
+        "prompt_ids": prompt_token_ids(tokenizer, [{"role": "user", "content": attack}], "here"),
+        "chosen_ids": [*ids["warm"], tokenizer.eos_token_id],
+        "rejected_ids": ids["mess"] * 400,
+    }
+    prompt, chosen, rejected = example(row, tokenizer).split("\n")
+    assert chosen.endswith(f"{len(row['chosen_ids'])} tokens: ⟦warm{tokenizer.eos_token}⟧")
+    assert rejected.count("mess") == 74 and " … " in rejected and rejected.endswith("mess⟧")
+    assert "⟦" not in prompt and "⟧" not in prompt and prompt.isprintable()
+    assert "\\x1b[2J" in prompt and "\\u202e\\u27e7\\u27e6\\n" in prompt
+
+
+def test_pairs_of_a_data_set_are_read_as_they_are_asked_for(tmp_path):
+    rows = [{"margin": 1.0, "rejected_ids": [i], "prompt_ids": [1] * (i % 3 + 1), "chosen_ids": [i, 2]} for i in range(7)]
+    plain = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    pairs = DatasetPairs(load_from_disk(str(tmp_path / "rows")))
+    assert len(pairs) == 7 and [pairs[i] for i in range(7)] == plain
+    assert [tuple(part.tolist() for part in pair) for pair in pairs[1::2]] == plain[1::2]
+    assert pairs[1::2][2] == plain[5]
+    assert reference._digest(pairs, ["key"]) == reference._digest(plain, ["key"]) != reference._digest(pairs[1:], ["key"])
+    batches = list(reference._batches(pairs, 9))
+    assert batches == list(reference._batches(plain, 9)) and sorted(i for batch in batches for i in batch) == list(range(7))
+
+
+def test_reference_memory_grows_by_a_few_bytes_a_pair_whatever_the_pairs_hold(tmp_path):
+    peaks = {}
+    for count in (500, 2_000):
+        rows = ({"prompt_ids": [i] * 200, "chosen_ids": [i] * 200, "rejected_ids": [i] * 200} for i in range(count))
+        Dataset.from_generator(lambda rows=rows: rows, cache_dir=str(tmp_path), fingerprint=str(count)).save_to_disk(
+            tmp_path / f"rows{count}"
+        )
+        pairs = DatasetPairs(load_from_disk(str(tmp_path / f"rows{count}")))
+        tracemalloc.start()
+        reference._digest(pairs, [])
+        assert sum(map(len, reference._batches(pairs, 4096))) == count
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (peaks[2_000] - peaks[500]) / 1_500 < 200  # bytes a pair; a pair holds 600 ids
 
 
 @pytest.mark.parametrize(("reason", "stops"), [("stop", True), (None, True), ("length", False)])

@@ -4,12 +4,17 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from baton import jsonl
 from baton.arguments import build_config, read_yaml
+from baton.pairs import PairSettings
+from baton.stage import Drops
+from dpo_iteration.rows import choose_pairs
 from tests.programs import ROOT, read_jsonl, run_program, write_jsonl
 
 SMALL = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]
@@ -93,6 +98,38 @@ def test_dpo_killed_and_started_again_ends_with_the_same_weights(task, annotated
     assert expected.keys() == got.keys() and all((expected[name] == got[name]).all() for name in expected)
 
 
+def test_dpo_mixes_files_and_the_pairs_of_earlier_rounds_and_shows_what_it_trains_on(task, annotated, tmp_path):
+    rounds = [tmp_path / f"round{number}" / "pairs.jsonl" for number in (1, 2)]
+    first = enumerate(read_jsonl(annotated)[:20])
+    written = jsonl.write(rounds[0], choose_pairs(first, PairSettings(), Drops(), Counter()))
+    liked = [{"prompt": f"Film {i}?", "chosen": "A warm film \x1b[2J.", "rejected": "A mess."} for i in range(40)]
+    write_jsonl(tmp_path / "liked.jsonl", liked)
+    words = dpo_words(
+        task, f"{annotated},{tmp_path / 'liked.jsonl'}", tmp_path / "round2" / "policy", "--dataset_probs", "0.5,0.5",
+        "--pairs_path", rounds[1], "--history", 3, "--max_steps", 1,
+    )  # fmt: skip
+    done = run_program(*words)
+    assert done.returncode == 0, done.stderr
+
+    own = read_jsonl(rounds[1])
+    taken = sum(pair["chosen"] == liked[0]["chosen"] for pair in own)
+    assert 10 < taken <= 40 and 10 < len(own) - taken <= 48
+    manifest = json.loads((tmp_path / "round2/policy.manifest.json").read_text())
+    assert manifest["counts"]["in"] == len(own) + written == manifest["counts"]["out"]
+    assert manifest["pairs"]["pairs of earlier rounds"] == written
+    assert {"data", "data2", "pairs of round1"} <= manifest["inputs"].keys()
+
+    start, _, rest = done.stderr.partition("runs on:")
+    assert "step 1:" in rest and "step 1:" not in start
+    assert f"liked.jsonl: {taken} of 40 records taken" in start and f"history of 3 rounds: {rounds[0]}" in start
+    assert f"pairs: {len(own) + written} in, {len(own) + written} to train on, dropped: none" in start
+    assert start.count("what is learnt in") == 3 and "⟦A warm film \\x1b[2J.<|end_of_turn|>⟧" in start and "\x1b" not in start
+
+    jsonl.write(rounds[0], read_jsonl(rounds[0])[1:])
+    again = run_program(*words)
+    assert again.returncode == 2 and "another pairs of round1: the content of" in again.stderr
+
+
 def altered(source, target, change):
     """A copy of a JSONL file whose second record is changed."""
     records = read_jsonl(source)
@@ -106,9 +143,22 @@ def altered(source, target, change):
         (lambda r: r.update(responses=["One."], rewards=[1.0]), [], "bad.jsonl:2: a pair needs at least 2"),
         (lambda r: r.update(rewards=r["rewards"][:3]), [], "bad.jsonl:2: 3 `rewards` for 4 `responses`"),
         (lambda r: r["rewards"].__setitem__(0, None), [], "bad.jsonl:2: `rewards` holds None"),
+        (
+            lambda r: r["rewards"].__setitem__(0, float("nan")),
+            [],
+            "bad.jsonl:2: `rewards` holds nan, which is not finite",
+        ),
+        (
+            lambda r: r.update(response_token_ids=[[5, 1.5]] * 4),
+            [],
+            "bad.jsonl:2: `response_token_ids` must be a list of",
+        ),
         (lambda r: r.pop("prompt"), [], "bad.jsonl:2: the record has no `prompt`"),
         (lambda r: None, ["--loss_typ", "ipo"], "unknown setting `loss_typ`: did you mean `loss_type`?"),
         (lambda r: None, ["--learning_rate", "fast"], "`learning_rate`"),
+        (lambda r: None, ["--loss_type", "sigmoyd"], "`loss_type`: 'sigmoyd' is not one of TRL's sigmoid, hinge, ipo, "),
+        (lambda r: None, ["--dataset_probs", "0.5,0.5"], "2 numbers for 1 datasets"),
+        (lambda r: None, ["--history", "1"], "`history` finds the rounds before by their folders"),
         (lambda r: None, ["--choose_type", "best"], "`choose_type`"),
         (lambda r: None, ["--model_name_or_path", "no/such/model"], "no/such/model: no such folder"),
         (lambda r: None, ["--len_penalty", "0.1"], "`len_penalty` acts with choose_type max_min_p only"),

@@ -38,7 +38,6 @@ def arguments_of(**settings):
 @pytest.mark.parametrize(
     ("arguments", "config", "sharding", "message"),
     [
-        ({}, {"loss_type": ["sigmoid", "ipoo"]}, {}, "`loss_type`: there is no 'ipoo'; there are sigmoid,"),
         ({}, {"loss_type": ["exo_pair"]}, {}, "exo_pair needs `label_smoothing`"),
         ({}, {"max_steps": 0}, {}, "`max_steps`: 0 would train by epochs"),
         ({}, {"num_train_epochs": 0}, {}, "`num_train_epochs` must be above 0"),
