@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from baton import program
 from baton.arguments import build_config
+from baton.errors import InputError
 from baton.progress import Progress
 from baton.stage import Stage
 
@@ -48,12 +49,20 @@ def trainer_config(config_class: type, settings: dict[str, Any], own_names: Iter
 
 
 def rows_on_disk(rows: Callable[[], Iterator[dict[str, Any]]], config: Any, name: str) -> datasets.Dataset:
-    """Training rows as a memory-mapped dataset: process 0 writes them once, every process maps the same file."""
+    """Training rows as a memory-mapped dataset: process 0 writes them once, every process maps the same file.
+
+    Raises the InputError that `rows` raises.
+    """
     folder = Path(config.output_dir, "rows", name)
     with config.main_process_first(local=False):
         if program.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            written = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"), fingerprint=name)
+            try:
+                written = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"), fingerprint=name)
+            except datasets.exceptions.DatasetGenerationError as error:
+                if isinstance(error.__cause__, InputError):
+                    raise error.__cause__ from None
+                raise
             written.save_to_disk(folder / "rows")
     return datasets.load_from_disk(str(folder / "rows"))
 

@@ -1,4 +1,4 @@
-"""From annotated responses or offline preferences to the pairs, and from pairs to the token ids that are trained on."""
+"""From annotated responses or offline preferences to the pairs, and from pairs or examples to the token ids trained on."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -49,26 +49,57 @@ def token_rows(
     dropped; a response is cut so that prompt and response have at most `max_length` tokens.
     """
     for where, pair in jsonl.read(pairs):
-        prompt_ids = prompt_token_ids(tokenizer, pair["prompt"], where)
-        if len(prompt_ids) > max_prompt_length:
-            drops.add(f"prompt longer than max_prompt_length {max_prompt_length} tokens", pair["id"])
+        row = _row(pair, ("chosen", "rejected"), tokenizer, max_length, max_prompt_length, drops, counted, where)
+        if row is None:
             continue
-        row = {"prompt_ids": prompt_ids, "margin": float(pair.get("margin") or 0.0)}
-        for side in ("chosen", "rejected"):
-            ids = _response_ids(pair, side, tokenizer, where, counted)
-            counted["responses cut to max_length"] += len(prompt_ids) + len(ids) > max_length
-            row[f"{side}_ids"] = ids[: max_length - len(prompt_ids)]
         if row["chosen_ids"] == row["rejected_ids"]:
             drops.add("identical within max_length", pair["id"])
         else:
-            yield row
+            yield {**row, "margin": float(pair.get("margin") or 0.0)}
 
 
-def _response_ids(pair: Record, side: str, tokenizer: Any, where: str, counted: Counter[str]) -> list[int]:
-    sampled = pair.get(f"{side}_token_ids")
-    if sampled and decodes_to(tokenizer, sampled, pair[side]):
+def labelled_rows(
+    examples: Path, tokenizer: Any, max_length: int, max_prompt_length: int, drops: Drops, counted: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield `prompt_ids`, `completion_ids` and `label` for each example of a file, by the rules of `token_rows`."""
+    for where, example in jsonl.read(examples):
+        row = _row(example, ("completion",), tokenizer, max_length, max_prompt_length, drops, counted, where)
+        if row is None:
+            continue
+        if not row["completion_ids"]:
+            drops.add("empty response", example["id"])
+        else:
+            yield {**row, "label": example["label"]}
+
+
+def _row(
+    record: Record,
+    sides: tuple[str, ...],
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    drops: Drops,
+    counted: Counter[str],
+    where: str,
+) -> dict[str, list[int]] | None:
+    """`prompt_ids` and the `…_ids` of each of a record's responses, or None where the prompt is too long."""
+    prompt_ids = prompt_token_ids(tokenizer, record["prompt"], where)
+    if len(prompt_ids) > max_prompt_length:
+        drops.add(f"prompt longer than max_prompt_length {max_prompt_length} tokens", record["id"])
+        return None
+    row = {"prompt_ids": prompt_ids}
+    for side in sides:
+        ids = _response_ids(record, side, tokenizer, where, counted)
+        counted["responses cut to max_length"] += len(prompt_ids) + len(ids) > max_length
+        row[f"{side}_ids"] = ids[: max_length - len(prompt_ids)]
+    return row
+
+
+def _response_ids(record: Record, side: str, tokenizer: Any, where: str, counted: Counter[str]) -> list[int]:
+    sampled = record.get(f"{side}_token_ids")
+    if sampled and decodes_to(tokenizer, sampled, record[side]):
         counted["responses with sampled token ids"] += 1
         return sampled
     counted["responses tokenised from text"] += 1
-    stopped = pair.get(f"{side}_finish_reason") in (None, "stop")
-    return response_token_ids(tokenizer, pair["prompt"], pair[side], stopped, where)
+    stopped = record.get(f"{side}_finish_reason") in (None, "stop")
+    return response_token_ids(tokenizer, record["prompt"], record[side], stopped, where)

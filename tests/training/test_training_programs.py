@@ -139,11 +139,11 @@ def test_every_launch_configuration_is_one_that_accelerate_accepts():
 
 
 def test_published_training_configuration_is_one_that_the_programs_accept():
-    from trl import DPOConfig, RewardConfig, SFTConfig
+    from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
     from baton.arguments import build_config, read_yaml
 
-    for name, config_class in (("training", DPOConfig), ("sft", SFTConfig), ("rm", RewardConfig)):
+    for name, config_class in (("training", DPOConfig), ("kto", KTOConfig), ("sft", SFTConfig), ("rm", RewardConfig)):
         settings = read_yaml(Path(ROOT / f"configs/{name}.yaml"))
         fields = {field: value for field, value in settings.items() if field in config_class.__dataclass_fields__}
         build_config(config_class, fields | {"use_cpu": True})
