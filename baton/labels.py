@@ -104,7 +104,8 @@ def _completion_of(record: Record, where: str) -> str:
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise InputError(f"{where}: `completion` must be one message of the assistant; earlier turns belong in `prompt`")
         value = messages[0]["content"]
-    if not isinstance(value, str) or not value.strip():
+    # A policy that stopped at once said nothing in text, but something in tokens.
+    if not isinstance(value, str) or not (value.strip() or record.get("completion_token_ids")):
         raise InputError(f"{where}: `completion` must be a text or a message that is not empty, got {value!r}")
     return value
 

@@ -51,7 +51,7 @@ def trainer_config(config_class: type, settings: dict[str, Any], own_names: Iter
 def rows_on_disk(rows: Callable[[], Iterator[dict[str, Any]]], config: Any, name: str) -> datasets.Dataset:
     """Training rows as a memory-mapped dataset: process 0 writes them once, every process maps the same file.
 
-    Raises the InputError that `rows` raises.
+    `rows` must yield at least one. An InputError that it raises is raised here as it is.
     """
     folder = Path(config.output_dir, "rows", name)
     with config.main_process_first(local=False):
@@ -60,9 +60,7 @@ def rows_on_disk(rows: Callable[[], Iterator[dict[str, Any]]], config: Any, name
             try:
                 written = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"), fingerprint=name)
             except datasets.exceptions.DatasetGenerationError as error:
-                if isinstance(error.__cause__, InputError):
-                    raise error.__cause__ from None
-                raise
+                raise error.__cause__ if isinstance(error.__cause__, InputError) else error from None
             written.save_to_disk(folder / "rows")
     return datasets.load_from_disk(str(folder / "rows"))
 

@@ -1,16 +1,21 @@
-"""What KTO needs beyond TRL's trainer: batches whose prompts differ, and a forward pass on rows of token ids as they are."""
+"""What KTO needs beyond TRL's trainer: mismatched batches, the reference's log-probabilities once, a packed forward pass."""
 
 import logging
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from trl import KTOConfig, KTOTrainer
+from trl.trainer.utils import create_model_from_path
 
 from baton.errors import InputError
+from baton.fingerprint import fingerprint
 from dpo_iteration.forward import TOKENS_PER_ROW, obstacle, share_prefixes
+from dpo_iteration.reference import kept_reference_logps
 
 log = logging.getLogger("baton")
 
@@ -84,11 +89,28 @@ def in_training_order(rows: Dataset, config: KTOConfig, max_length: int) -> Iter
             yield {**row, "KL_completion_ids": other["completion_ids"][: max_length - len(row["prompt_ids"])]}
 
 
+def with_reference_logps(rows: Dataset, reference: str, config: KTOConfig, folder: Path) -> Dataset:
+    """The rows of `in_training_order` with `ref_logps` and `ref_KL_logps`, float32, in the precision of the training.
+
+    They are kept in a file in `folder`: see `kept_reference_logps`.
+    """
+    second = "completion_ids" if config.loss_type == WITHOUT_KL else "KL_completion_ids"
+    pairs = [(row["prompt_ids"], row["completion_ids"], row[second]) for row in rows]
+    key = [fingerprint(reference)["hash"], f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs}"]
+
+    def load() -> Any:
+        return create_model_from_path(reference, **(config.model_init_kwargs or {})).to(config.device)
+
+    dtype = torch.float16 if config.fp16 else torch.bfloat16
+    with torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
+        logps = kept_reference_logps(pairs, load, folder, key)
+    return rows.add_column("ref_logps", logps[:, 0]).add_column("ref_KL_logps", logps[:, 1])
+
+
 class PackedKTOTrainer(KTOTrainer):
     """`trl.KTOTrainer` on rows that are already tokenised, packed without padding where the architecture allows it.
 
-    Takes what `trl.KTOTrainer` takes, with `precompute_ref_log_probs`, and rows of `in_training_order` with `ref_logps` and
-    (where there is a KL term) `ref_KL_logps`: summed log-probabilities in nats.
+    Takes what `trl.KTOTrainer` takes, with `precompute_ref_log_probs`, and the rows of `with_reference_logps`.
 
     Args:
         tokens_per_row: most tokens of one packed row.

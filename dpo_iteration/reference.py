@@ -8,51 +8,20 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from baton.fingerprint import fingerprint
 from dpo_iteration.attention import NAME
 from dpo_iteration.forward import TOKENS_PER_ROW, attention, obstacle, score
 from dpo_iteration.trees import Tokens
 
-# One preference pair: prompt, chosen, rejected; or any two responses to a prompt.
+# One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
-
-
-def load(model: str, config: Any) -> PreTrainedModel:
-    """A causal language model as TRL loads it, on this process's device."""
-    from trl.trainer.utils import create_model_from_path
-
-    return create_model_from_path(model, **(config.model_init_kwargs or {})).to(config.device)
-
-
-def with_reference_logps(
-    dataset: Dataset, sides: tuple[str, str], columns: tuple[str, str], reference: str, config: Any, folder: Path
-) -> Dataset:
-    """The rows with the reference's summed log-probabilities of two responses to `prompt_ids` as two more columns, float32.
-
-    Args:
-        sides: the columns that hold the responses' token ids.
-        columns: the names of the new columns.
-        reference: the reference model's folder or name.
-        config: the trainer's; the precision is that of the training.
-        folder: where the file of log-probabilities is kept.
-    """
-    pairs = [(row["prompt_ids"], *(row[side] for side in sides)) for row in dataset]
-    key = [fingerprint(reference)["hash"], f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs}"]
-    dtype = torch.float16 if config.fp16 else torch.bfloat16
-    with torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
-        ld_alpha = getattr(config, "ld_alpha", None)
-        logps = kept_reference_logps(pairs, lambda: load(reference, config), folder, key, ld_alpha=ld_alpha)
-    return dataset.add_column(columns[0], logps[:, 0]).add_column(columns[1], logps[:, 1])
 
 
 def kept_reference_logps(

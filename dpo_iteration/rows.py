@@ -59,15 +59,20 @@ def token_rows(
 
 
 def labelled_rows(
-    examples: Path, tokenizer: Any, max_length: int, max_prompt_length: int, drops: Drops, counted: Counter[str]
+    examples: Iterable[tuple[str, Record]],
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    drops: Drops,
+    counted: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield `prompt_ids`, `completion_ids` and `label` for each example of a file, by the rules of `token_rows`."""
-    for where, example in jsonl.read(examples):
+    """Yield `prompt_ids`, `completion_ids` and `label` for each ("file:line", example), by the rules of `token_rows`."""
+    for where, example in examples:
         row = _row(example, ("completion",), tokenizer, max_length, max_prompt_length, drops, counted, where)
         if row is None:
             continue
         if not row["completion_ids"]:
-            drops.add("empty response", example["id"])
+            drops.add("a response without a token", example["id"])
         else:
             yield {**row, "label": example["label"]}
 

@@ -13,6 +13,7 @@ is loaded, and kept beside the output.
 
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from baton import jsonl, program
@@ -90,7 +91,6 @@ def main() -> None:
 
     from baton import training
     from dpo_iteration import kto
-    from dpo_iteration.reference import with_reference_logps
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed, "precompute_ref_log_probs": True}
     config = training.trainer_config(KTOConfig, settings, Arguments.model_fields, stage)
@@ -98,22 +98,24 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
 
     def rows():
-        return labelled_rows(examples_path, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
+        labels: Counter[bool] = Counter()
+        examples = jsonl.read(examples_path)
+        for row in labelled_rows(examples, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted):
+            labels[row["label"]] += 1
+            yield row
+        check_both_kinds(labels[True], labels[False], examples_path, drops)
 
     dataset = training.rows_on_disk(rows, config, "examples")
-    desirable = sum(dataset["label"]) if len(dataset) else 0
-    check_both_kinds(desirable, len(dataset) - desirable, examples_path, drops)
-    log.info("%d desirable and %d undesirable examples", desirable, len(dataset) - desirable)
-    if advice := kto.balance_advice(desirable, len(dataset) - desirable, config):
+    desirable = sum(dataset["label"])
+    undesirable = len(dataset) - desirable
+    log.info("%d desirable and %d undesirable examples; dropped: %s", desirable, undesirable, drops)
+    if advice := kto.balance_advice(desirable, undesirable, config):
         log.warning("%s", advice)
-    in_order = training.rows_on_disk(lambda: kto.in_training_order(dataset, config, arguments.max_length), config, "in_order")
-    second = "completion_ids" if config.loss_type == kto.WITHOUT_KL else "KL_completion_ids"
+    dataset = training.rows_on_disk(partial(kto.in_training_order, dataset, config, arguments.max_length), config, "in_order")
     trainer = kto.PackedKTOTrainer(
         arguments.model_name_or_path,
         args=config,
-        train_dataset=with_reference_logps(
-            in_order, ("completion_ids", second), ("ref_logps", "ref_KL_logps"), reference, config, examples_path.parent
-        ),
+        train_dataset=kto.with_reference_logps(dataset, reference, config, examples_path.parent),
         processing_class=tokenizer,
         tokens_per_row=arguments.tokens_per_row,
     )
@@ -121,7 +123,7 @@ def main() -> None:
     metrics = training.train(trainer, stage)
     if program.rank() == 0:
         records_in = counted.pop("in")
-        examples = {"desirable": desirable, "undesirable": len(dataset) - desirable, **counted}
+        examples = {"desirable": desirable, "undesirable": undesirable, **counted}
         stage.finish(records_in=records_in, records_out=len(dataset), drops=drops, examples=examples, metrics=metrics)
 
 

@@ -70,20 +70,20 @@ def test_an_example_carries_what_was_sampled_its_reward_and_unknown_keys():
     record = {
         "id": "a",
         "prompt": "Hello",
-        "responses": ["x", "y"],
+        "responses": ["", "y"],
         "rewards": [1, 2],
         "rewards_by": {"bt": [1, 2]},
         "label": 7,
     }
     record |= {"response_token_ids": [[3], [4]], "finish_reasons": ["stop", "length"], "source": "z"}
     shared = {"id": "a", "prompt": OPENING, "source": "z"}
-    of_x = {"completion": "x", "completion_token_ids": [3], "completion_finish_reason": "stop", "completion_reward": 1}
+    of_x = {"completion": "", "completion_token_ids": [3], "completion_finish_reason": "stop", "completion_reward": 1}
     of_y = {"completion": "y", "completion_token_ids": [4], "completion_finish_reason": "length", "completion_reward": 2}
     examples, _, _ = labelled([record])
     assert examples == [{**shared, **of_x, "label": False}, {**shared, **of_y, "label": True}]
     assert labelled(examples)[0] == examples  # the output is input of the same kind
     (kept,), drops, _ = labelled(examples, LabelSettings(drop_truncated=True))
-    assert kept["completion"] == "x" and drops.names == {labels.TRUNCATED: ["a"]}
+    assert kept["completion"] == "" and drops.names == {labels.TRUNCATED: ["a"]}
 
 
 @pytest.mark.parametrize("prompt", ["Hello", OPENING])

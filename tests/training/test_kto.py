@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
 
 from baton.errors import InputError
+from baton.stage import Drops
 from baton.templates import load_tokenizer
-from dpo_iteration.kto import PackedKTOTrainer, balance_advice, check_config, in_training_order
-from dpo_iteration.reference import reference_logps
+from dpo_iteration.kto import PackedKTOTrainer, balance_advice, check_config, in_training_order, with_reference_logps
+from dpo_iteration.rows import labelled_rows
 from tests.programs import read_jsonl, run_program
 
 MAX_LENGTH = 16
@@ -32,6 +34,28 @@ def dataset_of(prompts):
     return Dataset.from_list(
         [{"prompt_ids": [1] * p, "completion_ids": [100 + n] * 9, "label": n % 2 == 0} for n, p in enumerate(prompts)]
     )
+
+
+def test_sampled_token_ids_are_learnt_as_they_are_and_an_end_only_where_the_policy_stopped(task):
+    tokenizer = load_tokenizer(str(task / "base"))
+    sampled = [id_ for letter in "Warm." for id_ in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    cut = {"completion": "Warm.", "completion_finish_reason": "length"}
+    responses = [
+        {"completion": "Warm.", "completion_token_ids": sampled},
+        {"completion": "Warm."},
+        cut,
+        {**cut, "completion": ""},
+        {"completion": "", "completion_token_ids": [tokenizer.eos_token_id]},
+    ]
+    prompt = [{"role": "user", "content": "Continue."}]
+    examples = [(str(n), {"id": str(n), "prompt": prompt, "label": n == 0, **r}) for n, r in enumerate(responses)]
+    drops, counted = Drops(), Counter()
+    rows = list(labelled_rows(examples, tokenizer, 64, 32, drops, counted))
+    assert [row["label"] for row in rows] == [True, False, False, False]
+    as_sampled, stopped, cut_off, silent = (row["completion_ids"] for row in rows)
+    assert as_sampled == sampled != cut_off and stopped == [*cut_off, tokenizer.eos_token_id] == [*cut_off, *silent]
+    assert drops.names == {"a response without a token": ["3"]}
+    assert list(labelled_rows(examples, tokenizer, 64, 2, drops, counted)) == []
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,13 +147,11 @@ def test_loss_gradients_and_metrics_are_those_of_trl(task, tmp_path, loss_type):
         model(0.02), ref_model=model(0), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
     prepared = theirs.train_dataset.remove_columns(["prompt", "completion"])
-    second = "KL_completion_ids" if loss_type == "kto" else "completion_ids"
-    logps = reference_logps(model(0), [(r["prompt_ids"], r["completion_ids"], r[second]) for r in prepared]).numpy()
-    with_reference = prepared.add_column("ref_logps", logps[:, 0]).add_column("ref_KL_logps", logps[:, 1])
+    our_config = config_of(tmp_path, **values, precompute_ref_log_probs=True)
     ours = PackedKTOTrainer(
         model(0.02),
-        args=config_of(tmp_path, **values, precompute_ref_log_probs=True),
-        train_dataset=with_reference,
+        args=our_config,
+        train_dataset=with_reference_logps(prepared, str(task / "base"), our_config, tmp_path),
         processing_class=tokenizer,
     )
     outcomes = []
