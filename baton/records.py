@@ -5,6 +5,7 @@ generated   + responses, response_token_ids, finish_reasons: K of each
 annotated   + rewards: K floats; rewards_by: {scorer: K floats}
 pair        id, prompt, chosen, rejected, their token ids and finish reasons, chosen_reward, rejected_reward,
 margin
+labelled    id, prompt, completion, its token ids, finish reason and reward, label: true for desirable
 """
 
 import math

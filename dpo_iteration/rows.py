@@ -1,4 +1,4 @@
-"""From annotated responses or preferences to the pairs, and from pairs to the token ids that are trained on."""
+"""From annotated responses or preferences to the pairs, and from pairs or examples to the token ids that are trained on."""
 
 import logging
 import re
@@ -26,6 +26,7 @@ SAMPLED = "responses with sampled token ids"
 FROM_TEXT = "responses tokenised from text"
 FOREIGN = "responses with another tokenizer's token ids"
 CUT = "responses cut to max_length"
+NO_TOKEN = "a response without a token"
 
 EXAMPLES = 3
 SHOWN = 300  # characters of a text that an example shows, half from its start and half from its end
@@ -125,26 +126,62 @@ def token_rows(
     dropped; a response is cut so that prompt and response have at most `max_length` tokens.
     """
     for where, pair in pairs:
-        prompt_ids = prompt_token_ids(tokenizer, pair["prompt"], where)
-        if len(prompt_ids) > max_prompt_length:
-            drops.add(f"prompt longer than max_prompt_length {max_prompt_length} tokens", pair["id"])
+        row = _row(pair, ("chosen", "rejected"), tokenizer, max_length, max_prompt_length, drops, counted, where)
+        if row is None:
             continue
-        row = {"prompt_ids": prompt_ids, "margin": float(pair.get("margin") or 0.0)}
-        for side in ("chosen", "rejected"):
-            ids = _response_ids(pair, side, tokenizer, where, counted)
-            counted[CUT] += len(prompt_ids) + len(ids) > max_length
-            row[f"{side}_ids"] = ids[: max_length - len(prompt_ids)]
         if row["chosen_ids"] == row["rejected_ids"]:
             drops.add("identical within max_length", pair["id"])
         elif not row["chosen_ids"] or not row["rejected_ids"]:
-            drops.add("a response without a token", pair["id"])
+            drops.add(NO_TOKEN, pair["id"])
         else:
-            yield row
+            yield {**row, "margin": float(pair.get("margin") or 0.0)}
 
 
-def _response_ids(pair: Record, side: str, tokenizer: Any, where: str, counted: Counter[str]) -> list[int]:
-    sampled = pair.get(f"{side}_token_ids")
-    if sampled and decodes_to(tokenizer, sampled, pair[side]):
+def labelled_rows(
+    examples: Iterable[tuple[str, Record]],
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    drops: Drops,
+    counted: Counter[str],
+) -> Iterator[dict[str, Any]]:
+    """Yield `prompt_ids`, `completion_ids` and `label` for each ("file:line", example), by the rules of `token_rows`."""
+    for where, example in examples:
+        row = _row(example, ("completion",), tokenizer, max_length, max_prompt_length, drops, counted, where)
+        if row is None:
+            continue
+        if not row["completion_ids"]:
+            drops.add(NO_TOKEN, example["id"])
+        else:
+            yield {**row, "label": example["label"]}
+
+
+def _row(
+    record: Record,
+    sides: tuple[str, ...],
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    drops: Drops,
+    counted: Counter[str],
+    where: str,
+) -> dict[str, list[int]] | None:
+    """`prompt_ids` and the `…_ids` of each of a record's responses, or None where the prompt is too long."""
+    prompt_ids = prompt_token_ids(tokenizer, record["prompt"], where)
+    if len(prompt_ids) > max_prompt_length:
+        drops.add(f"prompt longer than max_prompt_length {max_prompt_length} tokens", record["id"])
+        return None
+    row = {"prompt_ids": prompt_ids}
+    for side in sides:
+        ids = _response_ids(record, side, tokenizer, where, counted)
+        counted[CUT] += len(prompt_ids) + len(ids) > max_length
+        row[f"{side}_ids"] = ids[: max_length - len(prompt_ids)]
+    return row
+
+
+def _response_ids(record: Record, side: str, tokenizer: Any, where: str, counted: Counter[str]) -> list[int]:
+    sampled = record.get(f"{side}_token_ids")
+    if sampled and decodes_to(tokenizer, sampled, record[side]):
         counted[SAMPLED] += 1
         return sampled
     counted[FROM_TEXT] += 1
@@ -154,14 +191,14 @@ def _response_ids(pair: Record, side: str, tokenizer: Any, where: str, counted: 
             says = f"id {highest} of {len(tokenizer)}" if highest >= len(tokenizer) else "they do not decode to the text"
             log.warning("%s: `%s_token_ids` are not this tokenizer's (%s), so the text is tokenised", where, side, says)
         counted[FOREIGN] += 1
-    stopped = pair.get(f"{side}_finish_reason") in (None, "stop")
-    return response_token_ids(tokenizer, pair["prompt"], pair[side], stopped, where)
+    stopped = record.get(f"{side}_finish_reason") in (None, "stop")
+    return response_token_ids(tokenizer, record["prompt"], record[side], stopped, where)
 
 
 def log_rows(rows: Any, tokenizer: Any, drops: Drops, counted: Counter[str]) -> None:
     """Say what was kept, dropped and why, and show some rows with what is learnt marked: for the start of the log."""
-    log.info("pairs: %d in, %d to train on, dropped: %s", counted["in"], len(rows), drops)
-    log.info("pairs: %s", account(counted))
+    log.info("%d in, %d to train on, dropped: %s", counted["in"], len(rows), drops)
+    log.info("among them: %s", account(counted))
     if counted[FOREIGN]:
         log.warning(
             "%d of %d responses have token ids that are not this tokenizer's, so their text is tokenised again. That is right "
@@ -170,26 +207,29 @@ def log_rows(rows: Any, tokenizer: Any, drops: Drops, counted: Counter[str]) -> 
             counted[SAMPLED] + counted[FROM_TEXT],
         )
     for number in sorted({len(rows) * i // EXAMPLES for i in range(EXAMPLES)}):
-        log.info("row %d, what is learnt in ⟦ ⟧:\n%s", number, example(rows[number], tokenizer))
+        log.info("row %d, what is learnt in ⟦ ⟧:\n%s", number, shown(rows[number], tokenizer))
 
 
 def account(counted: Counter[str]) -> str:
-    """What the counts say, but for the number of pairs that went in."""
+    """What the counts say, but for the number that went in."""
     return ", ".join(f"{count} {name}" for name, count in counted.items() if count and name != "in")
 
 
-def example(row: dict[str, Any], tokenizer: Any) -> str:
-    """A row of `token_rows` as text, special tokens included, the tokens that the loss reads between ⟦ and ⟧.
+def shown(row: dict[str, Any], tokenizer: Any) -> str:
+    """A row of token ids as text, special tokens included, the tokens that the loss reads between ⟦ and ⟧.
 
     Models' words are not trusted: what could command a terminal, or pass for a mark, is escaped. Long texts are shortened in
     the middle.
     """
     lines = []
-    for name in ("prompt", "chosen", "rejected"):
-        ids = row[f"{name}_ids"]
+    for name, ids in row.items():
+        if not name.endswith("_ids"):
+            lines.append(f"  {name:10} {ids}")
+            continue
         text = harmless(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         text = text.replace("⟦", "\\u27e6").replace("⟧", "\\u27e7")
         if len(text) > SHOWN:
             text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
-        lines.append(f"  {name:8} {len(ids):5} tokens: " + (text if name == "prompt" else f"⟦{text}⟧"))
+        text = text if name == "prompt_ids" else f"⟦{text}⟧"
+        lines.append(f"  {name.removesuffix('_ids'):10} {len(ids):5} tokens: {text}")
     return "\n".join(lines)

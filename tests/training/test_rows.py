@@ -17,7 +17,7 @@ from baton.stage import Drops
 from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_pieces, response_token_ids
 from dpo_iteration import reference
 from dpo_iteration.reference import DatasetPairs
-from dpo_iteration.rows import at_least_one, choose_pairs, earlier_pairs, example, log_rows, pairs_again, token_rows
+from dpo_iteration.rows import at_least_one, choose_pairs, earlier_pairs, log_rows, pairs_again, shown, token_rows
 from tests.programs import write_jsonl
 
 PROMPT = [{"role": "user", "content": "Continue this review: It opens at sea."}]
@@ -133,7 +133,7 @@ def test_an_example_marks_what_is_learnt_and_cannot_command_the_terminal(tokeniz
         "chosen_ids": [*ids["warm"], tokenizer.eos_token_id],
         "rejected_ids": ids["mess"] * 400,
     }
-    prompt, chosen, rejected = example(row, tokenizer).split("\n")
+    prompt, chosen, rejected = shown(row, tokenizer).split("\n")
     assert chosen.endswith(f"{len(row['chosen_ids'])} tokens: ⟦warm{tokenizer.eos_token}⟧")
     assert rejected.count("mess") == 74 and " … " in rejected and rejected.endswith("mess⟧")
     assert "⟦" not in prompt and "⟧" not in prompt and prompt.isprintable()

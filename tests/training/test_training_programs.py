@@ -122,7 +122,7 @@ def test_dpo_mixes_files_and_the_pairs_of_earlier_rounds_and_shows_what_it_train
     start, _, rest = done.stderr.partition("runs on:")
     assert "step 1:" in rest and "step 1:" not in start
     assert f"liked.jsonl: {taken} of 40 records taken" in start and f"history of 3 rounds: {rounds[0]}" in start
-    assert f"pairs: {len(own) + written} in, {len(own) + written} to train on, dropped: none" in start
+    assert f"{len(own) + written} in, {len(own) + written} to train on, dropped: none" in start
     assert start.count("what is learnt in") == 3 and "⟦A warm film \\x1b[2J.<|end_of_turn|>⟧" in start and "\x1b" not in start
 
     jsonl.write(rounds[0], read_jsonl(rounds[0])[1:])
@@ -210,9 +210,9 @@ def test_every_launch_configuration_of_the_readme_is_there():
 
 
 def test_published_training_configuration_is_one_that_the_programs_accept():
-    from trl import DPOConfig, RewardConfig, SFTConfig
+    from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
-    for name, config_class in (("training", DPOConfig), ("sft", SFTConfig), ("rm", RewardConfig)):
+    for name, config_class in (("training", DPOConfig), ("kto", KTOConfig), ("sft", SFTConfig), ("rm", RewardConfig)):
         settings = read_yaml(Path(ROOT / f"configs/{name}.yaml"))
         fields = {field: value for field, value in settings.items() if field in config_class.__dataclass_fields__}
         build_config(config_class, fields | {"use_cpu": True})

@@ -1,0 +1,150 @@
+"""Labelled examples: one response to a prompt, and whether it is desirable, which is all that KTO learns from.
+
+| record | desirable | undesirable | neither |
+| --- | --- | --- | --- |
+| {"prompt", "completion", "label"} | label true | label false | |
+| {"prompt", "chosen", "rejected"} | chosen | rejected | both, where they are the same |
+| {"prompt", "responses", "rewards"} | reward above `desirable_above` | reward below `undesirable_below` | the others |
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from baton.errors import InputError
+from baton.jsonl import Record
+from baton.pairs import IDENTICAL, PER_RESPONSE_KEYS, checked_pair
+from baton.preferences import preference_of
+from baton.prompts import with_ids
+from baton.records import as_messages, check_token_ids, prompt_of, rewards_of
+from baton.stage import Drops
+
+BETWEEN = "reward neither above desirable_above nor below undesirable_below"
+AT_MEAN = "reward equal to the mean of its prompt's rewards"
+TRUNCATED = "response cut off by length"
+
+# What a pair record says of its two sides, and an example of its one: the text and its token ids, finish reason, reward.
+SIDE_ENDINGS = ("", "_token_ids", "_finish_reason", "_reward")
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """How annotated responses are labelled. Raises InputError for values that make no sense, before any record is read.
+
+    The thresholds are in units of the reward; without them both are the mean of the rewards of the same prompt.
+    `drop_truncated` leaves out responses with finish reason `length`, of any kind of record.
+    """
+
+    desirable_above: float | None = None
+    undesirable_below: float | None = None
+    drop_truncated: bool = False
+
+    def __post_init__(self) -> None:
+        above, below = self.desirable_above, self.undesirable_below
+        if (above is None) != (below is None):
+            raise InputError("`desirable_above` and `undesirable_below`: give both, or neither for the mean of each prompt")
+        if above is not None and not (math.isfinite(above) and math.isfinite(below) and below <= above):
+            raise InputError(f"`undesirable_below` ({below}) must not be above `desirable_above` ({above}), both finite")
+
+
+def labelled_examples(
+    records: Iterable[tuple[str, Record]], settings: LabelSettings, drops: Drops, counted: Counter[str]
+) -> Iterator[Record]:
+    """Yield the labelled examples of ("file:line", record)s of any of the three kinds; `drops` gets the other responses.
+
+    An example has the `id` and `prompt` of its record, `completion` (a text), `label`, and where they are known
+    `completion_token_ids`, `completion_finish_reason` and `completion_reward`; unknown keys stay. `counted` gets the
+    numbers of `in` (examples and drops together), `desirable` and `undesirable`. Raises InputError for the first bad record.
+    """
+    for _, record in with_ids((where, _checked(record, where)) for where, record in records):
+        for example, label, reason in _candidates(record, settings):
+            counted["in"] += 1
+            if settings.drop_truncated and example.get("completion_finish_reason") == "length":
+                drops.add(TRUNCATED, record["id"])
+            elif label is None:
+                drops.add(reason, record["id"])
+            else:
+                counted["desirable" if label else "undesirable"] += 1
+                yield {**example, "label": label}
+
+
+def check_both_kinds(desirable: int, undesirable: int, source: object, drops: Drops) -> None:
+    """Raise InputError unless there are examples of both kinds."""
+    if not desirable or not undesirable:
+        raise InputError(
+            f"{source}: {desirable} desirable and {undesirable} undesirable examples are left, and KTO learns from both "
+            f"kinds; dropped: {drops}"
+        )
+
+
+def _checked(record: Record, where: str) -> Record:
+    """A record of any of the three kinds with its prompt as messages and its responses as texts."""
+    if "responses" in record:
+        rewards_of(record, where)
+        for ids in record.get("response_token_ids") or ():
+            check_token_ids(ids, where, "response_token_ids")
+        return {**record, "prompt": prompt_of(record, where)}
+    if "chosen" in record or "rejected" in record:
+        return checked_pair(record | preference_of(record, where), where)
+    if "completion" not in record:
+        raise InputError(
+            f"{where}: expected `prompt`, `completion` and `label`, or `chosen` and `rejected`, or `responses` and `rewards`; "
+            f"the record has {', '.join(f'`{name}`' for name in record) or 'no keys'}"
+        )
+    if not isinstance(record.get("label"), bool):
+        raise InputError(f"{where}: `label` must be true (desirable) or false (undesirable), got {record.get('label')!r}")
+    if record.get("completion_token_ids") is not None:
+        check_token_ids(record["completion_token_ids"], where, "completion_token_ids")
+    return {**record, "prompt": prompt_of(record, where), "completion": _completion_of(record, where)}
+
+
+def _completion_of(record: Record, where: str) -> str:
+    """The text of `completion`, given as it stands or as one message of the assistant."""
+    value = record["completion"]
+    if isinstance(value, list):
+        messages = as_messages(value, where, "completion")
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise InputError(f"{where}: `completion` must be one message of the assistant; earlier turns belong in `prompt`")
+        value = messages[0]["content"]
+    # A policy that stopped at once said nothing in text, but something in tokens.
+    if not isinstance(value, str) or not (value.strip() or record.get("completion_token_ids")):
+        raise InputError(f"{where}: `completion` must be a text or a message that is not empty, got {value!r}")
+    return value
+
+
+def _candidates(record: Record, settings: LabelSettings) -> Iterator[tuple[Record, bool | None, str]]:
+    """Yield (example, label or None, why there is none) for each response of a checked record."""
+    if "responses" in record:
+        yield from _annotated(record, settings)
+    elif "chosen" in record:
+        yield from _preference(record)
+    else:
+        yield record, record["label"], ""
+
+
+def _annotated(record: Record, settings: LabelSettings) -> Iterator[tuple[Record, bool | None, str]]:
+    shared = {name: value for name, value in record.items() if name not in PER_RESPONSE_KEYS}
+    above, below, reason = settings.desirable_above, settings.undesirable_below, BETWEEN
+    if above is None:
+        # `statistics.mean` is exact, so that equal rewards are neither above nor below their mean.
+        above = below = statistics.mean(record["rewards"])
+        reason = AT_MEAN
+    for index, reward in enumerate(record["rewards"]):
+        example = {**shared, "completion": record["responses"][index], "completion_reward": reward}
+        if record.get("response_token_ids"):
+            example["completion_token_ids"] = record["response_token_ids"][index]
+        if record.get("finish_reasons"):
+            example["completion_finish_reason"] = record["finish_reasons"][index]
+        yield example, True if reward > above else False if reward < below else None, reason
+
+
+def _preference(record: Record) -> Iterator[tuple[Record, bool | None, str]]:
+    names = {side: {f"{side}{ending}": f"completion{ending}" for ending in SIDE_ENDINGS} for side in ("chosen", "rejected")}
+    of_pair = {*names["chosen"], *names["rejected"], "margin"}
+    shared = {name: value for name, value in record.items() if name not in of_pair}
+    identical = record["chosen"] == record["rejected"]
+    for side, completion_names in names.items():
+        own = {renamed: record[name] for name, renamed in completion_names.items() if name in record}
+        yield {**shared, **own}, None if identical else side == "chosen", IDENTICAL

@@ -1,0 +1,116 @@
+"""What KTO needs beyond TRL's trainer: mismatched batches, the reference's log-probabilities once, a packed forward pass."""
+
+import logging
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import KTOConfig, KTOTrainer
+
+from baton.errors import InputError
+from dpo_iteration.forward import TOKENS_PER_ROW, obstacle, share_prefixes
+from dpo_iteration.reference import dataset_reference_logps
+
+log = logging.getLogger("baton")
+
+WITHOUT_KL = "apo_zero_unpaired"  # the loss that has no KL estimate
+LOSSES = ("kto", WITHOUT_KL)
+
+# desirable_weight * desirable examples over undesirable_weight * undesirable ones: 1 to 4/3 (KTO, arXiv 2402.01306,
+# equation 8), a little wider here, since weights are given to two decimals.
+ADVISED_BALANCE = (0.99, 1.34)
+
+
+def check_config(config: KTOConfig) -> None:
+    """Raise InputError for settings that TRL refuses only once the model is loaded, or not at all."""
+    if config.loss_type not in LOSSES:
+        raise InputError(f"`loss_type`: {config.loss_type!r} is not one of {', '.join(LOSSES)}")
+    for name in ("desirable_weight", "undesirable_weight"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise InputError(f"`{name}` must be above 0, got {getattr(config, name)}")
+    if config.sync_ref_model:
+        raise InputError("`sync_ref_model`: the reference is read once, before training, so it cannot follow the policy")
+    if config.loss_type == WITHOUT_KL:
+        return
+    if config.per_device_train_batch_size < 2:
+        raise InputError(
+            "`per_device_train_batch_size` must be at least 2: KTO estimates its KL term from the other prompts of a batch"
+        )
+    if config.train_sampling_strategy != "sequential":
+        raise InputError(
+            f"`train_sampling_strategy` must be sequential, got {config.train_sampling_strategy}: the examples are shuffled "
+            "once, and each batch has its own mismatched responses"
+        )
+
+
+def balance_advice(desirable: int, undesirable: int, config: KTOConfig) -> str | None:
+    """What to change where the weighted numbers of desirable and undesirable examples are out of balance, or None."""
+    ratio = config.desirable_weight * desirable / (config.undesirable_weight * undesirable)
+    least, most = ADVISED_BALANCE
+    if least <= ratio <= most:
+        return None
+    up, down = config.desirable_weight / ratio, config.undesirable_weight * ratio
+    return (
+        f"{desirable} desirable examples of weight {config.desirable_weight:g} to {undesirable} undesirable ones of weight "
+        f"{config.undesirable_weight:g} are {ratio:.2f} to 1; KTO's authors advise 1 to 1.33: set desirable_weight from "
+        f"{up:.2f} to {up * 4 / 3:.2f}, or undesirable_weight from {down * 3 / 4:.2f} to {down:.2f}"
+    )
+
+
+def in_training_order(rows: Dataset, config: KTOConfig, max_length: int) -> Iterator[dict[str, Any]]:
+    """Yield rows (`prompt_ids`, `completion_ids`, `label`) in random order, with the `KL_completion_ids` that KTO needs.
+
+    Random, since the trainer takes rows as they come, and most files have the responses to a prompt side by side. KTO
+    estimates its KL term from prompts with responses to other prompts: each row of a batch gets the response of the row
+    before it, the first that of the last, as in TRL. Where that answers the same prompt, it is the nearest row before that
+    does not, and where the whole batch answers one prompt, a row of the first batches. It is cut so that prompt and response
+    have at most `max_length` tokens. Raises InputError if all prompts are the same.
+    """
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    size = config.per_device_train_batch_size
+    for start in range(0, len(order), size):
+        columns = rows[order[start : start + size].tolist()]
+        batch = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for place, row in enumerate(batch):
+            if config.loss_type == WITHOUT_KL:
+                yield row
+                continue
+            before = (batch[place - back] for back in range(1, len(batch)))
+            others = chain(before, (rows[int(index)] for index in order))
+            other = next((other for other in others if other["prompt_ids"] != row["prompt_ids"]), None)
+            if other is None:
+                raise InputError("all examples have the same prompt; KTO estimates its KL term from responses to other prompts")
+            yield {**row, "KL_completion_ids": other["completion_ids"][: max_length - len(row["prompt_ids"])]}
+
+
+def with_reference_logps(rows: Dataset, reference: str, config: KTOConfig, folder: Path) -> Dataset:
+    """The rows of `in_training_order` with `ref_logps` and `ref_KL_logps`, float32; they are kept in a file in `folder`."""
+    second = "completion_ids" if config.loss_type == WITHOUT_KL else "KL_completion_ids"
+    logps = dataset_reference_logps(rows, ("completion_ids", second), reference, config, folder)
+    return rows.add_column("ref_logps", logps[:, 0]).add_column("ref_KL_logps", logps[:, 1])
+
+
+class PackedKTOTrainer(KTOTrainer):
+    """`trl.KTOTrainer` on rows that are already tokenised, packed without padding where the architecture allows it.
+
+    Takes what `trl.KTOTrainer` takes, with `precompute_ref_log_probs`, and the rows of `with_reference_logps`.
+
+    Args:
+        tokens_per_row: most tokens of one packed row.
+    """
+
+    def __init__(self, model: Any, *, tokens_per_row: int = TOKENS_PER_ROW, **kwargs: Any):
+        super().__init__(model, **kwargs)
+        if reason := obstacle(self.model):
+            log.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(self.model).__name__, reason)
+        else:
+            share_prefixes(self.model, tokens_per_row)
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
