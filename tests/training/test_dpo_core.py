@@ -185,7 +185,7 @@ def test_an_empty_prompt_is_refused():
 # Log-probabilities
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_packed_logps_are_those_of_each_sequence_alone(model, data):
     some_prompts = data.draw(st.lists(prompts, min_size=1, max_size=3))
@@ -243,7 +243,7 @@ def test_chunked_scores_equal_the_full_softmax(softcap, scale, with_bias):
     st.none() | st.integers(1, 6),
     st.integers(0, 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_flex_mask_lets_a_token_see_its_own_past_and_nothing_else(trees, window, padding):
     sequences = [([3 + t] * prompt, [3 + t] * (r + 1)) for t, (prompt, sizes) in enumerate(trees) for r in sizes or [0]]
     (row,), _ = pack(sequences, None)

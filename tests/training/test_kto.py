@@ -58,7 +58,7 @@ def test_sampled_token_ids_are_learnt_as_they_are_and_an_end_only_where_the_poli
     assert list(labelled_rows(examples, tokenizer, 64, 2, drops, counted)) == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=20).filter(lambda p: len(set(p)) > 1), st.integers(2, 6), st.integers(0, 3)
 )
