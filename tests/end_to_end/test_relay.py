@@ -64,7 +64,7 @@ def test_relay_killed_at_random_moments_ends_with_every_prompt_once(run_dir):
     for _ in range(4):
         process = subprocess.Popen(run_loop(run_dir), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=generator.uniform(3, 40))
+            process.wait(timeout=generator.uniform(3, 30))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
