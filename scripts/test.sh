@@ -46,7 +46,7 @@ for name in inference training; do
   mapfile -t selected <<<"${paths[$name]%$'\n'}"
   echo "== tests in the $name environment: ${selected[*]}"
   result=0
-  in_env "$name" python -m pytest --numprocesses 3 --dist loadfile "--color=$colour" "${selected[@]}" "${options[@]}" |
+  in_env "$name" python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "--color=$colour" "${selected[@]}" "${options[@]}" |
     tee "$logs/$name" || result=$?
   if ((result != 5 && (code == 5 || code == 0))); then code=$result; fi
 done
