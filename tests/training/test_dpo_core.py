@@ -86,7 +86,7 @@ def one_thread():
 
 def model_of(family: str):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).eval()  # a model writes into its configuration
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
