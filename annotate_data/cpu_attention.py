@@ -17,6 +17,7 @@ NAME = "blockwise_causal"
 MODEL_TYPES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
 QUERY_BLOCK = 128  # queries: the block's weights stay in the cache, its matrix products are still large
+LATER = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)  # within a block, what a query must not see
 
 
 def use(model: Any) -> None:
@@ -44,18 +45,16 @@ def blockwise_causal(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    keys = key.transpose(2, 3)
+    keys = key.transpose(2, 3).contiguous()  # the matrix products are a fifth faster for it
     output = torch.empty_like(query)
-    length = query.shape[2]
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, query.shape[2])
         first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
         scores = query[:, :, start:stop] @ keys[..., first:stop]  # (B, heads, queries, keys)
-        distance = torch.arange(start, stop)[:, None] - torch.arange(first, stop)
-        if sliding_window is None:  # all keys before the block are seen by all its queries
-            scores[..., start:].masked_fill_(distance[:, start:] < 0, -math.inf)
-        else:
-            scores.masked_fill_((distance < 0) | (distance >= sliding_window), -math.inf)
+        scores[..., start - first :].masked_fill_(LATER[: stop - start, : stop - start], -math.inf)
+        if sliding_window is not None:
+            too_early = torch.ones(stop - start, stop - first, dtype=torch.bool).tril(start - first - sliding_window)
+            scores.masked_fill_(too_early, -math.inf)
         output[:, :, start:stop] = torch.softmax(scores, dim=-1) @ value[:, :, first:stop]
     return output.transpose(1, 2), None
 

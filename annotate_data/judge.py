@@ -48,7 +48,7 @@ class Judge:
 
 def parse_score(text: str) -> float | None:
     """The last `Score: N` of an answer, or an answer that is just a number, if it is from 1 to 10."""
-    found = re.findall(r"score\W{0,8}(\d+(?:\.\d+)?)", text, flags=re.IGNORECASE) or re.findall(
+    found = re.findall(r"score\W{0,8}?(-?\d+(?:\.\d+)?)", text, flags=re.IGNORECASE) or re.findall(
         r"^\s*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*$", text
     )
     value = float(found[-1]) if found else None

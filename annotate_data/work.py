@@ -89,18 +89,21 @@ class Scores:
     def tasks(self, scorer: str) -> Iterator[Task]:
         """Yield this process's share of the records that `scorer` has not finished.
 
-        Unfinished records are dealt to the processes in turn, so the share is fair however many processes there are now.
+        Each goes to the process that was dealt the least text, so the shares are fair however many processes there are now.
         """
-        turn = 0
+        dealt = [0] * world_size()  # characters
         base = self.scorers.index(scorer) * self.total
         for position, (where, record) in enumerate(self.responses):
             first = base + self.first[position]
             missing = [i for i in range(self.responses.counts[position]) if first + i not in self.partial]
-            if missing:
-                if turn % world_size() == rank():
-                    prompt = prompt_of(record, where, self.responses.key)
-                    yield Task(position, where, record, prompt, record["responses"], missing)
-                turn += 1
+            if not missing:
+                continue
+            prompt = prompt_of(record, where, self.responses.key)
+            taker = dealt.index(min(dealt))
+            before = sum(len(message["content"]) for message in prompt)
+            dealt[taker] += sum(before + len(record["responses"][index]) for index in missing)
+            if taker == rank():
+                yield Task(position, where, record, prompt, record["responses"], missing)
 
     def keep(self, scorer: str, score: Score) -> None:
         """Put one score on disk."""

@@ -83,8 +83,6 @@ def _checked(record: Record, where: str) -> Record:
     """A record of any of the three kinds with its prompt as messages and its responses as texts."""
     if "responses" in record:
         rewards_of(record, where)
-        for ids in record.get("response_token_ids") or ():
-            check_token_ids(ids, where, "response_token_ids")
         return {**record, "prompt": prompt_of(record, where)}
     if "chosen" in record or "rejected" in record:
         return checked_pair(record | preference_of(record, where), where)

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.prompts import with_ids
-from baton.records import check_finite, check_token_ids, prompt_of, responses_of, rewards_of
+from baton.records import check_finite, check_token_ids, prompt_of, rewards_of
 from baton.stage import Drops
 
 ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p"]
@@ -130,9 +130,7 @@ def checked_pair(pair: Record, where: str) -> Record:
     return pair
 
 
-def pairs_of(
-    records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, prompt_key: str | None = None
-) -> Iterator[Record]:
+def pairs_of(records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops) -> Iterator[Record]:
     """Yield the pair records of annotated records, given as ("file:line", record); `drops` gets the others.
 
     Each prompt gives `candidates(K, settings)` pairs or drops, so pairs + drops is that number summed over
@@ -141,19 +139,15 @@ def pairs_of(
     whatever the order of the records. Raises InputError for records without valid responses and rewards, and
     for K = 1.
     """
-    for where, record in with_ids(iter(records), prompt_key):
-        responses, rewards = responses_of(record, where), rewards_of(record, where)
-        if len(responses) < 2:
+    for where, record in with_ids(iter(records)):
+        if len(rewards_of(record, where)) < 2:
             raise InputError(f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more")
-        yield from _pairs_of_record(
-            {**record, "prompt": prompt_of(record, where, prompt_key)}, responses, rewards, settings, drops
-        )
+        yield from _pairs_of_record({**record, "prompt": prompt_of(record, where)}, settings, drops)
 
 
-def _pairs_of_record(
-    record: Record, responses: list[str], rewards: list[float], settings: PairSettings, drops: Drops
-) -> Iterator[Record]:
-    compared = scores(responses, rewards, settings)
+def _pairs_of_record(record: Record, settings: PairSettings, drops: Drops) -> Iterator[Record]:
+    responses = record["responses"]
+    compared = scores(responses, record["rewards"], settings)
     reasons = record.get("finish_reasons") or [None] * len(responses)
     open_ = [i for i, reason in enumerate(reasons) if not (settings.drop_truncated and reason == "length")]
     generator = random.Random(f"{settings.seed} {record['id']}")

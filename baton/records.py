@@ -61,7 +61,11 @@ def prompt_id(hash_: int, ordinal: int) -> str:
 
 
 def responses_of(record: Record, where: str) -> list[str]:
-    """The K responses of a generated record. Raises InputError if they are missing, empty or not strings."""
+    """The K responses of a generated record.
+
+    Raises InputError if they are missing, empty or not strings, or if what stands beside them is not K lists of token ids or K
+    finish reasons.
+    """
     responses = record.get("responses")
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
         raise InputError(f"{where}: `responses` must be a list of at least one string, got {_short(responses)}")
@@ -69,16 +73,18 @@ def responses_of(record: Record, where: str) -> list[str]:
         values = record.get(name)
         if values is not None and (not isinstance(values, list) or len(values) != len(responses)):
             raise InputError(f"{where}: `{name}` must hold one entry for each of the {len(responses)} responses")
+    for ids in record.get("response_token_ids") or ():
+        check_token_ids(ids, where, "response_token_ids")
     return responses
 
 
 def rewards_of(record: Record, where: str) -> list[float]:
     """The K rewards of an annotated record, a finite number for each response. Raises InputError if not."""
-    responses, rewards = responses_of(record, where), record.get("rewards")
+    count, rewards = len(responses_of(record, where)), record.get("rewards")
     if not isinstance(rewards, list):
         raise InputError(f"{where}: `rewards` must be a list of numbers, got {_short(rewards)}; annotate the file first")
-    if len(rewards) != len(responses):
-        raise InputError(f"{where}: {len(rewards)} `rewards` for {len(responses)} `responses`")
+    if len(rewards) != count:
+        raise InputError(f"{where}: {len(rewards)} `rewards` for {count} `responses`")
     for reward in rewards:
         check_finite(reward, where, "rewards")
     return rewards

@@ -23,8 +23,9 @@ from baton.pairs import ChooseType, PairSettings
 from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.stage import Drops, Stage
 from baton.templates import check_model_path, load_tokenizer
+from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again
 from dpo_iteration.lora import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from dpo_iteration.rows import account, at_least_one, choose_pairs, earlier_pairs, log_rows, pairs_again, token_rows
+from dpo_iteration.rows import Rows, account, log_rows
 
 log = logging.getLogger("baton")
 
@@ -86,27 +87,36 @@ def config_class() -> type:
     return DPOConfig
 
 
-def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
-    choosing = pair_settings(arguments)
+def check(arguments: Arguments, settings: dict[str, Any]) -> None:
+    """Raise InputError for what can be refused before anything is read or imported."""
+    pair_settings(arguments)
     check_loss_types(settings.get("loss_type", "sigmoid"))
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     check_lora(arguments)
-    reference = arguments.ref_model or arguments.model_name_or_path
-    for model in (arguments.model_name_or_path, reference):
+    for model in (arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path):
         check_model_path(model)
-    output = Path(arguments.output_dir)
-    pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
-    probs = parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
-    earlier = earlier_pairs(pairs_path, arguments.history)
-    inputs = {"model": arguments.model_name_or_path, "reference": reference}
+
+
+def inputs_of(arguments: Arguments, reference: str, pairs_path: Path, earlier: list[Path]) -> dict[str, str | Path]:
+    """What the run reads, by name, for the manifest. Raises InputError where the pairs would replace one of them."""
+    inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path, "reference": reference}
     inputs |= source_inputs("data", arguments.dataset_name_or_path)
     for name, source in inputs.items():
         if Path(source).resolve() == pairs_path.resolve():
             raise InputError(f"{pairs_path}: the pairs cannot replace the input `{name}`; give another --pairs_path")
-    inputs |= {f"pairs of {path.parent.name}": path for path in earlier}
-    stage = Stage.begin("dpo", arguments, output, inputs, settings)
+    return inputs | {f"pairs of {path.parent.name}": path for path in earlier}
+
+
+def main() -> None:
+    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
+    check(arguments, settings)
+    probs = parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
+    reference = arguments.ref_model or arguments.model_name_or_path
+    output = Path(arguments.output_dir)
+    pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
+    earlier = earlier_pairs(pairs_path, arguments.history)
+    stage = Stage.begin("dpo", arguments, output, inputs_of(arguments, reference, pairs_path, earlier), settings)
     if stage is None:
         return
     program.check_processes()
@@ -115,50 +125,70 @@ def main() -> None:
     counted: Counter[str] = Counter()
     if program.rank() == 0:
         records = mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, probs, arguments.seed)
-        pairs = choose_pairs(records, choosing, drops, counted)
+        pairs = choose_pairs(records, pair_settings(arguments), drops, counted)
         jsonl.write(pairs_path, at_least_one(pairs, arguments.dataset_name_or_path, drops))
 
     from baton import training
     from dpo_iteration.checks import check_pairs, check_training
-    from dpo_iteration.memory import check_memory, estimate, largest_batch, outline, sharding_of
-    from dpo_iteration.reference import dataset_reference_logps, load
-    from dpo_iteration.trainer import PackedDPOTrainer, check_margin
+    from dpo_iteration.memory import sharding_of
+    from dpo_iteration.trainer import check_margin
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
     config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
-    sharding = sharding_of(config)
-    check_training(arguments, config, sharding)
+    check_training(arguments, config, sharding_of(config))
     check_margin(config, arguments.margin_scale)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
+    rows = Rows(tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
 
-    def rows():
+    def token_ids():
         pairs = chain(jsonl.read(pairs_path), pairs_again(earlier, counted))
-        left = token_rows(pairs, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
-        return at_least_one(left, str(pairs_path), drops)
+        return at_least_one(rows.of_pairs(pairs), str(pairs_path), drops)
 
-    dataset = training.rows_on_disk(rows, config, "pairs")
+    dataset = training.rows_on_disk(token_ids, config, "pairs")
     if program.rank() == 0:
         log_rows(dataset, tokenizer, drops, counted)
-        if arguments.margin_scale and counted["pairs without a margin"]:
+        if arguments.margin_scale and counted[NO_MARGIN]:
             raise InputError(
-                f"`margin_scale` needs the margin of every pair, but {counted['pairs without a margin']} pairs have neither "
+                f"`margin_scale` needs the margin of every pair, but {counted[NO_MARGIN]} pairs have neither "
                 "`margin` nor `chosen_reward` and `rejected_reward`; leave them out, or set margin_scale to 0"
             )
     check_pairs(len(dataset), config)
+    trainer = make_trainer(arguments, config, tokenizer, dataset, reference, pairs_path.parent)
+    training.log_training(trainer)
+
+    def export(folder: Path) -> None:
+        if arguments.merge_adapter:
+            merge_adapter(arguments.model_name_or_path, folder, config)
+
+    metrics = training.train(trainer, stage, export)
+    if program.rank() == 0:
+        log.info("pairs: %s", account(counted))
+        stage.finish(records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics)
+
+
+def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any, reference: str, folder: Path) -> Any:
+    """The trainer, its models loaded: the reference first, and alone, for its log-probabilities, which are kept in `folder`.
+
+    Logs the memory that this takes, before anything is loaded.
+    """
+    from dpo_iteration.memory import check_memory, estimate, largest_batch, outline, sharding_of
+    from dpo_iteration.reference import dataset_reference_logps, load
+    from dpo_iteration.trainer import PackedDPOTrainer
+
     packed = arguments.forward == "packed"
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
     # With an adapter, TRL's own forward pass gets the reference by switching the adapter off.
     in_memory = not packed and not (adapter and reference == arguments.model_name_or_path)
     needs = estimate(
-        outline(arguments.model_name_or_path, adapter), config, sharding, largest_batch(dataset, config, packed),
+        outline(arguments.model_name_or_path, adapter), config, sharding_of(config), largest_batch(dataset, config, packed),
         in_4_bit=quantization is not None, reference=in_memory,
     )  # fmt: skip
     check_memory(needs, config)
     if packed:
         columns = ("chosen_ids", "rejected_ids")
-        logps = dataset_reference_logps(dataset, columns, reference, config, pairs_path.parent, quantization)
+        logps = dataset_reference_logps(dataset, columns, reference, config, folder, quantization)
         dataset = dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
-    trainer = PackedDPOTrainer(
+    return PackedDPOTrainer(
         model=arguments.model_name_or_path,
         ref_model=load(reference, config, quantization) if in_memory else None,
         peft_config=adapter,
@@ -170,16 +200,6 @@ def main() -> None:
         margin_scale=arguments.margin_scale,
         tokens_per_row=arguments.tokens_per_row,
     )
-    training.log_training(trainer)
-
-    def export(folder: Path) -> None:
-        if arguments.merge_adapter:
-            merge_adapter(arguments.model_name_or_path, folder, config)
-
-    metrics = training.train(trainer, stage, export)
-    if program.rank() == 0:
-        log.info("pairs: %s", account(counted))
-        stage.finish(records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics)
 
 
 if __name__ == "__main__":

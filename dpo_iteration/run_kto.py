@@ -23,7 +23,7 @@ from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.prompts import read_records
 from baton.stage import Drops, Stage
 from baton.templates import check_model_path, load_tokenizer
-from dpo_iteration.rows import labelled_rows, log_rows
+from dpo_iteration.rows import Rows, log_rows
 
 log = logging.getLogger("baton")
 
@@ -93,15 +93,16 @@ def main() -> None:
     kto.check_config(config)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
 
-    def rows():
+    rows = Rows(tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
+
+    def token_ids():
         labels: Counter[bool] = Counter()
-        examples = jsonl.read(examples_path)
-        for row in labelled_rows(examples, tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted):
+        for row in rows.of_examples(jsonl.read(examples_path)):
             labels[row["label"]] += 1
             yield row
         check_both_kinds(labels[True], labels[False], examples_path, drops)
 
-    dataset = training.rows_on_disk(rows, config, "examples")
+    dataset = training.rows_on_disk(token_ids, config, "examples")
     desirable = sum(dataset["label"])
     undesirable = len(dataset) - desirable
     if program.rank() == 0:

@@ -104,6 +104,11 @@ give_up() {
   exit 1
 }
 
+# Ends the script unless option $1 has a positive number for its value.
+check_positive() {
+  [[ ${!1} =~ ^[1-9][0-9]*$ ]] || die "--$1 must be a positive number, not '${!1}'"
+}
+
 model="" num_servers="" port=8000 host=127.0.0.1 timeout=1800 tensor_parallel_size=1 action=start
 max_num_seqs=200 gpu_memory_utilization=0.9 vllm_options=()
 while (($#)); do
@@ -140,14 +145,14 @@ if [[ -e $model || $model == [./~]* ]]; then
   [[ -f $model/config.json ]] || die "$model: no config.json there, so it holds no model"
   model=$(realpath "$model")
 fi
-gpus=$(gpu_count)
-num_servers=${num_servers:-$((gpus ? gpus / tensor_parallel_size : 1))}
-for number in num_servers port timeout tensor_parallel_size; do
-  [[ ${!number} =~ ^[1-9][0-9]*$ ]] || die "--$number must be a positive number, not '${!number}'"
-done
-if ((gpus)); then
-  ((num_servers * tensor_parallel_size <= gpus)) ||
-    die "$num_servers servers of $tensor_parallel_size GPUs each, but there are $gpus GPUs"
+mapfile -t gpus < <(gpu_ids)
+for number in port timeout tensor_parallel_size max_num_seqs; do check_positive "$number"; done
+default=$((${#gpus[@]} / tensor_parallel_size))
+num_servers=${num_servers:-$((default ? default : 1))}
+check_positive num_servers
+if ((${#gpus[@]})); then
+  ((num_servers * tensor_parallel_size <= ${#gpus[@]})) ||
+    die "$num_servers servers of $tensor_parallel_size GPUs each, but there are ${#gpus[@]} GPUs"
 else
   ((tensor_parallel_size == 1)) || die "--tensor_parallel_size $tensor_parallel_size, but there is no GPU"
   # The servers share the cores; no thread is bound to a core or spins. Each engine is one process: as two, the one would spin
@@ -173,8 +178,8 @@ for ((index = 0; index < num_servers; index++)); do
   stop_server "$place" # what a dead server left behind
   ! is_ready "$host" "$place" || die "port $place is taken by a server that was not started here; choose another --port"
   devices=cpu
-  if ((gpus)); then
-    devices=$(seq -s, $((index * tensor_parallel_size)) $(((index + 1) * tensor_parallel_size - 1)))
+  if ((${#gpus[@]})); then
+    devices=$(IFS=,; echo "${gpus[*]:index * tensor_parallel_size:tensor_parallel_size}")
   fi
   start_server "$place" "$devices"
   started+=("$place")

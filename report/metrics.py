@@ -165,7 +165,7 @@ def _evaluated(record: Record, where: str) -> Evaluated:
         responses=responses,
         proxy=np.array(rewards_of(record, where), dtype=np.float64),
         gold=_numbers(record, "rewards_by", "gold", where),
-        tokens=None if tokens is None else _lengths(tokens, where),
+        tokens=None if tokens is None else np.array(list(map(len, tokens)), dtype=np.float64),
         words=np.array([len(response.split()) for response in responses], dtype=np.float64),
         log_ratio=None if policy is None or initial is None else policy - initial,
     )
@@ -184,12 +184,6 @@ def _numbers(record: Record, field: str, name: str, where: str) -> np.ndarray | 
     if not isinstance(numbers, list) or len(numbers) != count or not all(map(_is_finite, numbers)):
         raise InputError(f"{where}: `{field}.{name}` must hold {count} finite numbers, one for each response")
     return np.array(numbers, dtype=np.float64)
-
-
-def _lengths(token_ids: list[Any], where: str) -> np.ndarray:
-    if not all(isinstance(ids, list) for ids in token_ids):
-        raise InputError(f"{where}: `response_token_ids` must hold a list of token ids for each response")
-    return np.array([len(ids) for ids in token_ids], dtype=np.float64)
 
 
 def _is_finite(value: object) -> bool:

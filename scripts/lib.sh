@@ -34,9 +34,13 @@ in_env() {
     PATH="$BATON_ENVS/$name/bin:$PATH" PYTHONPATH="$BATON_ROOT${PYTHONPATH:+:$PYTHONPATH}" "$@"
 }
 
-# Prints the number of GPUs, 0 where there are none.
-gpu_count() {
-  { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l
+# Prints the GPUs that may be used, a line each: those in CUDA_VISIBLE_DEVICES where it is set, else all of the machine.
+gpu_ids() {
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep '^[^-]' || true # -1 stands for none
+  else
+    nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true
+  fi
 }
 
 # Runs one stage of the run in $run_dir, its output in a log of its own; a failure ends the script with the log's tail.

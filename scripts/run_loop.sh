@@ -22,9 +22,10 @@ done
 [[ -f $recipe ]] || die "$recipe: no such recipe; configs/recipes/ has $(cd "$BATON_ROOT/configs/recipes" && echo *.env)"
 cd "$BATON_ROOT"
 
+mapfile -t gpus < <(gpu_ids)
 # What a recipe may leave out.
 K=8 TEMPERATURE=1.0 TOP_P=1.0 MAX_NEW_TOKENS=1024 MAX_MODEL_LEN=4096 GENERATE_ARGS=() REWARD_ARGS=()
-DATASET_KEY="" REFERENCE=initial GPUS=$(gpu_count) SEED=${SEED:-0}
+DATASET_KEY="" REFERENCE=initial GPUS=${#gpus[@]} SEED=${SEED:-0}
 ACCELERATE_CONFIG=configs/zero2.yaml DPO_CONFIG=configs/training.yaml DPO_ARGS=()
 HELDOUT_PROMPTS="" HELDOUT_K=1 GOLD_SCORER=""
 NAME=$(basename "$recipe" .env)
@@ -36,7 +37,9 @@ for variable in INITIAL_POLICY REWARD_MODEL PROMPTS; do
   [[ -n ${!variable:-} ]] || die "$recipe: sets no $variable"
 done
 [[ $REFERENCE =~ ^(initial|previous)$ ]] || die "$recipe: REFERENCE is initial or previous, not '$REFERENCE'"
-((GPUS <= $(gpu_count))) || die "$recipe: GPUS=$GPUS, but this machine has $(gpu_count)"
+((GPUS <= ${#gpus[@]})) || die "$recipe: GPUS=$GPUS, but there are ${#gpus[@]} to use"
+CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:0:GPUS}")   # no stage takes one that the recipe leaves to others
+export CUDA_VISIBLE_DEVICES
 ROUNDS=${ROUNDS:-${#PROMPTS[@]}}
 ((${#PROMPTS[@]} == 1 || ${#PROMPTS[@]} >= ROUNDS)) || die "$recipe: $ROUNDS ROUNDS, but PROMPTS names ${#PROMPTS[@]} sets"
 

@@ -32,12 +32,7 @@ done
 [[ $tensor_parallel_size =~ ^[1-9][0-9]*$ ]] || die "--tensor_parallel_size must be a positive number, not '$tensor_parallel_size'"
 
 # One slot runs one shard at a time: a group of GPUs that share a copy of the model, or the CPU.
-gpus=()
-if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-  IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
-elif (($(gpu_count) > 0)); then
-  mapfile -t gpus < <(seq 0 $(($(gpu_count) - 1)))
-fi
+mapfile -t gpus < <(gpu_ids)
 free_slots=()
 for ((first = 0; first + tensor_parallel_size <= ${#gpus[@]}; first += tensor_parallel_size)); do
   free_slots+=("$(IFS=,; echo "${gpus[*]:first:tensor_parallel_size}")")

@@ -153,6 +153,12 @@ def test_the_commands_exit_code_and_arguments_pass_through_in_env():
     assert (result.returncode, result.stdout) == (7, "<a b><*>")
 
 
+@pytest.mark.parametrize(("visible", "ids"), [("4,5", ["4", "5"]), ("GPU-8f6a", ["GPU-8f6a"]), ("", []), ("-1", [])])
+def test_scripts_use_the_gpus_that_cuda_visible_devices_names(visible, ids):
+    result = run("bash", "-c", "source scripts/lib.sh; gpu_ids", CUDA_VISIBLE_DEVICES=visible)
+    assert result.stdout.split() == ids and result.returncode == 0
+
+
 def test_the_test_script_refuses_a_path_that_does_not_exist():
     result = run("bash", "scripts/test.sh", "tests/contract/test_nothing.py")
     assert result.returncode == 2

@@ -285,7 +285,7 @@ def remove_round(number: int) -> Callable[[Path], None]:
         (
             replace_line(response_token_ids=[1, 2]),
             "round1/evaluated.jsonl:2",
-            "`response_token_ids` must hold",
+            "`response_token_ids` must be a list of token ids",
         ),
     ],
 )

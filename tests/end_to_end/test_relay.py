@@ -114,7 +114,7 @@ def test_failed_stage_stops_the_loop_with_its_message(run_dir, tmp_path):
         ("", "sets no INITIAL_POLICY"),
         (RECIPE + "REFERENCE=first\n", "REFERENCE is initial or previous"),
         (RECIPE + "ROUNDS=5\n", "5 ROUNDS, but PROMPTS names 2 sets"),
-        (RECIPE + "GPUS=64\n", "GPUS=64, but this machine has"),
+        (RECIPE + "GPUS=64\n", "GPUS=64, but there are"),
     ],
 )
 def test_recipe_that_cannot_run_is_refused_at_once(tmp_path, recipe, message):

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from annotate_data.work import Responses, Scores
 from tests.inference.annotation_task import (
     CHAT_TEMPLATE,
     GOOD,
@@ -46,9 +49,9 @@ def annotated(models, tmp_path_factory):
 
 def test_the_output_is_the_input_in_order_with_ids_and_rewards(annotated):
     source, output, _ = annotated
-    for given, made in zip(read(source), read(output), strict=True):
-        assert given == {key: value for key, value in made.items() if key not in ("id", "rewards")}
-        assert len(made["rewards"]) == len(given["responses"])
+    for before, made in zip(read(source), read(output), strict=True):
+        assert before == {key: value for key, value in made.items() if key not in ("id", "rewards")}
+        assert len(made["rewards"]) == len(before["responses"])
     assert len(set(rewards_in(output))) > 60
     assert len({record["id"] for record in read(output)}) == 23
 
@@ -65,6 +68,35 @@ def test_rewards_are_those_of_the_model_called_on_each_conversation_alone(annota
             ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
             with torch.no_grad():
                 assert model(ids).logits.item() == pytest.approx(reward, abs=1e-5)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 400), st.sampled_from([1, 2, 4]), st.none() | st.integers(1, 450))
+def test_attention_in_blocks_is_causal_attention(length, heads, window):
+    import torch
+
+    from annotate_data.cpu_attention import blockwise_causal
+
+    query, key, value = torch.randn(2, 4, length, 8), *torch.randn(2, 2, heads, length, 8)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance < (window or length))
+    ours, _ = blockwise_causal(None, query, key, value, sliding_window=window)
+    own = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(ours, own.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_records_are_dealt_so_that_processes_have_about_as_much_text(tmp_path, monkeypatch):
+    records = [{"prompt": "Why?", "responses": ["x" * (1000 if n % 4 == 0 else 10)] * 2} for n in range(40)]
+    responses = Responses(str(write(tmp_path / "in.jsonl", records)))
+    scores = Scores(tmp_path / "out.jsonl", responses, ["a"])
+    shares = []
+    for process in range(4):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("RANK", str(process))
+        shares.append(list(scores.tasks("a")))
+    assert sorted(task.position for share in shares for task in share) == list(range(40))
+    text = [sum(len(response) for task in share for response in task.responses) for share in shares]
+    assert max(text) - min(text) <= 2 * 1000
 
 
 @pytest.mark.parametrize(("processes", "tokens"), [(2, 2048), (1, 1), (1, 100_000)])

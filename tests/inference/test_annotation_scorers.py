@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from annotate_data.judge import parse_score
 from tests.inference.annotation_task import (
     GOOD,
     ROOT,
@@ -209,6 +210,25 @@ def test_a_judge_is_asked_again_until_it_gives_a_number_and_else_listed(tmp_path
     assert len(seen) == 2 * 2 + 2 + 2 * 3
     manifest = json.loads(Path(f"{out}.manifest.json").read_text())
     assert manifest["counts"] == {"in": 3, "out": 2, "dropped": {"the judge gave no score from 1 to 10": 1}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Score: 7", 7.0),
+        ("The score could be 3.\n**Score:** 8/10", 8.0),
+        ("score = 2.5.", 2.5),
+        ("9", 9.0),
+        ("6 / 10", 6.0),
+        ("Score: 0", None),
+        ("Score: -3", None),
+        ("Score: 11", None),
+        ("I give it a 7, out of 10", None),
+        ("", None),
+    ],
+)
+def test_a_judges_answer_is_a_score_only_if_it_plainly_gives_one_from_1_to_10(answer, score):
+    assert parse_score(answer) == score
 
 
 def function_file(folder, body):

@@ -228,6 +228,7 @@ def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path):
         (["--ports", "8000"], "unknown option '--ports'"),
         (["./nowhere"], "no config.json"),
         (["some/model", "--num_servers", "none"], "--num_servers must be a positive number, not 'none'"),
+        (["some/model", "--max_num_seqs", "many"], "--max_num_seqs must be a positive number, not 'many'"),
         (["some/model", "--port"], "--port needs a value"),
         (["some/model", "other/model"], "one model at a time"),
     ],
@@ -237,6 +238,13 @@ def test_register_server_refuses_bad_arguments(tmp_path, arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_servers_take_the_gpus_that_are_visible_and_no_others(tmp_path):
+    command = [*REGISTER, "some/model", "--num_servers", "2", "--tensor_parallel_size", "2"]
+    result = run(command, env={**os.environ, "BATON_SERVERS": str(tmp_path), "CUDA_VISIBLE_DEVICES": "4,5,6"})
+    assert result.returncode == 2
+    assert "2 servers of 2 GPUs each, but there are 3 GPUs" in result.stderr
 
 
 @pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "hang"])

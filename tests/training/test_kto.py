@@ -18,7 +18,7 @@ from baton.errors import InputError
 from baton.stage import Drops
 from baton.templates import load_tokenizer
 from dpo_iteration.kto import PackedKTOTrainer, balance_advice, check_config, in_training_order, with_reference_logps
-from dpo_iteration.rows import labelled_rows
+from dpo_iteration.rows import Rows
 from tests.programs import read_jsonl, run_program
 
 MAX_LENGTH = 16
@@ -50,12 +50,12 @@ def test_sampled_token_ids_are_learnt_as_they_are_and_an_end_only_where_the_poli
     prompt = [{"role": "user", "content": "Continue."}]
     examples = [(str(n), {"id": str(n), "prompt": prompt, "label": n == 0, **r}) for n, r in enumerate(responses)]
     drops, counted = Drops(), Counter()
-    rows = list(labelled_rows(examples, tokenizer, 64, 32, drops, counted))
+    rows = list(Rows(tokenizer, 64, 32, drops, counted).of_examples(examples))
     assert [row["label"] for row in rows] == [True, False, False, False]
     as_sampled, stopped, cut_off, silent = (row["completion_ids"] for row in rows)
     assert as_sampled == sampled != cut_off and stopped == [*cut_off, tokenizer.eos_token_id] == [*cut_off, *silent]
     assert drops.names == {"a response without a token": ["3"]}
-    assert list(labelled_rows(examples, tokenizer, 64, 2, drops, counted)) == []
+    assert list(Rows(tokenizer, 64, 2, drops, counted).of_examples(examples)) == []
 
 
 @settings(max_examples=40)

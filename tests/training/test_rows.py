@@ -16,8 +16,9 @@ from baton.preferences import preference_of
 from baton.stage import Drops
 from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_pieces, response_token_ids
 from dpo_iteration import reference
+from dpo_iteration.choose import at_least_one, choose_pairs, earlier_pairs, pairs_again
 from dpo_iteration.reference import DatasetPairs
-from dpo_iteration.rows import at_least_one, choose_pairs, earlier_pairs, log_rows, pairs_again, shown, token_rows
+from dpo_iteration.rows import Rows, log_rows, shown
 from tests.programs import write_jsonl
 
 PROMPT = [{"role": "user", "content": "Continue this review: It opens at sea."}]
@@ -32,7 +33,7 @@ def rows_of(pair, tokenizer, tmp_path, max_length=256, max_prompt_length=128):
     """The rows, drops and counts that one pair gives."""
     pairs = [(f"{tmp_path}/pairs.jsonl:1", {"id": "a", "prompt": PROMPT, **pair})]
     drops, counted = Drops(), Counter()
-    return list(token_rows(pairs, tokenizer, max_length, max_prompt_length, drops, counted)), drops, counted
+    return list(Rows(tokenizer, max_length, max_prompt_length, drops, counted).of_pairs(pairs)), drops, counted
 
 
 def letters(tokenizer, text):
@@ -65,7 +66,7 @@ def test_rows_that_no_pair_is_left_for_are_refused_by_filter(tokenizer, tmp_path
     pairs = [("here", {"id": str(i), "prompt": PROMPT, "chosen": "A warm film.", "rejected": "A mess."}) for i in range(3)]
 
     def rows():
-        return at_least_one(token_rows(pairs, tokenizer, 256, 1, drops, Counter()), "pairs.jsonl", drops)
+        return at_least_one(Rows(tokenizer, 256, 1, drops, Counter()).of_pairs(pairs), "pairs.jsonl", drops)
 
     config = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(InputError, match=r"pairs\.jsonl: no pair is left; dropped: 3 prompt longer than max_prompt_length 1 "):

@@ -14,7 +14,7 @@ from baton import jsonl
 from baton.arguments import build_config, read_yaml
 from baton.pairs import PairSettings
 from baton.stage import Drops
-from dpo_iteration.rows import choose_pairs
+from dpo_iteration.choose import choose_pairs
 from tests.programs import ROOT, read_jsonl, run_program, write_jsonl
 
 SMALL = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]

@@ -1,0 +1,47 @@
+"""Demonstrations for SFT from annotated responses: the best of each prompt, or all of them with their reward level."""
+
+import bisect
+from collections.abc import Iterator
+
+from baton.errors import InputError
+from baton.jsonl import Record
+from baton.pairs import PER_RESPONSE_KEYS
+from baton.records import Messages
+from baton.stage import Drops
+
+LOW = "best reward below min_reward"
+
+
+def best_of_n(records: Iterator[tuple[str, Record]], min_reward: float | None, drops: Drops) -> Iterator[Record]:
+    """Yield each prompt's best response as a demonstration; a best one below `min_reward` is a drop."""
+    for _, record in records:
+        rewards = record["rewards"]
+        best = max(range(len(rewards)), key=rewards.__getitem__)
+        if min_reward is not None and rewards[best] < min_reward:
+            drops.add(LOW, record["id"])
+        else:
+            yield demonstration(record, best, record["prompt"])
+
+
+def conditional(records: Iterator[tuple[str, Record]], edges: list[float]) -> Iterator[Record]:
+    """Yield every response as a demonstration whose last user turn begins with its reward level, `<reward_1>` the lowest.
+
+    `edges` are the rewards, ascending, at which the next level begins. At inference, asking for the highest level gives what
+    such a model holds for its best.
+    """
+    for where, record in records:
+        turn = next((i for i in reversed(range(len(record["prompt"]))) if record["prompt"][i]["role"] == "user"), None)
+        if turn is None:
+            raise InputError(f"{where}: the prompt has no user turn to write the reward level into")
+        for index, reward in enumerate(record["rewards"]):
+            level = 1 + bisect.bisect_right(edges, reward)
+            prompt = [dict(message) for message in record["prompt"]]
+            prompt[turn]["content"] = f"<reward_{level}> {prompt[turn]['content']}"
+            yield {**demonstration(record, index, prompt), "reward_level": level}
+
+
+def demonstration(record: Record, index: int, prompt: Messages) -> Record:
+    """Response `index` of a record as a conversation to learn from."""
+    rest = {key: value for key, value in record.items() if key not in (*PER_RESPONSE_KEYS, "prompt", "context_messages")}
+    messages = [*prompt, {"role": "assistant", "content": record["responses"][index]}]
+    return {**rest, "messages": messages, "reward": record["rewards"][index]}

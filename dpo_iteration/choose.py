@@ -1,0 +1,99 @@
+"""Which pairs a round trains on: chosen among annotated responses, given as they are, or those of earlier rounds again."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from baton import jsonl
+from baton.errors import InputError
+from baton.jsonl import Record
+from baton.pairs import PairSettings, candidates, checked_pair, pairs_of, why_left_out
+from baton.preferences import preference_of, preference_records
+from baton.prompts import with_ids
+from baton.records import responses_of
+from baton.stage import Drops
+
+log = logging.getLogger("baton")
+
+NO_MARGIN = "pairs without a margin"
+EARLIER = "pairs of earlier rounds"
+
+
+def choose_pairs(
+    records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, counted: Counter[str]
+) -> Iterator[Record]:
+    """Yield the pairs of ("file:line", record): chosen among annotated responses, or as a preference file gives them.
+
+    What a pair holds beside its texts (token ids, rewards, margin, finish reasons) stays. `counted["in"]` becomes the number
+    of pairs asked for: pairs and drops together.
+    """
+    for where, record in with_ids(_readable(records)):
+        if "responses" in record:
+            counted["in"] += candidates(len(responses_of(record, where)), settings)
+            yield from pairs_of([(where, record)], settings, drops)
+            continue
+        pair = checked_pair(record, where)
+        counted["in"] += 1
+        if reason := why_left_out(pair, settings):
+            drops.add(reason, pair["id"])
+        else:
+            counted[NO_MARGIN] += pair.get("margin") is None
+            yield pair
+
+
+def _readable(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
+    """Yield annotated records as they are and preferences in one shape. Raises InputError for what is neither."""
+    for where, record in records:
+        if "responses" in record:
+            yield where, record
+        elif "chosen" in record or "rejected" in record:
+            yield where, record | preference_of(record, where)
+        else:
+            found = ", ".join(f"`{name}`" for name in record) or "no keys"
+            raise InputError(f"{where}: needs `responses` and `rewards`, or `chosen` and `rejected`; the record has {found}")
+
+
+def earlier_pairs(pairs: Path, rounds: int) -> list[Path]:
+    """The pairs files of the `rounds` rounds before that of `pairs`, which is a file in a folder named `round<i>`.
+
+    They have the same name in the folders beside it; those that do not exist are left out, which the log says. Raises
+    InputError if the folder has another name.
+    """
+    if not rounds:
+        return []
+    folder = pairs.absolute().parent
+    match = re.fullmatch(r"round([0-9]+)", folder.name)
+    if match is None:
+        raise InputError(
+            f"`history` finds the rounds before by their folders, round1, round2, …, but {pairs} is in `{folder.name}`: "
+            "give --pairs_path RUN/round<i>/pairs.jsonl, or leave `history` out"
+        )
+    number = int(match[1])
+    paths = [folder.with_name(f"round{i}") / pairs.name for i in range(max(0, number - rounds), number)]
+    found = [path for path in paths if path.is_file()]
+    log.info("history of %d rounds: %s", rounds, ", ".join(map(str, found)) or "no earlier round has pairs")
+    return found
+
+
+def pairs_again(paths: Iterable[Path], counted: Counter[str]) -> Iterator[tuple[str, Record]]:
+    """Yield ("file:line", pair) of the pairs files of earlier rounds, added to `counted["in"]`."""
+    for path in paths:
+        for where, record in preference_records(jsonl.read(path)):
+            pair = checked_pair(record, where)
+            counted["in"] += 1
+            counted[EARLIER] += 1
+            counted[NO_MARGIN] += pair.get("margin") is None
+            yield where, pair
+
+
+def at_least_one(pairs: Iterator[dict[str, Any]], source: str, drops: Drops) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of `source`. Raises InputError if there is none, saying which filter took how many."""
+    empty = True
+    for pair in pairs:
+        empty = False
+        yield pair
+    if empty:
+        raise InputError(f"{source}: no pair is left; dropped: {drops}; loosen what drops the most")
