@@ -18,11 +18,12 @@ usage() { sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 servers=${BATON_SERVERS:-$BATON_ROOT/.servers}
 
-# Prints when process $1 started, in clock ticks; nothing if there is none. A pid alone may be another's by now.
+# Prints when process $1 started, in clock ticks; nothing if it has ended. A pid alone may be another's by now.
 start_time() {
-  local stat
+  local stat fields
   stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
-  cut -d' ' -f20 <<<"${stat##*) }"
+  read -ra fields <<<"${stat##*) }"
+  [[ ${fields[0]} == Z ]] || echo "${fields[19]}" # dead, but not yet buried by its parent
 }
 
 # Succeeds while the server process on port $1 is alive.
@@ -185,6 +186,7 @@ for ((index = 0; index < num_servers; index++)); do
   started+=("$place")
 done
 
+if ((${#started[@]})); then say "starting ${#started[@]} servers of $model, which may take minutes; logs: $servers/PORT.log"; fi
 for ((place = port; place < port + num_servers; place++)); do
   until is_ready "$host" "$place"; do
     for other in "${started[@]}" "$place"; do

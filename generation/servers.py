@@ -147,7 +147,7 @@ class Servers:
             response = await self.client.get(f"{server.url}/models", timeout=10)
             models = self._checked(server, response).get("data")
         except (httpx.TransportError, Transient) as error:
-            log.warning("%s: set aside: %s", server.url, error or type(error).__name__)
+            log.warning("%s: set aside: %s", server.url, str(error) or type(error).__name__)
             self._set_aside(server)
             return []
         except Refused as refused:
@@ -169,7 +169,7 @@ class Servers:
                     break
             except httpx.TransportError as error:
                 if not seconds:
-                    log.warning("%s: set aside: %s", server.url, error or type(error).__name__)
+                    log.warning("%s: set aside: %s", server.url, str(error) or type(error).__name__)
             seconds = min(max(2 * seconds, PROBE_SECONDS[0]), PROBE_SECONDS[1])
             await asyncio.sleep(seconds)
         if seconds:

@@ -52,7 +52,9 @@ failure=0
 
 # Starts one shard in a slot: start_shard INDEX SLOT
 start_shard() {
-  local index=$1 slot=$2
+  local index=$1 slot=$2 place="GPU $2"
+  [[ $slot != cpu ]] || place="the CPU"
+  say "shard $index of $my_world_size starts on $place; log: $output_dir$index.log"
   (
     if [[ $slot != cpu ]]; then export CUDA_VISIBLE_DEVICES=$slot; fi
     in_env inference python "$BATON_ROOT/generation/get_hf2.py" "${arguments[@]}" --output_dir "$output_dir" \
