@@ -97,8 +97,9 @@ def run_offline(args: argparse.Namespace, folder: Path) -> None:
     arguments = settings.parse(get_hf2.Arguments, "", words)
     sample = engine.start(arguments, already_done=0)
     speeds: dict[str, list[float]] = {"bare": [], "offline": []}
+    sides = [("bare", bare_turn), ("offline", offline_turn)]
     for turn in range(args.repeats + 1):
-        for side, run in {"bare": bare_turn, "offline": offline_turn}.items():
+        for side, run in reversed(sides) if turn % 2 else sides:  # so that a machine that slows down slows both
             speed = run(sample, arguments, folder)
             if turn:  # the first is the warm-up
                 speeds[side].append(speed)

@@ -141,8 +141,8 @@ def test_every_format_is_read_alike(tmp_path, name):
         ("p.json", b'{"prompt": "a"}\n{"prompt": \n', ":2: not JSON"),
         ("p.parquet", b"not parquet", "cannot be read as parquet"),
         ("p.jsonl.gz", b"not gzip", "broken gzip file"),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12], "broken gzip file"),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n')[:10] + b"\x07" * 30, "broken gzip file"),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "broken gzip file"),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:10] + b"\x07" * 30, "broken gzip file"),
         ("p.csv", b"a,b", "expected a file ending in .jsonl"),
     ],
 )
