@@ -3,7 +3,7 @@
 # usage: bash generation/register_server.sh MODEL [options] [-- options of vLLM]
 #        bash generation/register_server.sh --status | --stop
 #
-#   --num_servers N             by default one per GPU, or per --tensor_parallel_size GPUs; 1 on CPU
+#   --num_servers N             by default one per visible GPU, or per --tensor_parallel_size of them; 1 on CPU
 #   --port P                    the first server's port, 8000; the next ones follow
 #   --host H                    the address to listen on, 127.0.0.1: this machine alone
 #   --api_key KEY               what clients must know; $VLLM_API_KEY does the same, and no process list shows it
@@ -186,7 +186,7 @@ for ((index = 0; index < num_servers; index++)); do
   started+=("$place")
 done
 
-if ((${#started[@]})); then say "starting ${#started[@]} servers of $model, which may take minutes; logs: $servers/PORT.log"; fi
+if ((${#started[@]})); then say "$model: servers to start: ${#started[@]}; it may take minutes; logs: $servers/PORT.log"; fi
 for ((place = port; place < port + num_servers; place++)); do
   until is_ready "$host" "$place"; do
     for other in "${started[@]}" "$place"; do
