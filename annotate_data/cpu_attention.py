@@ -45,7 +45,7 @@ def blockwise_causal(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    keys = key.transpose(2, 3).contiguous()  # the matrix products are a fifth faster for it
+    keys = key.transpose(2, 3).contiguous()  # up to a fifth faster where sequences are long
     output = torch.empty_like(query)
     for start in range(0, query.shape[2], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, query.shape[2])

@@ -41,24 +41,25 @@ class Filtered:
         """Raises InputError if a record has no valid responses and rewards, or fewer than `least`, or if there is none."""
         self.arguments, self.least = arguments, least
         source, empty = arguments.dataset_name_or_path, True
-        rewards = array("d")
+        self.rewards = array("d")  # normalised within the prompt, but not yet over the file
         for where, record in read_records(source):
             prompt_of(record, where, arguments.dataset_key)
-            rewards.extend(kept(record, where, arguments)["rewards"])
+            left = kept(record, where, arguments)["rewards"]
+            self.rewards.extend(normalised(left, *moments(left)) if arguments.normalise == "prompt" else left)
             if len(record["responses"]) < least:
                 raise InputError(f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more")
             empty = False
         if empty:
             raise InputError(f"{source}: holds no records")
-        self.mean, self.deviation = moments(rewards) if arguments.normalise == "file" else (0.0, 1.0)
+        self.mean, self.deviation = moments(self.rewards) if arguments.normalise == "file" else (0.0, 1.0)
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         """Yield ("file:line", record with `id` and `prompt`); a record may be left without any response."""
         arguments = self.arguments
         for where, record in with_ids(read_records(arguments.dataset_name_or_path), arguments.dataset_key):
             left = kept(record, where, arguments)
-            mean, deviation = moments(left["rewards"]) if arguments.normalise == "prompt" else (self.mean, self.deviation)
-            rewards = [(reward - mean) / deviation for reward in left["rewards"]]
+            of = moments(left["rewards"]) if arguments.normalise == "prompt" else (self.mean, self.deviation)
+            rewards = normalised(left["rewards"], *of)
             yield where, {**left, "rewards": rewards, "prompt": prompt_of(record, where, arguments.dataset_key)}
 
     def with_enough(self, asked: Callable[[Record], int], drops: Drops, counted: Counter[str]) -> Iterator[tuple[str, Record]]:
@@ -76,10 +77,8 @@ class Filtered:
 
     def quantiles(self, levels: int) -> list[float]:
         """The rewards that cut all of them into `levels` groups of about the same size."""
-        rewards = array("d")
-        for _, record in self:
-            rewards.extend(record["rewards"])
-        return np.quantile(rewards, np.arange(1, levels) / levels).tolist() if rewards else []
+        cuts = np.quantile(self.rewards, np.arange(1, levels) / levels).tolist() if self.rewards else []
+        return normalised(cuts, self.mean, self.deviation)
 
 
 def kept(record: Record, where: str, arguments: FilterArguments) -> Record:
@@ -108,6 +107,11 @@ def _pick(values: Any, indices: list[int]) -> Any:
     if isinstance(values, dict):
         return {name: _pick(column, indices) for name, column in values.items()}
     return [values[i] for i in indices]
+
+
+def normalised(rewards: Sequence[float], mean: float, deviation: float) -> list[float]:
+    """How many deviations each reward is above the mean."""
+    return [(reward - mean) / deviation for reward in rewards]
 
 
 def moments(rewards: Sequence[float]) -> tuple[float, float]:

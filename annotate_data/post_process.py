@@ -48,7 +48,7 @@ def main() -> None:
     stage = Stage.begin("post_process", arguments, arguments.output_dir, inputs)
     if stage is None:
         return
-    drops: Drops = Drops()
+    drops = Drops()
     counted: Counter[str] = Counter()
     filtered = Filtered(arguments, least=2 if arguments.post_processor == "iter_dpo" else 1)
     if arguments.post_processor == "iter_dpo":

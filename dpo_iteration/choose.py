@@ -13,7 +13,6 @@ from baton.jsonl import Record
 from baton.pairs import PairSettings, candidates, checked_pair, pairs_of, why_left_out
 from baton.preferences import preference_of, preference_records
 from baton.prompts import with_ids
-from baton.records import responses_of
 from baton.stage import Drops
 
 log = logging.getLogger("baton")
@@ -32,8 +31,9 @@ def choose_pairs(
     """
     for where, record in with_ids(_readable(records)):
         if "responses" in record:
-            counted["in"] += candidates(len(responses_of(record, where)), settings)
-            yield from pairs_of([(where, record)], settings, drops)
+            pairs = list(pairs_of([(where, record)], settings, drops))  # this checks the record
+            counted["in"] += candidates(len(record["responses"]), settings)
+            yield from pairs
             continue
         pair = checked_pair(record, where)
         counted["in"] += 1

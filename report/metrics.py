@@ -19,7 +19,7 @@ from baton import jsonl
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.prompts import with_ids
-from baton.records import prompt_of, responses_of, rewards_of
+from baton.records import prompt_of, rewards_of
 
 CONFIDENCE = 0.95
 
@@ -156,14 +156,14 @@ def _check_same_prompts(initial: Round, prompts: Round) -> None:
 
 
 def _evaluated(record: Record, where: str) -> Evaluated:
-    responses = responses_of(record, where)
+    proxy, responses = rewards_of(record, where), record["responses"]
     policy, initial = (_numbers(record, "logps_by", name, where) for name in ("policy", "initial"))
     tokens = record.get("response_token_ids")
     return Evaluated(
         where=where,
         prompt=prompt_of(record, where)[-1]["content"],
         responses=responses,
-        proxy=np.array(rewards_of(record, where), dtype=np.float64),
+        proxy=np.array(proxy, dtype=np.float64),
         gold=_numbers(record, "rewards_by", "gold", where),
         tokens=None if tokens is None else np.array(list(map(len, tokens)), dtype=np.float64),
         words=np.array([len(response.split()) for response in responses], dtype=np.float64),

@@ -240,7 +240,7 @@ def test_register_server_refuses_bad_arguments(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_servers_take_the_gpus_that_are_visible_and_no_others(tmp_path):
+def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
     command = [*REGISTER, "some/model", "--num_servers", "2", "--tensor_parallel_size", "2"]
     result = run(command, env={**os.environ, "BATON_SERVERS": str(tmp_path), "CUDA_VISIBLE_DEVICES": "4,5,6"})
     assert result.returncode == 2
