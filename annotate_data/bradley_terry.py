@@ -5,25 +5,25 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 
-from annotate_data import models
-from annotate_data.batching import batches, padded, windows
 from annotate_data.conversations import token_ids
 from annotate_data.work import Score, Task
-from baton.templates import load_tokenizer
+from baton.models import loading
+from baton.models.batching import batches, padded, windows
+from baton.models.templates import load_tokenizer
 
 
 class BradleyTerry:
     """A reward model on one device. Call it with tasks: it yields the score of each missing response."""
 
-    def __init__(self, path: str, device: torch.device, settings: models.Settings):
+    def __init__(self, path: str, device: torch.device, settings: loading.Settings):
         from transformers import AutoModelForSequenceClassification
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
-        self.model = models.place(models.load(AutoModelForSequenceClassification, path, settings.dtype), device)
+        self.model = loading.place(loading.load(AutoModelForSequenceClassification, path, settings.dtype), device)
         self.device = device
-        self.max_length = models.longest_input(self.model, settings.max_length)
-        self.tokens_per_batch = settings.tokens_per_batch or models.TOKENS_PER_BATCH[device.type]
-        self.least_filled = models.LEAST_FILLED[device.type]
+        self.max_length = loading.longest_input(self.model, settings.max_length)
+        self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
+        self.least_filled = loading.LEAST_FILLED[device.type]
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for window in windows((task, index) for task in tasks for index in task.missing):

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 
-from annotate_data import models
-from annotate_data.batching import batches, padded, windows
 from annotate_data.work import Score, Task
 from baton.jsonl import Record
-from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_token_ids
+from baton.models import loading
+from baton.models.batching import batches, padded, windows
+from baton.models.templates import decodes_to, load_tokenizer, prompt_token_ids, response_token_ids
 
 # Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
@@ -25,15 +25,15 @@ class CausalLM:
     response that with its prompt is longer than `max_length` tokens has no score.
     """
 
-    def __init__(self, path: str, device: torch.device, settings: models.Settings):
+    def __init__(self, path: str, device: torch.device, settings: loading.Settings):
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
-        self.model = models.place(models.load(AutoModelForCausalLM, path, settings.dtype), device)
+        self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device)
         self.device = device
-        self.max_length = models.longest_input(self.model, settings.max_length)
+        self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-        self.least_filled = models.LEAST_FILLED[device.type]
+        self.least_filled = loading.LEAST_FILLED[device.type]
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for window in windows((task, index) for task in tasks for index in task.missing):

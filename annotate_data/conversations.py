@@ -3,8 +3,8 @@
 from typing import Any
 
 from annotate_data.work import Task
+from baton.models.templates import conversation_token_ids
 from baton.records import Messages
-from baton.templates import conversation_token_ids
 
 TRUNCATED = "truncated: longer than max_length tokens, so the conversation's beginning was left out"
 

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from annotate_data import models
-from annotate_data.batching import batches, windows
 from annotate_data.conversations import token_ids
 from annotate_data.work import Score, Task
 from baton.errors import InputError
-from baton.templates import load_tokenizer
+from baton.models import loading
+from baton.models.batching import batches, windows
+from baton.models.templates import load_tokenizer
 
 EQUAL_LENGTHS = 1.0  # another's code is given no padding to mistake for text
 
@@ -20,14 +20,14 @@ class CustomModel:
     Its output's `score` is read, or else its only logit.
     """
 
-    def __init__(self, path: str, device: torch.device, settings: models.Settings):
+    def __init__(self, path: str, device: torch.device, settings: loading.Settings):
         from transformers import AutoModelForSequenceClassification
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
-        self.model = models.load(AutoModelForSequenceClassification, path, settings.dtype, trust_remote_code=True).to(device)
+        self.model = loading.load(AutoModelForSequenceClassification, path, settings.dtype, trust_remote_code=True).to(device)
         self.path, self.device = path, device
-        self.max_length = models.longest_input(self.model, settings.max_length)
-        self.tokens_per_batch = settings.tokens_per_batch or models.TOKENS_PER_BATCH[device.type]
+        self.max_length = loading.longest_input(self.model, settings.max_length)
+        self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for window in windows((task, index) for task in tasks for index in task.missing):

@@ -12,14 +12,14 @@ response's tokens. Of responses sampled from `policy`, the mean of policy - init
 from pathlib import Path
 from typing import Literal
 
-from annotate_data import models
 from annotate_data.work import Responses, check_output
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.jsonl import Record
+from baton.models import loading
 from baton.program import check_processes, log_what_runs, run
+from baton.sources import check_model_path
 from baton.stage import Stage
-from baton.templates import check_model_path
 
 
 class Arguments(StageArguments):
@@ -54,17 +54,17 @@ def main() -> None:
         return
     responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key)
 
-    from annotate_data import processes
     from annotate_data.annotate import annotate
     from annotate_data.causal_lm import CausalLM
+    from baton.models import devices
 
-    device = processes.choose_device(arguments.device)
+    device = devices.choose_device(arguments.device)
 
-    settings = models.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+    settings = loading.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
 
     def scorer(path: str) -> CausalLM:
         model = CausalLM(path, device, settings)
-        log_what_runs(**processes.described(device), **models.described(model.model))
+        log_what_runs(**devices.described(device), **loading.described(model.model))
         return model
 
     annotate(stage, responses, {name: lambda path=path: scorer(path) for name, path in paths.items()}, add_logps)

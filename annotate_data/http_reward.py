@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from annotate_data.conversations import with_response
-from annotate_data.http_client import Client
 from annotate_data.parallel import in_parallel
 from annotate_data.work import Score, Task
 from baton.records import Messages
+from baton.servers.client import Client
 
 
 class HTTPReward:

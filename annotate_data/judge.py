@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from annotate_data.http_client import Client
 from annotate_data.http_reward import as_text
 from annotate_data.parallel import in_parallel
 from annotate_data.work import Score, Task
+from baton.servers.client import Client
 
 NO_NUMBER = "the judge gave no score from 1 to 10"
 MAX_TOKENS = 1024  # of the judge's answer

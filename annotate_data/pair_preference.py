@@ -8,12 +8,12 @@ from itertools import permutations
 
 import torch
 
-from annotate_data import models
-from annotate_data.batching import batches, padded, windows
 from annotate_data.work import Score, Task
 from baton.errors import InputError
+from baton.models import loading
+from baton.models.batching import batches, padded, windows
+from baton.models.templates import load_tokenizer, prompt_token_ids
 from baton.records import Messages
-from baton.templates import load_tokenizer, prompt_token_ids
 
 RECORDS_AT_ONCE = 64  # each is K * (K - 1) questions
 TOO_LONG = "longer than max_length tokens as a question about two responses"
@@ -26,19 +26,19 @@ class PairPreference:
     from 0 to 1.
     """
 
-    def __init__(self, path: str, device: torch.device, settings: models.Settings):
+    def __init__(self, path: str, device: torch.device, settings: loading.Settings):
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
         if any(len(ids) != 1 for ids in letters):
             raise InputError(f"{path}: its tokenizer has no single tokens for A and B, so it cannot be asked for them")
-        self.model = models.place(models.load(AutoModelForCausalLM, path, settings.dtype), device)
+        self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device)
         self.letters = torch.tensor([ids[0] for ids in letters], device=device)
         self.device = device
-        self.max_length = models.longest_input(self.model, settings.max_length)
-        self.tokens_per_batch = settings.tokens_per_batch or models.TOKENS_PER_BATCH[device.type]
-        self.least_filled = models.LEAST_FILLED[device.type]
+        self.max_length = loading.longest_input(self.model, settings.max_length)
+        self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
+        self.least_filled = loading.LEAST_FILLED[device.type]
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for window in windows(tasks, RECORDS_AT_ONCE):

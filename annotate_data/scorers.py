@@ -17,14 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from annotate_data import models
 from annotate_data.function_reward import check_function
 from annotate_data.work import Scorer
 from baton.arguments import check_known
 from baton.errors import InputError
+from baton.models import loading
 from baton.program import log_what_runs, world_size
-from baton.remote import check_url
-from baton.templates import check_model_path
+from baton.servers.addresses import check_url
+from baton.sources import check_model_path, check_reward_model
 
 KINDS = ("bt", "vllm", "pair", "custom", "function", "http", "judge")
 DEFAULT_RUBRIC = Path(__file__).with_name("rubric.txt")
@@ -60,7 +60,7 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
     """
     label = f"scorer {scorer.name}"
     if scorer.kind in ("bt", "vllm"):
-        models.check_reward_model(scorer.target)
+        check_reward_model(scorer.target)
         return {label: scorer.target}
     if scorer.kind == "pair":
         check_model_path(scorer.target)
@@ -85,33 +85,33 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
 
 def maker(scorer: Wanted, arguments: Any) -> Callable[[], Scorer]:
     """A function that makes the scorer: loads its model, or prepares its calls."""
-    settings = models.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+    settings = loading.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
     return lambda: MAKERS[scorer.kind](scorer.target, arguments, settings)
 
 
 def _transformers(module: str, name: str) -> Callable[..., Scorer]:
     """A maker of a scorer that runs a transformers model on this process's device."""
 
-    def make(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+    def make(target: str, arguments: Any, settings: loading.Settings) -> Scorer:
         import importlib
 
-        from annotate_data import processes
+        from baton.models import devices
 
-        device = processes.choose_device(arguments.device)
+        device = devices.choose_device(arguments.device)
         scorer = getattr(importlib.import_module(module), name)(target, device, settings)
-        log_what_runs(**processes.described(device), **models.described(scorer.model))
+        log_what_runs(**devices.described(device), **loading.described(scorer.model))
         return scorer
 
     return make
 
 
-def _vllm(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+def _vllm(target: str, arguments: Any, settings: loading.Settings) -> Scorer:
     from annotate_data.vllm_reward import VLLMReward
 
     return VLLMReward(target, settings)
 
 
-def _function(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+def _function(target: str, arguments: Any, settings: loading.Settings) -> Scorer:
     from annotate_data.function_reward import FunctionReward
 
     workers = arguments.workers or max(1, len(os.sched_getaffinity(0)) // world_size())
@@ -119,7 +119,7 @@ def _function(target: str, arguments: Any, settings: models.Settings) -> Scorer:
     return FunctionReward(target, workers, arguments.timeout)
 
 
-def _http(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+def _http(target: str, arguments: Any, settings: loading.Settings) -> Scorer:
     from annotate_data.http_reward import HTTPReward
 
     workers = arguments.workers or 32
@@ -127,7 +127,7 @@ def _http(target: str, arguments: Any, settings: models.Settings) -> Scorer:
     return HTTPReward(target.split(","), arguments.key(), workers, arguments.timeout, arguments.tries)
 
 
-def _judge(target: str, arguments: Any, settings: models.Settings) -> Scorer:
+def _judge(target: str, arguments: Any, settings: loading.Settings) -> Scorer:
     from annotate_data.judge import Judge
 
     workers = arguments.workers or 32
@@ -144,7 +144,7 @@ def _judge(target: str, arguments: Any, settings: models.Settings) -> Scorer:
     )
 
 
-MAKERS: dict[str, Callable[[str, Any, models.Settings], Scorer]] = {
+MAKERS: dict[str, Callable[[str, Any, loading.Settings], Scorer]] = {
     "bt": _transformers("annotate_data.bradley_terry", "BradleyTerry"),
     "pair": _transformers("annotate_data.pair_preference", "PairPreference"),
     "custom": _transformers("annotate_data.custom_model", "CustomModel"),

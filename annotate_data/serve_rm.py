@@ -16,11 +16,12 @@ from typing import Annotated, Literal
 
 from pydantic import SecretStr
 
-from annotate_data import models
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
+from baton.models import loading
 from baton.program import log_what_runs, run
 from baton.records import as_messages
+from baton.sources import check_reward_model
 
 WINDOW = 1024  # conversations that are sorted into batches together
 
@@ -39,18 +40,18 @@ class Arguments(StageArguments):
 
 def main() -> None:
     arguments = parse(Arguments, __doc__)
-    models.check_reward_model(arguments.reward_name_or_path)
+    check_reward_model(arguments.reward_name_or_path)
 
     import uvicorn
 
-    from annotate_data import processes
     from annotate_data.bradley_terry import BradleyTerry
+    from baton.models import devices
 
-    device = processes.choose_device(arguments.device)
-    settings = models.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+    device = devices.choose_device(arguments.device)
+    settings = loading.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
     scorer = BradleyTerry(arguments.reward_name_or_path, device, settings)
     log_what_runs(
-        **processes.described(device), **models.described(scorer.model), listens_on=f"{arguments.host}:{arguments.port}"
+        **devices.described(device), **loading.described(scorer.model), listens_on=f"{arguments.host}:{arguments.port}"
     )
     key = arguments.api_key.get_secret_value() if arguments.api_key else None
     uvicorn.run(application(scorer, key), host=arguments.host, port=arguments.port, log_level="warning")

@@ -3,19 +3,19 @@
 import os
 from collections.abc import Iterable, Iterator
 
-from annotate_data import models
-from annotate_data.batching import windows
 from annotate_data.conversations import token_ids
 from annotate_data.work import Score, Task
 from baton.errors import InputError
+from baton.models import loading
+from baton.models.batching import windows
+from baton.models.templates import load_tokenizer
 from baton.program import log_what_runs, world_size
-from baton.templates import load_tokenizer
 
 
 class VLLMReward:
     """A reward model in an engine of its own. Call it with tasks: it yields the score of each missing response."""
 
-    def __init__(self, path: str, settings: models.Settings):
+    def __init__(self, path: str, settings: loading.Settings):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; nothing is cached for long here

@@ -69,7 +69,7 @@ class Responses:
 class Scores:
     """The scores of all responses under each of several scorers, and what earlier runs left of them.
 
-    Every process makes one before any of them keeps a score, so that all see the same work as done; see `processes.barrier`.
+    Every process makes one before any of them keeps a score, so that all see the same work as done; see `devices.barrier`.
     Holds 12 bytes for each response and scorer.
     """
 

@@ -122,13 +122,13 @@ def run_side(args: argparse.Namespace) -> None:
     """One process of one side: load, warm up, wait for the others, work, write down how long it took."""
     import torch
 
-    from annotate_data import models, processes
     from annotate_data.bradley_terry import BradleyTerry
     from annotate_data.work import Responses, Task
+    from baton.models import devices, loading
     from baton.program import rank, world_size
 
-    device = processes.choose_device(args.device)
-    settings = models.Settings(dtype=args.dtype)
+    device = devices.choose_device(args.device)
+    settings = loading.Settings(dtype=args.dtype)
     responses = Responses(str(args.folder / "in.jsonl"))
     side = args.run_side.split("@")[0]
     warm_up = [Task(0, "", {}, [{"role": "user", "content": "Hello"}], ["Hello " * 200], [0])] * 3
@@ -139,13 +139,13 @@ def run_side(args: argparse.Namespace) -> None:
     else:
         from transformers import AutoModelForSequenceClassification
 
-        model = models.load(AutoModelForSequenceClassification, str(args.folder / "rm"), args.dtype).to(device)
+        model = loading.load(AutoModelForSequenceClassification, str(args.folder / "rm"), args.dtype).to(device)
         share = [record for position, (_, record) in enumerate(responses) if position % world_size() == rank()]
         work = pipeline_of(args, model, share) if side == "pipeline" else padded_of(args, model, share, int(side.split(":")[1]))
         with torch.inference_mode():
             for _ in range(3):
                 model(torch.ones(1, 400, dtype=torch.long, device=device))
-    processes.barrier()
+    devices.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     if device.type == "cuda":

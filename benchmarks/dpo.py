@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_iteration.metrics import forward_flops, peak_flops, weights_of
+from baton.training.metrics import forward_flops, peak_flops, weights_of
 
 MODELS = {  # hidden size, layers, heads, intermediate size, vocabulary
     "17m": (384, 6, 6, 1024, 8192),
@@ -200,7 +200,7 @@ def with_trainer(args, side: str, batch_size: int, rows: list[dict], model, epoc
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig
 
-    from dpo_iteration.reference import reference_logps
+    from baton.training.reference import reference_logps
     from dpo_iteration.trainer import PackedDPOTrainer
 
     packed = side == "packed"
@@ -246,8 +246,8 @@ def autocast(args: argparse.Namespace):
 
 def without_trl(args, side: str, batch_size: int, rows: list[dict], model, epochs: int) -> list[float]:
     """The packed forward pass under a plain loop of AdamW; the loss of every optimizer step."""
-    from dpo_iteration.forward import share_prefixes
-    from dpo_iteration.reference import reference_logps
+    from baton.models.forward import share_prefixes
+    from baton.training.reference import reference_logps
 
     if side != "packed":
         raise SystemExit(f"{side}: TRL is not installed here (pip install trl==1.16.0), only packed sides run")

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from baton import arguments as settings
+from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
 from baton.stage import Drops, Stage
-from baton.templates import load_tokenizer
 from generation import engine, gen_hf, get_hf2, sampling
 from generation.arguments import read_prompts
 

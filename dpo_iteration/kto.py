@@ -11,8 +11,8 @@ from datasets import Dataset
 from trl import KTOConfig, KTOTrainer
 
 from baton.errors import InputError
-from dpo_iteration.forward import TOKENS_PER_ROW, obstacle, share_prefixes
-from dpo_iteration.reference import dataset_reference_logps
+from baton.models.forward import TOKENS_PER_ROW, obstacle, share_prefixes
+from baton.training.reference import dataset_reference_logps
 
 log = logging.getLogger("baton")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.jsonl import Record
+from baton.models.templates import decodes_to, prompt_token_ids, response_token_ids
 from baton.program import harmless
 from baton.stage import Drops
-from baton.templates import decodes_to, prompt_token_ids, response_token_ids
 
 log = logging.getLogger("baton")
 

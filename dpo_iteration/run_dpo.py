@@ -19,12 +19,13 @@ from baton import jsonl, program
 from baton.arguments import option, parse_with_rest
 from baton.errors import InputError
 from baton.mixing import parse_probs
+from baton.models.templates import load_tokenizer
 from baton.pairs import ChooseType, PairSettings
 from baton.prompts import mixed_records, source_inputs, split_sources
+from baton.sources import check_model_path
 from baton.stage import Drops, Stage
-from baton.templates import check_model_path, load_tokenizer
+from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again
-from dpo_iteration.lora import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
 from dpo_iteration.rows import Rows, account, log_rows
 
 log = logging.getLogger("baton")
@@ -128,13 +129,15 @@ def main() -> None:
         pairs = choose_pairs(records, pair_settings(arguments), drops, counted)
         jsonl.write(pairs_path, at_least_one(pairs, arguments.dataset_name_or_path, drops))
 
-    from baton import training
-    from dpo_iteration.checks import check_pairs, check_training
-    from dpo_iteration.memory import sharding_of
+    from baton.training.checkpoints import train
+    from baton.training.checks import check_pairs, check_training
+    from baton.training.config import log_training, trainer_config
+    from baton.training.memory import sharding_of
+    from baton.training.rows import rows_on_disk
     from dpo_iteration.trainer import check_margin
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
-    config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
     check_training(arguments, config, sharding_of(config))
     check_margin(config, arguments.margin_scale)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
@@ -144,7 +147,7 @@ def main() -> None:
         pairs = chain(jsonl.read(pairs_path), pairs_again(earlier, counted))
         return at_least_one(rows.of_pairs(pairs), str(pairs_path), drops)
 
-    dataset = training.rows_on_disk(token_ids, config, "pairs")
+    dataset = rows_on_disk(token_ids, config, "pairs")
     if program.rank() == 0:
         log_rows(dataset, tokenizer, drops, counted)
         if arguments.margin_scale and counted[NO_MARGIN]:
@@ -154,13 +157,13 @@ def main() -> None:
             )
     check_pairs(len(dataset), config)
     trainer = make_trainer(arguments, config, tokenizer, dataset, reference, pairs_path.parent)
-    training.log_training(trainer)
+    log_training(trainer)
 
     def export(folder: Path) -> None:
         if arguments.merge_adapter:
             merge_adapter(arguments.model_name_or_path, folder, config)
 
-    metrics = training.train(trainer, stage, export)
+    metrics = train(trainer, stage, export)
     if program.rank() == 0:
         log.info("pairs: %s", account(counted))
         stage.finish(records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics)
@@ -171,8 +174,8 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
 
     Logs the memory that this takes, before anything is loaded.
     """
-    from dpo_iteration.memory import check_memory, estimate, largest_batch, outline, sharding_of
-    from dpo_iteration.reference import dataset_reference_logps, load
+    from baton.training.memory import check_memory, estimate, largest_batch, outline, sharding_of
+    from baton.training.reference import dataset_reference_logps, load
     from dpo_iteration.trainer import PackedDPOTrainer
 
     packed = arguments.forward == "packed"

@@ -20,9 +20,10 @@ from baton import jsonl, program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
+from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
+from baton.sources import check_model_path
 from baton.stage import Drops, Stage
-from baton.templates import check_model_path, load_tokenizer
 from dpo_iteration.rows import Rows, log_rows
 
 log = logging.getLogger("baton")
@@ -85,11 +86,13 @@ def main() -> None:
         jsonl.write(examples_path, examples)
         check_both_kinds(counted.pop("desirable", 0), counted.pop("undesirable", 0), source, drops)
 
-    from baton import training
+    from baton.training.checkpoints import train
+    from baton.training.config import log_training, trainer_config
+    from baton.training.rows import rows_on_disk
     from dpo_iteration import kto
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed, "precompute_ref_log_probs": True}
-    config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
     kto.check_config(config)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
 
@@ -102,7 +105,7 @@ def main() -> None:
             yield row
         check_both_kinds(labels[True], labels[False], examples_path, drops)
 
-    dataset = training.rows_on_disk(token_ids, config, "examples")
+    dataset = rows_on_disk(token_ids, config, "examples")
     desirable = sum(dataset["label"])
     undesirable = len(dataset) - desirable
     if program.rank() == 0:
@@ -110,7 +113,7 @@ def main() -> None:
         log.info("%d desirable and %d undesirable examples", desirable, undesirable)
     if advice := kto.balance_advice(desirable, undesirable, config):
         log.warning("%s", advice)
-    dataset = training.rows_on_disk(partial(kto.in_training_order, dataset, config, arguments.max_length), config, "in_order")
+    dataset = rows_on_disk(partial(kto.in_training_order, dataset, config, arguments.max_length), config, "in_order")
     trainer = kto.PackedKTOTrainer(
         arguments.model_name_or_path,
         args=config,
@@ -118,8 +121,8 @@ def main() -> None:
         processing_class=tokenizer,
         tokens_per_row=arguments.tokens_per_row,
     )
-    training.log_training(trainer)
-    metrics = training.train(trainer, stage)
+    log_training(trainer)
+    metrics = train(trainer, stage)
     if program.rank() == 0:
         records_in = counted.pop("in")
         examples = {"desirable": desirable, "undesirable": undesirable, **counted}

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from baton.errors import InputError
-from dpo_iteration.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
-from dpo_iteration.metrics import LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
-from dpo_iteration.trees import distinct_tokens
+from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
+from baton.models.trees import distinct_tokens
+from baton.training.metrics import LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.errors import InputError
+from baton.servers.pool import Refused, Servers, Transient
 from generation.arguments import GenerationArguments
 from generation.sampling import Completion, Task, prompt_seed
-from generation.servers import Refused, Servers, Transient
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,16 @@ from pydantic import SecretStr
 from baton import program
 from baton.arguments import option, parse
 from baton.errors import FailuresListed, InputError
+from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
+from baton.servers.pool import Refused, Servers, Transient, base_url
+from baton.sources import check_model_path
 from baton.stage import Drops, Stage
-from baton.templates import check_model_path, load_tokenizer
 from generation import sampling
 from generation.api import Service, ask
 from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
-from generation.servers import Refused, Servers, Transient, base_url
 
 NAMED_FAILURES = 20
 

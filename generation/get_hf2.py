@@ -14,10 +14,11 @@ from typing import Literal
 
 from baton import program
 from baton.arguments import option, parse
+from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
 from baton.prompts import PromptSet, shard_range
+from baton.sources import check_model_path
 from baton.stage import Drops, Stage
-from baton.templates import check_model_path, load_tokenizer
 from generation import engine, sampling
 from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
 

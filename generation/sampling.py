@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import xxhash
 
 from baton.jsonl import Record
+from baton.models.templates import prompt_text, prompt_token_ids
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
 from baton.stage import Drops
-from baton.templates import prompt_text, prompt_token_ids
 from generation.arguments import GenerationArguments
 
 

@@ -16,10 +16,11 @@ from typing import Any
 from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.errors import InputError
+from baton.models.templates import conversation_token_ids, load_tokenizer
 from baton.preferences import preference_records
 from baton.prompts import read_records
+from baton.sources import check_model_path
 from baton.stage import Drops, Stage
-from baton.templates import check_model_path, conversation_token_ids, load_tokenizer
 
 log = logging.getLogger("baton")
 
@@ -91,10 +92,12 @@ def main() -> None:
 
     from trl import RewardTrainer
 
-    from baton import training
+    from baton.training.checkpoints import train
+    from baton.training.config import log_training, trainer_config
+    from baton.training.rows import rows_on_disk
 
     settings |= {"max_length": arguments.max_length}
-    config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     every = min(arguments.eval_every, count)
     splits = {
@@ -107,7 +110,7 @@ def main() -> None:
     }
     drops = {name: Drops() for name in splits}
     rows = {
-        name: training.rows_on_disk(
+        name: rows_on_disk(
             lambda split=split, name=name: tokenised(*split, tokenizer, arguments.max_length, drops[name]), config, name
         )
         for name, split in splits.items()
@@ -119,8 +122,8 @@ def main() -> None:
         eval_dataset=rows["held out"],
         processing_class=tokenizer,
     )
-    training.log_training(trainer)
-    metrics = training.train(trainer, stage)
+    log_training(trainer)
+    metrics = train(trainer, stage)
     quality = held_out_metrics(trainer.evaluate())
     if program.rank() == 0:
         log.info("held out: %s", ", ".join(f"{name} {value:.3f}" for name, value in quality.items()))

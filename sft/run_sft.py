@@ -14,10 +14,11 @@ from typing import Any
 from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.errors import InputError
+from baton.models.templates import load_tokenizer, response_pieces
 from baton.prompts import read_records
 from baton.records import Messages, as_messages, prompt_of
+from baton.sources import check_model_path
 from baton.stage import Drops, Stage
-from baton.templates import check_model_path, load_tokenizer, response_pieces
 
 
 class Arguments(StageArguments):
@@ -87,16 +88,18 @@ def main() -> None:
 
     from trl import SFTTrainer
 
-    from baton import training
+    from baton.training.checkpoints import train
+    from baton.training.config import log_training, trainer_config
+    from baton.training.rows import rows_on_disk
 
     settings |= {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    config = training.trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     drops = Drops()
-    rows = training.rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")
+    rows = rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")
     trainer = SFTTrainer(model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer)
-    training.log_training(trainer)
-    metrics = training.train(trainer, stage)
+    log_training(trainer)
+    metrics = train(trainer, stage)
     if program.rank() == 0:
         stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics)
 

@@ -75,7 +75,7 @@ def test_rewards_are_those_of_the_model_called_on_each_conversation_alone(annota
 def test_attention_in_blocks_is_causal_attention(length, heads, window):
     import torch
 
-    from annotate_data.cpu_attention import blockwise_causal
+    from baton.models.cpu_attention import blockwise_causal
 
     query, key, value = torch.randn(2, 4, length, 8), *torch.randn(2, 2, heads, length, 8)
     distance = torch.arange(length)[:, None] - torch.arange(length)

@@ -461,7 +461,7 @@ def test_a_failed_shard_fails_the_script_with_its_log(policy, tmp_path):
 
 
 def test_a_template_from_a_file_replaces_the_models_own(policy, tmp_path):
-    from baton.templates import load_tokenizer, prompt_token_ids
+    from baton.models.templates import load_tokenizer, prompt_token_ids
 
     (tmp_path / "shout.jinja").write_text(TEMPLATE.replace("message.content", "message.content | upper"))
     tokenizer = load_tokenizer(str(policy), str(tmp_path / "shout.jinja"))

@@ -20,7 +20,7 @@ from trl import DPOConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dpo_iteration.forward import share_prefixes
+from baton.models.forward import share_prefixes
 from dpo_iteration.trainer import PackedDPOTrainer
 
 PAIRS_PER_STEP = 4

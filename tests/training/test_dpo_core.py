@@ -35,13 +35,13 @@ from transformers import (
 from trl import DPOConfig
 
 from baton.errors import InputError
-from dpo_iteration.attention import NAME, block_mask, shared_prefix_attention
-from dpo_iteration.forward import attention, score, share_prefixes
-from dpo_iteration.logps import token_scores
-from dpo_iteration.reference import kept_reference_logps, reference_logps
+from baton.models.attention import NAME, block_mask, shared_prefix_attention
+from baton.models.forward import attention, score, share_prefixes
+from baton.models.logps import token_scores
+from baton.models.trees import pack
+from baton.training.reference import kept_reference_logps, reference_logps
 from dpo_iteration.run_dpo import LOSS_TYPES
 from dpo_iteration.trainer import PackedDPOTrainer
-from dpo_iteration.trees import pack
 
 VOCABULARY = 61
 LENGTH_LIMIT = 48

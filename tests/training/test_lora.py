@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from baton.errors import InputError
+from baton.training.adapters import LoraArguments, adapter_config, check_lora
+from baton.training.memory import outline
+from baton.training.reference import reference_logps, unsharded
 from dpo_iteration import run_dpo
-from dpo_iteration.lora import LoraArguments, adapter_config, check_lora
-from dpo_iteration.memory import outline
-from dpo_iteration.reference import reference_logps, unsharded
 from tests.programs import read_jsonl
 
 STEPS = 4

@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from baton import jsonl, training
+from baton import jsonl
 from baton.errors import InputError
+from baton.models.templates import decodes_to, load_tokenizer, prompt_token_ids, response_pieces, response_token_ids
 from baton.pairs import PairSettings
 from baton.preferences import preference_of
 from baton.stage import Drops
-from baton.templates import decodes_to, load_tokenizer, prompt_token_ids, response_pieces, response_token_ids
-from dpo_iteration import reference
+from baton.training import reference
+from baton.training.reference import DatasetPairs
+from baton.training.rows import rows_on_disk
 from dpo_iteration.choose import at_least_one, choose_pairs, earlier_pairs, pairs_again
-from dpo_iteration.reference import DatasetPairs
 from dpo_iteration.rows import Rows, log_rows, shown
 from tests.programs import write_jsonl
 
@@ -70,7 +71,7 @@ def test_rows_that_no_pair_is_left_for_are_refused_by_filter(tokenizer, tmp_path
 
     config = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(InputError, match=r"pairs\.jsonl: no pair is left; dropped: 3 prompt longer than max_prompt_length 1 "):
-        training.rows_on_disk(rows, config, "pairs")
+        rows_on_disk(rows, config, "pairs")
 
 
 def read_back(path, **settings):

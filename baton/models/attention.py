@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface
 
-from dpo_iteration.trees import Layout
+from baton.models.trees import Layout
 
 NAME = "shared_prefix"
 

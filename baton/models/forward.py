@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dpo_iteration.attention import NAME
-from dpo_iteration.logps import TokenScores, token_scores
-from dpo_iteration.trees import Place, Row, Tokens, distinct_tokens, pack
+from baton.models.attention import NAME
+from baton.models.logps import TokenScores, token_scores
+from baton.models.trees import Place, Row, Tokens, distinct_tokens, pack
 
 # FlexAttention works in blocks of this many tokens, so rows are padded to a multiple of it on a GPU.
 FLEX_BLOCK = 128

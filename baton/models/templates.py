@@ -7,21 +7,6 @@ from baton.errors import InputError
 from baton.records import Messages
 
 
-def check_model_path(model: str) -> None:
-    """Raise InputError, before any heavy import, if `model` is a local path that holds no model.
-
-    A name of the form `owner/name` that is no local path is taken for a model of the Hugging Face hub.
-    """
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
-            raise InputError(f"{model}: no config.json in this folder, so it holds no model")
-    elif path.exists():
-        raise InputError(f"{model}: expected a model's folder, this is a file")
-    elif model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir():
-        raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
-
-
 def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
     """A model's tokenizer, with its chat template replaced by the file `chat_template` where one is given.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from baton.errors import InputError
-from dpo_iteration.memory import Sharding
+from baton.training.memory import Sharding
 
 BF16_SINCE = (8, 0)  # compute capability of the first GPUs (Ampere) that multiply in bf16
 

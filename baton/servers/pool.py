@@ -14,7 +14,7 @@ import orjson
 import tenacity
 
 from baton.errors import FailuresListed, InputError
-from baton.remote import check_url, error_text
+from baton.servers.addresses import check_url, error_text
 
 log = logging.getLogger("baton")
 

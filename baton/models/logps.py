@@ -56,12 +56,17 @@ def token_scores(
 
 
 def gathered(*parameters: Tensor | None):
-    """Context in which ZeRO-3 shards are whole: the head is read without calling its module."""
+    """Context in which ZeRO-3 shards are whole: the head is read without calling its module.
+
+    A head that is the embedding as well may be whole already, and is then left alone.
+    """
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.zero import GatheredParameters
 
-    return maybe_gather_lm_head_ctx(*parameters)
+    sharded = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
+    return GatheredParameters(sharded) if sharded else nullcontext()
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

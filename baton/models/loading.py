@@ -1,11 +1,8 @@
-"""Loading models for scoring, with what can be refused without loading them refused first."""
+"""Loading models for scoring: in evaluation mode, on one device, with the attention that is fastest there."""
 
-import json
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from baton.errors import InputError
-from baton.templates import check_model_path
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -24,21 +21,6 @@ class Settings(NamedTuple):
     chat_template: str | None = None
 
 
-def check_reward_model(path: str) -> None:
-    """Raise InputError, without any heavy import, if a local model has not the one output of a reward model."""
-    check_model_path(path)
-    file = Path(path, "config.json")
-    if file.exists():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        names = config.get("architectures") or []
-        labels = config.get("num_labels") or len(config.get("id2label") or "12")
-        if any("Causal" in name for name in names) or labels != 1:
-            raise InputError(
-                f"{path}: not a Bradley-Terry reward model, which is a sequence classifier with one output; this is "
-                f"{', '.join(names) or 'unnamed'} with {labels} labels"
-            )
-
-
 def load(auto_class: Any, path: str, dtype: Dtype, **options: Any) -> Any:
     """A model in evaluation mode on CPU; dtype `auto` is the checkpoint's. Raises InputError if it cannot be loaded."""
     try:
@@ -50,7 +32,7 @@ def load(auto_class: Any, path: str, dtype: Dtype, **options: Any) -> Any:
 def place(model: Any, device: Any) -> Any:
     """A causal model on its device, on a CPU with the attention that is fastest there."""
     if device.type == "cpu":
-        from annotate_data import cpu_attention
+        from baton.models import cpu_attention
 
         cpu_attention.use(model)
     return model.to(device)

@@ -24,9 +24,9 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from dpo_iteration.attention import NAME
-from dpo_iteration.forward import TOKENS_PER_ROW, attention, obstacle, score
-from dpo_iteration.trees import Tokens
+from baton.models.attention import NAME
+from baton.models.forward import TOKENS_PER_ROW, attention, obstacle, score
+from baton.models.trees import Tokens
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]

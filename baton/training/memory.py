@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from transformers.utils import strtobool
 
 from baton.errors import InputError
-from dpo_iteration.logps import CHUNK_BYTES
+from baton.models.logps import CHUNK_BYTES
 
 log = logging.getLogger("baton")
 

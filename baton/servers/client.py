@@ -8,7 +8,7 @@ import httpx
 import tenacity
 
 from baton.errors import InputError
-from baton.remote import error_text
+from baton.servers.addresses import error_text
 
 
 class Unusable(Exception):

@@ -1,0 +1,1 @@
+"""Where programs run. Standard library and baton/*.py only, since it also runs on login nodes."""

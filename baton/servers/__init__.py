@@ -1,0 +1,1 @@
+"""HTTP clients, and server processes and their state."""

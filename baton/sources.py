@@ -1,0 +1,36 @@
+"""Where models come from, a folder or a hub name: what can be refused before anything is loaded is refused here."""
+
+import json
+from pathlib import Path
+
+from baton.errors import InputError
+
+
+def check_model_path(model: str) -> None:
+    """Raise InputError, before any heavy import, if `model` is a local path that holds no model.
+
+    A name of the form `owner/name` that is no local path is taken for a model of the Hugging Face hub.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+            raise InputError(f"{model}: no config.json in this folder, so it holds no model")
+    elif path.exists():
+        raise InputError(f"{model}: expected a model's folder, this is a file")
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir():
+        raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
+
+
+def check_reward_model(path: str) -> None:
+    """Raise InputError, without any heavy import, if a local model has not the one output of a reward model."""
+    check_model_path(path)
+    file = Path(path, "config.json")
+    if file.exists():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        names = config.get("architectures") or []
+        labels = config.get("num_labels") or len(config.get("id2label") or "12")
+        if any("Causal" in name for name in names) or labels != 1:
+            raise InputError(
+                f"{path}: not a Bradley-Terry reward model, which is a sequence classifier with one output; this is "
+                f"{', '.join(names) or 'unnamed'} with {labels} labels"
+            )

@@ -1,0 +1,37 @@
+"""Steps done, rate and time left of a training, as every stage shows them."""
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback
+
+from baton.progress import Progress
+
+log = logging.getLogger("baton")
+
+
+class ProgressLines(TrainerCallback):
+    """Steps done, rate and time left as every stage shows them, and the trainer's metrics as lines of the log."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.progress = Progress(state.max_steps, "steps", done=state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.progress is not None:
+            self.progress.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and logs:
+            log.info("step %d: %s", state.global_step, ", ".join(f"{name} {_short(value)}" for name, value in logs.items()))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.progress is not None:
+            self.progress.close()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
