@@ -10,12 +10,13 @@ import orjson
 
 from annotate_data.summary import Summary
 from annotate_data.work import Responses, Scorer, Scores, write_records
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.models.devices import barrier
 from baton.program import rank, world_size
 from baton.progress import Progress
-from baton.stage import Drops, Stage
+from baton.stage import Stage
 
 log = logging.getLogger("baton")
 

@@ -3,11 +3,11 @@
 import bisect
 from collections.abc import Iterator
 
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.pairs import PER_RESPONSE_KEYS
 from baton.records import Messages
-from baton.stage import Drops
 
 LOW = "best reward below min_reward"
 

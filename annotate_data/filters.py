@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from baton.arguments import StageArguments, option
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.pairs import PER_RESPONSE_KEYS
 from baton.prompts import read_records, with_ids
 from baton.records import prompt_of, rewards_of
-from baton.stage import Drops
 
 FEW = "too few responses left after the filters"
 

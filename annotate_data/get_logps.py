@@ -18,7 +18,7 @@ from baton.errors import InputError
 from baton.jsonl import Record
 from baton.models import loading
 from baton.program import check_processes, log_what_runs, run
-from baton.sources import check_model_path
+from baton.sources import check_model_path, template_input
 from baton.stage import Stage
 
 
@@ -27,7 +27,7 @@ class Arguments(StageArguments):
     output_dir: Path = option(..., "the output FILE, such as data/logps.jsonl", changes_result=False)
     models: list[str] = option(..., "the models, each as NAME=PATH", changes_result=False, min_length=1)
     dataset_key: str | None = option(None, "key of the prompt (else `prompt` or `context_messages`)")
-    chat_template: Path | None = option(None, "Jinja file, for models that have no chat template")
+    chat_template: Path | None = option(None, "Jinja file, for models that have no chat template", changes_result=False)
     max_length: int | None = option(
         None,
         "tokens of prompt and response; a record with longer ones is dropped (default: the model's)",
@@ -48,6 +48,7 @@ def main() -> None:
     inputs = {
         "dataset": arguments.dataset_name_or_path,
         **{f"model {name}": path for name, path in paths.items()},
+        **template_input(arguments.chat_template),
     }
     stage = Stage.begin("logps", arguments, arguments.output_dir, inputs)
     if stage is None:

@@ -31,6 +31,7 @@ from baton.arguments import StageArguments, option, parse
 from baton.errors import FailuresListed, InputError
 from baton.jsonl import Record
 from baton.program import check_processes, rank, run
+from baton.sources import template_input
 from baton.stage import Stage
 
 
@@ -44,7 +45,9 @@ class Arguments(StageArguments):
     )
     scorer: list[str] | None = option(None, "scorers, each [NAME=]KIND:TARGET (see above)", changes_result=False)
     weights: list[float] | None = option(None, "weight of each scorer in `rewards` (default: 1 each)")
-    chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template")
+    chat_template: Path | None = option(
+        None, "Jinja file, for a reward model that has no chat template", changes_result=False
+    )
     max_length: int | None = option(
         None, "tokens of a conversation; longer ones lose their beginning (default: the model's limit)", ge=8
     )
@@ -78,7 +81,7 @@ def main() -> None:
     check_output(arguments.output_dir)
     wanted = scorers.wanted_scorers(arguments.scorer or [f"bt:{arguments.reward_name_or_path}"])
     weights = weights_of(wanted, arguments.weights)
-    inputs: dict[str, str | Path] = {"dataset": arguments.dataset_name_or_path}
+    inputs: dict[str, str | Path] = {"dataset": arguments.dataset_name_or_path, **template_input(arguments.chat_template)}
     for scorer in wanted:
         inputs |= scorers.check(scorer, arguments)
     settings = {"scorers": [f"{scorer.name}={scorer.kind}" for scorer in wanted]}

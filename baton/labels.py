@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.pairs import IDENTICAL, PER_RESPONSE_KEYS, checked_pair
 from baton.preferences import preference_of
 from baton.prompts import with_ids
 from baton.records import as_messages, check_token_ids, prompt_of, rewards_of
-from baton.stage import Drops
 
 BETWEEN = "reward neither above desirable_above nor below undesirable_below"
 AT_MEAN = "reward equal to the mean of its prompt's rewards"

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.prompts import with_ids
 from baton.records import check_finite, check_token_ids, prompt_of, rewards_of
-from baton.stage import Drops
 
 ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p"]
 

@@ -1,4 +1,4 @@
-"""Where models come from, a folder or a hub name: what can be refused before anything is loaded is refused here."""
+"""Where models and their chat templates come from: what can be refused before anything is loaded is refused here."""
 
 import json
 from pathlib import Path
@@ -19,6 +19,15 @@ def check_model_path(model: str) -> None:
         raise InputError(f"{model}: expected a model's folder, this is a file")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir():
         raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
+
+
+def template_input(chat_template: str | Path | None) -> dict[str, str]:
+    """The file of `--chat_template` as an input of a stage, or nothing. Raises InputError if there is no such file."""
+    if not chat_template:
+        return {}
+    if not Path(chat_template).is_file():
+        raise InputError(f"--chat_template {chat_template}: no such file")
+    return {"chat_template": str(chat_template)}
 
 
 def check_reward_model(path: str) -> None:

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import orjson
 
 from baton import program
 from baton.arguments import StageArguments, identity
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.fingerprint import fingerprint, unchanged
 from baton.partial import part_files
@@ -27,31 +27,6 @@ from baton.partial import part_files
 log = logging.getLogger("baton")
 
 UP_TO_DATE, RESUMES, STARTS = "up to date", "going on where it stopped", "starting"
-
-NAMED_DROPS = 20  # how many drops of each reason are named in the log; the manifest names NAMED_DROPS_KEPT
-NAMED_DROPS_KEPT = 1000
-
-
-class Drops:
-    """Records that a stage leaves out, counted by reason, the first ones by name."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.names: dict[str, list[str]] = {}
-
-    def add(self, reason: str, name: str) -> None:
-        """Count one record, named by its id or file:line, as dropped for `reason`."""
-        self.counts[reason] += 1
-        names = self.names.setdefault(reason, [])
-        if len(names) < NAMED_DROPS_KEPT:
-            names.append(name)
-        if self.counts[reason] <= NAMED_DROPS:
-            log.warning("dropped %s: %s", name, reason)
-        elif self.counts[reason] == NAMED_DROPS + 1:
-            log.warning("more dropped: %s; the manifest names them", reason)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in self.counts.items()) or "none"
 
 
 class Stage:

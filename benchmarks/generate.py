@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from baton import arguments as settings
+from baton.drops import Drops
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
-from baton.stage import Drops, Stage
+from baton.stage import Stage
 from generation import engine, gen_hf, get_hf2, sampling
 from generation.arguments import read_prompts
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from baton import jsonl
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.pairs import PairSettings, candidates, checked_pair, pairs_of, why_left_out
 from baton.preferences import preference_of, preference_records
 from baton.prompts import with_ids
-from baton.stage import Drops
 
 log = logging.getLogger("baton")
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from baton.drops import Drops
 from baton.jsonl import Record
 from baton.models.templates import decodes_to, prompt_token_ids, response_token_ids
 from baton.program import harmless
-from baton.stage import Drops
 
 log = logging.getLogger("baton")
 

@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 from baton import jsonl, program
 from baton.arguments import option, parse_with_rest
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
 from baton.pairs import ChooseType, PairSettings
 from baton.prompts import mixed_records, source_inputs, split_sources
-from baton.sources import check_model_path
-from baton.stage import Drops, Stage
+from baton.sources import check_model_path, template_input
+from baton.stage import Stage
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again
 from dpo_iteration.rows import Rows, account, log_rows
@@ -63,7 +64,7 @@ class Arguments(LoraArguments):
     margin_scale: float = option(0.0, "weight of the reward margin as an offset in the sigmoid loss", ge=0)
     max_length: int = option(2048, "longest prompt and response together, in tokens; responses are cut to fit", ge=2)
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
-    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template")
+    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     seed: int = option(42, "seed of the training and of random pairs")
     forward: Literal["packed", "trl"] = option("packed", "packed rows that share prefixes, or TRL's own padded batches")
     tokens_per_row: int = option(4096, "most tokens of a packed row; a step runs as many rows as its pairs fill", ge=1)
@@ -102,7 +103,7 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
 def inputs_of(arguments: Arguments, reference: str, pairs_path: Path, earlier: list[Path]) -> dict[str, str | Path]:
     """What the run reads, by name, for the manifest. Raises InputError where the pairs would replace one of them."""
     inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path, "reference": reference}
-    inputs |= source_inputs("data", arguments.dataset_name_or_path)
+    inputs |= source_inputs("data", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
     for name, source in inputs.items():
         if Path(source).resolve() == pairs_path.resolve():
             raise InputError(f"{pairs_path}: the pairs cannot replace the input `{name}`; give another --pairs_path")

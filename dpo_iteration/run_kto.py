@@ -18,12 +18,13 @@ from pathlib import Path
 
 from baton import jsonl, program
 from baton.arguments import StageArguments, option, parse_with_rest
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
-from baton.sources import check_model_path
-from baton.stage import Drops, Stage
+from baton.sources import check_model_path, template_input
+from baton.stage import Stage
 from dpo_iteration.rows import Rows, log_rows
 
 log = logging.getLogger("baton")
@@ -52,7 +53,7 @@ class Arguments(StageArguments):
     drop_truncated: bool = option(False, "leave out responses that were cut off by length")
     max_length: int = option(2048, "longest prompt and response together, in tokens; responses are cut to fit", ge=2)
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
-    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template")
+    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     seed: int = option(42, "seed of the training and of the order of the examples")
     tokens_per_row: int = option(4096, "most tokens of a packed row; a step runs as many rows as its examples fill", ge=1)
 
@@ -72,6 +73,7 @@ def main() -> None:
     for model in (arguments.model_name_or_path, reference):
         check_model_path(model)
     inputs = {"model": arguments.model_name_or_path, "reference": reference, "data": source}
+    inputs |= template_input(arguments.chat_template)
     output = Path(arguments.output_dir)
     stage = Stage.begin("kto", arguments, output, inputs, settings)
     if stage is None:

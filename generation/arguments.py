@@ -1,11 +1,10 @@
 """The arguments that every generation program has: which prompts, and how to sample."""
 
-from pathlib import Path
-
 from baton.arguments import StageArguments, option
 from baton.errors import InputError
 from baton.mixing import Selection, parse_probs
 from baton.prompts import PromptSet, source_inputs, split_sources
+from baton.sources import template_input
 
 
 class GenerationArguments(StageArguments):
@@ -38,12 +37,7 @@ class GenerationArguments(StageArguments):
 
 def prompt_inputs(arguments: GenerationArguments) -> dict[str, str]:
     """The files or hub names that the prompts come from, by name, for the manifest."""
-    inputs = source_inputs("prompts", arguments.dataset_name_or_path)
-    if arguments.chat_template:
-        if not Path(arguments.chat_template).is_file():
-            raise InputError(f"--chat_template {arguments.chat_template}: no such file")
-        inputs["chat_template"] = arguments.chat_template
-    return inputs
+    return source_inputs("prompts", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
 
 
 def check(arguments: GenerationArguments) -> None:

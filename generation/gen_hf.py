@@ -20,6 +20,7 @@ from pydantic import SecretStr
 
 from baton import program
 from baton.arguments import option, parse
+from baton.drops import Drops
 from baton.errors import FailuresListed, InputError
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
@@ -27,7 +28,7 @@ from baton.progress import Progress
 from baton.prompts import PromptSet
 from baton.servers.pool import Refused, Servers, Transient, base_url
 from baton.sources import check_model_path
-from baton.stage import Drops, Stage
+from baton.stage import Stage
 from generation import sampling
 from generation.api import Service, ask
 from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts

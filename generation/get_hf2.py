@@ -14,11 +14,12 @@ from typing import Literal
 
 from baton import program
 from baton.arguments import option, parse
+from baton.drops import Drops
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
 from baton.prompts import PromptSet, shard_range
 from baton.sources import check_model_path
-from baton.stage import Drops, Stage
+from baton.stage import Stage
 from generation import engine, sampling
 from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
 

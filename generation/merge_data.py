@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 
 from baton import program
 from baton.arguments import StageArguments, option, parse
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.partial import part_files
-from baton.stage import Drops, Stage, in_progress, manifest_path, read_manifest
+from baton.stage import Stage, in_progress, manifest_path, read_manifest
 
 log = logging.getLogger("baton")
 

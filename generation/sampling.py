@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from baton.drops import Drops
 from baton.jsonl import Record
 from baton.models.templates import prompt_text, prompt_token_ids
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
-from baton.stage import Drops
 from generation.arguments import GenerationArguments
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.models.templates import conversation_token_ids, load_tokenizer
 from baton.preferences import preference_records
 from baton.prompts import read_records
-from baton.sources import check_model_path
-from baton.stage import Drops, Stage
+from baton.sources import check_model_path, template_input
+from baton.stage import Stage
 
 log = logging.getLogger("baton")
 
@@ -40,7 +41,7 @@ class Arguments(StageArguments):
     eval_every: int = option(20, "hold out every so many-th pair where no held-out file is given", ge=2)
     output_dir: str = option(..., "folder of the finished reward model", changes_result=False)
     max_length: int = option(2048, "longest conversation, in tokens; pairs with a longer one are dropped and counted", ge=2)
-    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template")
+    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
 
 
 def tokenised(
@@ -82,6 +83,7 @@ def main() -> None:
     check_model_path(arguments.model_name_or_path)
     source, held_out = arguments.dataset_name_or_path, arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, "pairs": source} | ({"held-out pairs": held_out} if held_out else {})
+    inputs |= template_input(arguments.chat_template)
     stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings)
     if stage is None:
         return

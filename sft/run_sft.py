@@ -13,12 +13,13 @@ from typing import Any
 
 from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.models.templates import load_tokenizer, response_pieces
 from baton.prompts import read_records
 from baton.records import Messages, as_messages, prompt_of
-from baton.sources import check_model_path
-from baton.stage import Drops, Stage
+from baton.sources import check_model_path, template_input
+from baton.stage import Stage
 
 
 class Arguments(StageArguments):
@@ -33,7 +34,7 @@ class Arguments(StageArguments):
     max_samples: int | None = option(None, "use only the first so many demonstrations", ge=1)
     output_dir: str = option(..., "folder of the finished policy", changes_result=False)
     max_length: int = option(2048, "longest conversation, in tokens; longer ones are dropped and counted", ge=2)
-    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template")
+    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
 
 
 def conversation_of(record: dict[str, Any], where: str, response_key: str) -> Messages:
@@ -78,6 +79,7 @@ def main() -> None:
     arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
     check_model_path(arguments.model_name_or_path)
     inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
+    inputs |= template_input(arguments.chat_template)
     stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings)
     if stage is None:
         return

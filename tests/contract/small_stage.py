@@ -8,10 +8,11 @@ from pathlib import Path
 
 from baton import program
 from baton.arguments import StageArguments, option, parse
+from baton.drops import Drops
 from baton.errors import FailuresListed
 from baton.partial import PartialRecords
 from baton.prompts import PromptSet
-from baton.stage import Drops, Stage
+from baton.stage import Stage
 
 
 class Arguments(StageArguments):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton import labels
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
-from baton.stage import Drops
 
 OPENING = [{"role": "user", "content": "Hello"}]
 

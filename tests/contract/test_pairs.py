@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton import pairs
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.pairs import PairSettings, candidates, checked_pair, choose_pair, pairs_of, why_left_out
-from baton.stage import Drops
 
 CHOOSE_TYPES = ("random", "max_random", "max_min", "max_max", "max_min_p")
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
 
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.models.templates import load_tokenizer
-from baton.stage import Drops
 from dpo_iteration.kto import PackedKTOTrainer, balance_advice, check_config, in_training_order, with_reference_logps
 from dpo_iteration.rows import Rows
 from tests.programs import read_jsonl, run_program

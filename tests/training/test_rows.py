@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from baton import jsonl
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.models.templates import decodes_to, load_tokenizer, prompt_token_ids, response_pieces, response_token_ids
 from baton.pairs import PairSettings
 from baton.preferences import preference_of
-from baton.stage import Drops
 from baton.training import reference
 from baton.training.reference import DatasetPairs
 from baton.training.rows import rows_on_disk

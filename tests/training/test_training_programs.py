@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from baton import jsonl
 from baton.arguments import build_config, read_yaml
+from baton.drops import Drops
 from baton.pairs import PairSettings
-from baton.stage import Drops
 from dpo_iteration.choose import choose_pairs
 from tests.programs import ROOT, read_jsonl, run_program, write_jsonl
 

@@ -1,0 +1,31 @@
+"""Promise 4: records that a stage leaves out, counted by reason, the first ones by name."""
+
+import logging
+from collections import Counter
+
+log = logging.getLogger("baton")
+
+NAMED_DROPS = 20  # how many drops of each reason are named in the log; the manifest names NAMED_DROPS_KEPT
+NAMED_DROPS_KEPT = 1000
+
+
+class Drops:
+    """Records that a stage leaves out, counted by reason, the first ones by name."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Count one record, named by its id or file:line, as dropped for `reason`."""
+        self.counts[reason] += 1
+        names = self.names.setdefault(reason, [])
+        if len(names) < NAMED_DROPS_KEPT:
+            names.append(name)
+        if self.counts[reason] <= NAMED_DROPS:
+            log.warning("dropped %s: %s", name, reason)
+        elif self.counts[reason] == NAMED_DROPS + 1:
+            log.warning("more dropped: %s; the manifest names them", reason)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts.items()) or "none"
