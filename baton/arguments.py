@@ -18,14 +18,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from baton.errors import InputError
+from baton.secrets import is_secret
 
 
 def option(default: Any, help: str, *, changes_result: bool = True, **constraints: Any) -> Any:
     """A field of a stage's arguments; `...` as default makes it required.
 
-    `changes_result=False` marks what may differ between two runs of the same work: paths (inputs are compared
-    by their content), memory, log settings. `constraints` are pydantic's (`ge`, `gt`, `le`, `lt`,
-    `min_length`).
+    `changes_result=False` marks what says only how a task is executed: paths (inputs are compared by their content), shards,
+    memory, log settings. `constraints` are pydantic's (`ge`, `gt`, `le`, `lt`, `min_length`).
     """
     return Field(default, description=help, json_schema_extra={"changes_result": changes_result}, **constraints)
 
@@ -39,13 +39,6 @@ class StageArguments(BaseModel):
 
 
 A = typing.TypeVar("A", bound=StageArguments)
-
-
-def identity(arguments: StageArguments) -> dict[str, Any]:
-    """The arguments that decide the result, as plain JSON values; secrets are masked."""
-    fields = type(arguments).model_fields
-    values = arguments.model_dump(mode="json")
-    return {name: values[name] for name, field in fields.items() if field.json_schema_extra["changes_result"]}
 
 
 def parse(model: type[A], description: str, argv: Sequence[str] | None = None) -> A:
@@ -201,4 +194,5 @@ def _explain(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"][:1])
     if problem["type"] == "missing":
         return f"`{name}` is required: give --{name} or set it in the YAML file"
-    return f"`{name}`: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+    got = "a secret that is not shown" if is_secret(name) else repr(problem["input"])
+    return f"`{name}`: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {got}"

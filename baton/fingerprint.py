@@ -1,59 +1,113 @@
-"""What an input is, in a few bytes: so that a stage notices when its input is no longer what it was."""
+"""What an input is, in a few bytes: so that a stage notices when its input is no longer what it was.
 
+A file or a folder is its content, a model or dataset of the hub its commit. Contents are read whole once; later they are read
+again only where a file's size or times have changed since.
+"""
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 CHUNK = 1 << 22  # bytes read at a time
-SAMPLED_ABOVE = 64 << 20  # in a model's folder, of a larger file only the size, the head and the tail are hashed
+READERS = 8  # files of a folder that are read at once
+HUB_SECONDS = 3  # how long to wait for the hub to name its latest commit
 
 
 def fingerprint(source: str | Path) -> dict[str, Any]:
-    """Describe a file by its content, a model's folder by its files, and a hub name by itself.
+    """Describe a file or a folder by its content, and a hub name by its commit.
 
-    Weights of a folder that are larger than 64 MiB are hashed by their size, first and last 4 MiB: training
-    changes every tensor, and reading 16 GB to notice it would cost more than some stages do.
+    `hash` is the content's, `state` that of sizes and times when it was read; the state is taken first, so that a change while
+    reading is noticed later.
     """
     path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        hash_ = xxhash.xxh3_128()
-        for file in files:
-            hash_.update(str(file.relative_to(path)).encode())
-            _hash_file(hash_, file, sampled=file.stat().st_size > SAMPLED_ABOVE)
-        return {"path": str(source), **_cheap(files), "hash": hash_.hexdigest()}
-    if path.is_file():
-        hash_ = xxhash.xxh3_128()
-        _hash_file(hash_, path, sampled=False)
-        return {"path": str(source), **_cheap([path]), "hash": hash_.hexdigest()}
-    return {"path": str(source), "hash": str(source)}
+    if not path.exists():
+        return {"path": str(source), "hash": _hub_hash(str(source), latest_commit(str(source)))}
+    state = _state(_files(path))
+    return {"path": str(source), "state": state, "hash": _content_hash(path, state)}
 
 
-def unchanged(known: dict[str, Any], source: str | Path) -> bool:
-    """Whether `source` is still what `known` describes; contents are read only where size or time differ."""
+def difference(known: dict[str, Any], source: str | Path) -> str | None:
+    """What says that `source` is no longer what `known` describes, as a text, or None.
+
+    The network is not used: of a hub name, the commit that was last loaded on this machine counts.
+    """
     path = Path(source)
-    if known.get("path") == str(source) and "mtime_ns" in known and path.exists():
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        if _cheap(files) == {key: known[key] for key in ("bytes", "mtime_ns")}:
-            return True
-    return known.get("hash") == fingerprint(source)["hash"]
+    if path.exists():
+        same = known.get("state") == _state(_files(path)) or known["hash"] == fingerprint(source)["hash"]
+        return None if same else f"the content of {source} is not what it was"
+    name, _, before = known["hash"].partition("@")
+    if name != str(source):
+        return f"{source} is not {known['path']}"
+    now = cached_commit(name)
+    # Nothing is known where a copy has gone since, or was not here yet when the work began.
+    return f"{source} is at another commit than {before}" if before and now and before != now else None
 
 
-def _cheap(files: list[Path]) -> dict[str, int]:
-    stats = [file.stat() for file in files]
-    return {
-        "bytes": sum(s.st_size for s in stats),
-        "mtime_ns": max((s.st_mtime_ns for s in stats), default=0),
-    }
+def cached_commit(name: str) -> str | None:
+    """The commit of a hub model or dataset that was last loaded on this machine, or None."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for kind in ("models", "datasets"):
+        reference = Path(HF_HUB_CACHE, f"{kind}--{name.replace('/', '--')}", "refs", "main")
+        if reference.is_file():
+            return reference.read_text(encoding="ascii").strip()
+    return None
 
 
-def _hash_file(hash_: Any, path: Path, sampled: bool) -> None:
-    size = path.stat().st_size
-    hash_.update(size.to_bytes(8, "little"))
-    with path.open("rb") as file:
-        if sampled:
-            hash_.update(file.read(CHUNK))
-            file.seek(size - CHUNK)
+def latest_commit(name: str) -> str | None:
+    """The hub's latest commit of a model or dataset, which is about to be loaded; the cached one if the hub does not answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    for kind in ("model", "dataset"):
+        try:
+            return HfApi().repo_info(name, repo_type=kind, timeout=HUB_SECONDS).sha
+        except RepositoryNotFoundError:
+            continue
+        except Exception:  # whatever keeps the hub from answering, the libraries will name it when they load
+            break
+    return cached_commit(name)
+
+
+def _hub_hash(name: str, commit: str | None) -> str:
+    return f"{name}@{commit}" if commit else name
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """The files of a folder by their names in it, hidden ones left out; of a file itself, under no name."""
+    if path.is_file():
+        return {"": path}
+    files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    seen = {str(name): file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
+    return dict(sorted(seen.items()))
+
+
+def _state(files: dict[str, Path]) -> str:
+    """A hash of the files' names, sizes and times. The change time cannot be set back, as the modification time can."""
+    stats = {name: os.stat(file) for name, file in files.items()}
+    text = "\0".join(f"{name} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in stats.items())
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+@functools.cache
+def _content_hash(path: Path, state: str) -> str:
+    """The hash of all files of `path`, read once for each `state`."""
+    files = _files(path)
+    whole = xxhash.xxh3_128()
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, digest in zip(files, readers.map(_digest, files.values()), strict=True):
+            whole.update(name.encode() + b"\0" + digest)
+    return whole.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    """The hash of one file's content."""
+    hash_ = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
             hash_.update(chunk)
+    return hash_.digest()

@@ -2,37 +2,45 @@
 
 A part file holds a line `[position, record]` for each finished record, where position counts the input's
 records from 0. Every process appends to a part of its own, so no two write to one file; all parts together
-say what is done.
+say what is done, whatever number of processes wrote them.
 """
 
 import errno
 import glob
 import os
+import re
 from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from baton import program
+from baton.errors import InputError
 from baton.jsonl import Record, dump, parse
 
 
 class PartialRecords:
-    """One output's finished records: `in` tells what is done, `append` adds, `assemble` makes the final file.
+    """One output's finished records: `in` says whether one is done, `append` adds one, `assemble` makes the final file.
 
     Holds 12 bytes a record, whatever the record's length.
     """
 
-    def __init__(self, output: Path, count: int):
-        """Read what earlier runs finished of `count` records; cut this process's half-written last line."""
-        self.output, self.count = output, count
+    def __init__(self, output: Path, count: int, span: range | None = None, part: str | None = None):
+        """Read which of `count` records are finished; cut this process's half-written last line.
+
+        `span` are the positions that this process is responsible for (all of them if None), `part` is the ending of its own
+        part's name (if None: its rank, nothing for process 0).
+        """
+        self.output, self.span = output, range(count) if span is None else span
         self.part_of = array("i", [-1]) * count
         self.offset_of = array("q", [0]) * count
-        self.parts = part_files(output)
-        for number, part in enumerate(self.parts):
-            for position, offset, _ in _lines(part):
+        self.count = len(self.span)
+        self.parts = [part for part in part_files(output) if _may_hold(part, self.span, count)]
+        for number, path in enumerate(self.parts):
+            for position, offset, _ in _lines(path):
                 self.part_of[position], self.offset_of[position] = number, offset
-        self.done = sum(1 for part in self.part_of if part >= 0)
-        self.own = output.with_name(f"{output.name}.partial{program.rank() or ''}")
+        self.done = sum(1 for position in self.span if position in self)
+        self.own = output.with_name(f"{output.name}.partial{(program.rank() or '') if part is None else part}")
         if self.own.exists():
             os.truncate(self.own, max((offset + len(line) for _, offset, line in _lines(self.own)), default=0))
         self.file = None
@@ -41,11 +49,11 @@ class PartialRecords:
         return self.part_of[position] >= 0
 
     def records(self) -> Iterator[tuple[int, Record]]:
-        """Yield (position, record) for everything finished before this process started."""
+        """Yield (position, record) for everything of the span that was finished before this process started."""
         for part in self.parts:
-            for _, offset, line in _lines(part):
-                position, record = parse_line(line, f"{part} at byte {offset}")
-                yield position, record
+            for position, offset, line in _lines(part):
+                if position in self.span:
+                    yield parse_line(line, f"{part} at byte {offset}")
 
     def append(self, position: int, record: Record) -> None:
         """Put a finished record on disk. A full disk raises OSError and leaves only whole lines behind."""
@@ -60,25 +68,26 @@ class PartialRecords:
             os.truncate(self.own, start)
             raise OSError(error.errno, error.strerror, str(self.own)) from None
 
-    def assemble(self) -> int:
-        """Write all parts to the output in input order, atomically; returns the number of records."""
+    def assemble(self, target: Path | None = None) -> int:
+        """Write the span's records to `target` (the output if None) in input order, atomically; returns their number."""
         self.close()
-        merged = PartialRecords(self.output, self.count)
-        in_order = self.output.with_name(self.output.name + ".sorting")
-        with in_order.open("wb", buffering=1 << 16) as file:
-            sources = [part.open("rb") for part in merged.parts]
-            written = 0
-            for number, offset in zip(merged.part_of, merged.offset_of, strict=True):
-                if number >= 0:
-                    sources[number].seek(offset)
-                    line = sources[number].readline()
+        target = target or self.output
+        merged = PartialRecords(self.output, len(self.part_of), self.span)
+        in_order = target.with_name(target.name + ".sorting")
+        written = 0
+        with ExitStack() as open_files:
+            file = open_files.enter_context(in_order.open("wb", buffering=1 << 16))
+            sources = [open_files.enter_context(part.open("rb")) for part in merged.parts]
+            for position in self.span:
+                if position in merged:
+                    source = sources[merged.part_of[position]]
+                    source.seek(merged.offset_of[position])
+                    line = source.readline()
                     file.write(line[line.index(b",") + 1 : -2] + b"\n")
                     written += 1
-            for source in sources:
-                source.close()
             file.flush()
             os.fsync(file.fileno())
-        in_order.replace(self.output)
+        in_order.replace(target)
         return written
 
     def close(self) -> None:
@@ -94,9 +103,25 @@ def parse_line(line: bytes, where: str) -> tuple[int, Record]:
 
 
 def part_files(output: Path) -> list[Path]:
-    """The part files of an output: `<output>.partial` of process 0, `<output>.partial1` of process 1, …"""
+    """The part files of an output: `<output>.partial` of process 0, `.partial1` of process 1, `.partial0-of-8` of a shard, …"""
     name = glob.escape(output.name)
     return sorted([*output.parent.glob(f"{name}.partial"), *output.parent.glob(f"{name}.partial[0-9]*")])
+
+
+def shard_range(total: int, index: int, count: int) -> range:
+    """The positions of shard `index` of `count`: contiguous, in one shard each, sizes at most one apart."""
+    if not 0 <= index < count:
+        raise InputError(f"shard {index} of {count}: --local_index must be within 0..{count - 1} (0..my_world_size-1)")
+    return range(total * index // count, total * (index + 1) // count)
+
+
+def _may_hold(part: Path, span: range, total: int) -> bool:
+    """Whether a part can hold positions of `span`: a shard's part, whose name says which shard, holds that shard's alone."""
+    shard = re.search(r"\.partial(\d+)-of-(\d+)$", part.name)
+    if not shard:
+        return True
+    held = shard_range(total, int(shard[1]), int(shard[2]))
+    return held.start < span.stop and span.start < held.stop
 
 
 def _lines(part: Path) -> Iterator[tuple[int, int, bytes]]:

@@ -15,6 +15,7 @@ from baton import jsonl
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.mixing import Selection, select_rows
+from baton.partial import shard_range
 from baton.records import Messages, prompt_hash, prompt_id, prompt_of
 
 log = logging.getLogger("baton")
@@ -78,13 +79,13 @@ class PromptSet:
         return prompt_id(int(self.hashes[position]), int(self.ordinals[position]))
 
     def shard(self, index: int, count: int) -> Iterator[tuple[int, str, Record, Messages]]:
-        """Yield (position in the shard, where, record with `id` and `prompt`, messages) of one shard."""
+        """Yield (position in the prompt set, where, record with `id` and `prompt`, messages) of one shard."""
         span = shard_range(len(self), index, count)
         records = _records_at(self.rows[span.start : span.stop], self.sources, self.split)
         for position, (where, record) in zip(span, records, strict=True):
             messages = self._messages(record, where)
             numbered_record = {**record, "id": self.id(position), "prompt": messages}
-            yield position - span.start, where, numbered_record, messages
+            yield position, where, numbered_record, messages
 
     def _messages(self, record: Record, where: str) -> Messages:
         messages = prompt_of(record, where, self.key)
@@ -135,13 +136,6 @@ def _records_at(rows: Iterable[int], sources: list[str], split: str) -> Iterator
         while at < row:
             at, found = next(numbered)
         yield found
-
-
-def shard_range(total: int, index: int, count: int) -> range:
-    """The positions of shard `index` of `count`: contiguous, in one shard each, sizes at most one apart."""
-    if not 0 <= index < count:
-        raise InputError(f"shard {index} of {count}: --local_index must be within 0..{count - 1} (0..my_world_size-1)")
-    return range(total * index // count, total * (index + 1) // count)
 
 
 def ordinals(hashes: np.ndarray) -> np.ndarray:

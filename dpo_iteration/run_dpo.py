@@ -118,7 +118,8 @@ def main() -> None:
     output = Path(arguments.output_dir)
     pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
     earlier = earlier_pairs(pairs_path, arguments.history)
-    stage = Stage.begin("dpo", arguments, output, inputs_of(arguments, reference, pairs_path, earlier), settings)
+    inputs = inputs_of(arguments, reference, pairs_path, earlier)
+    stage = Stage.begin("dpo", arguments, output, inputs, settings, config_class)
     if stage is None:
         return
     program.check_processes()

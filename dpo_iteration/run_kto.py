@@ -75,7 +75,7 @@ def main() -> None:
     inputs = {"model": arguments.model_name_or_path, "reference": reference, "data": source}
     inputs |= template_input(arguments.chat_template)
     output = Path(arguments.output_dir)
-    stage = Stage.begin("kto", arguments, output, inputs, settings)
+    stage = Stage.begin("kto", arguments, output, inputs, settings, config_class)
     if stage is None:
         return
     program.check_processes()

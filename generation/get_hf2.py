@@ -6,20 +6,19 @@
 
 Shard i of --my_world_size is written to <output_dir>i.jsonl: the prompt's record with `responses`,
 `response_token_ids` (what was sampled, end-of-turn token included) and `finish_reasons`, K of each, in input
-order.
+order. After a death any number of shards goes on: what one has sampled is not sampled again by another.
 """
 
 from pathlib import Path
 from typing import Literal
 
-from baton import program
+from baton import program, shards
 from baton.arguments import option, parse
 from baton.drops import Drops
 from baton.models.templates import load_tokenizer
-from baton.partial import PartialRecords
-from baton.prompts import PromptSet, shard_range
+from baton.partial import PartialRecords, shard_range
+from baton.prompts import PromptSet
 from baton.sources import check_model_path
-from baton.stage import Stage
 from generation import engine, sampling
 from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
 
@@ -27,8 +26,8 @@ from generation.arguments import GenerationArguments, check, prompt_inputs, read
 class Arguments(GenerationArguments):
     model_name_or_path: str = option(..., "the policy: a model's folder or hub name", changes_result=False)
     output_dir: str = option(..., "the shard goes to <output_dir><local_index>.jsonl", changes_result=False)
-    local_index: int = option(0, "which shard, from 0", ge=0)
-    my_world_size: int = option(1, "how many shards", ge=1)
+    local_index: int = option(0, "which shard, from 0", ge=0, changes_result=False)
+    my_world_size: int = option(1, "how many shards; may change between a run and its resume", ge=1, changes_result=False)
     backend: Literal["vllm", "hf"] = option("vllm", "the engine; hf is transformers, slow, where vLLM cannot run")
     max_model_len: int | None = option(None, "tokens of prompt and response; the model's context if not given", ge=2)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "of weights and arithmetic")
@@ -50,19 +49,19 @@ def main() -> None:
     check_model_path(arguments.model_name_or_path)
     check(arguments)
     inputs = {**prompt_inputs(arguments), "model": arguments.model_name_or_path}
-    output = Path(f"{arguments.output_dir}{arguments.local_index}.jsonl")
+    prefix = Path(arguments.output_dir)
 
-    stage = Stage.begin("generate", arguments, output, inputs)
+    stage = shards.begin("generate", arguments, prefix, *shard, inputs)
     if stage is None:
         return
     prompts = read_prompts(arguments)
-    count = len(shard_range(len(prompts), *shard))
-    partial, drops = PartialRecords(output, count), Drops()
+    span = shard_range(len(prompts), *shard)
+    partial, drops = PartialRecords(prefix, len(prompts), span, stage.part), Drops()
     tokens = sum(sampling.count_tokens(record) for _, record in partial.records())
-    if partial.done < count:
+    if partial.done < len(span):
         tokens += generate(arguments, prompts, partial, drops)
-    written = partial.assemble()
-    stage.finish(records_in=count, records_out=written, drops=drops, prompts=len(prompts), tokens=tokens)
+    written = partial.assemble(stage.output)
+    stage.finish(records_in=len(span), records_out=written, drops=drops, prompts=len(prompts), tokens=tokens)
     engine.leave()
 
 

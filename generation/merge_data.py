@@ -1,4 +1,4 @@
-"""Join the shards of a generation in order, once all of them are there, finished and of one run.
+"""Join the shards of a generation in order, once all of them are there, finished and of one task.
 
     python generation/merge_data.py --base_path data/gen_data --num_datasets 8 --output_dir data/gen.jsonl
 
@@ -16,8 +16,9 @@ from baton import program
 from baton.arguments import StageArguments, option, parse
 from baton.drops import Drops
 from baton.errors import InputError
-from baton.partial import part_files
-from baton.stage import Stage, in_progress, manifest_path, read_manifest
+from baton.manifest import in_progress, manifest_path, read_manifest
+from baton.shards import finished_number, of_one_task, refused_path, shard_manifests, shard_path
+from baton.stage import Stage
 
 log = logging.getLogger("baton")
 
@@ -27,16 +28,18 @@ CHUNK = 1 << 16  # bytes copied at a time; writes of 256 KiB and more take sever
 class Arguments(StageArguments):
     base_path: str = option(..., "shard i is <base_path>i.jsonl", changes_result=False)
     output_dir: str = option(..., "the merged file (a file's name, in spite of the flag's)", changes_result=False)
-    num_datasets: int = option(..., "how many shards", ge=1)
+    num_datasets: int = option(..., "how many shards", ge=1, changes_result=False)
 
 
 def main() -> None:
     arguments = parse(Arguments, __doc__ or "")
-    shards = [Path(f"{arguments.base_path}{index}.jsonl") for index in range(arguments.num_datasets)]
-    manifests = [check_there(shard) for shard in shards]
+    prefix, output = Path(arguments.base_path), Path(arguments.output_dir)
+    shards = [shard_path(prefix, index) for index in range(number_of_shards(prefix, arguments.num_datasets))]
+    for shard in shards:
+        check_there(prefix, shard)
+    manifests = [read_manifest(shard) for shard in shards]
     facts = check_one_run(shards, manifests)
 
-    output = Path(arguments.output_dir)
     stage = Stage.begin("merge", arguments, output, {f"shard{i}": shard for i, shard in enumerate(shards)})
     if stage is None:
         return
@@ -44,19 +47,36 @@ def main() -> None:
     stage.finish(records_in=lines, records_out=lines, drops=Drops(), **facts)
 
 
-def check_there(shard: Path) -> dict[str, Any] | None:
-    """The manifest of a finished shard, or None: another toolkit made it. Raises InputError if unfinished."""
-    if manifest_path(in_progress(shard)).exists() or part_files(shard):
-        raise InputError(f"{shard}: unfinished; run its get_hf2.py again (same arguments) to complete it")
+def number_of_shards(prefix: Path, requested: int) -> int:
+    """How many shards to merge: `requested`, or the number in which the task was finished where that is another."""
+    manifests = shard_manifests(prefix)
+    number = finished_number(manifests)
+    if number is None or number == requested:
+        return requested
+    if any(refused_path(shard_path(prefix, index)).exists() for index in range(max(number, requested))):
+        return requested
+    log.warning("--num_datasets %d: the task was finished in %d shards, so these are merged", requested, number)
+    return number
+
+
+def check_there(prefix: Path, shard: Path) -> None:
+    """Raise InputError if a shard is missing or unfinished, or if the last program that was to make it refused to."""
+    refused = refused_path(shard)
+    if refused.exists():
+        raise InputError(
+            f"{shard}: is of an earlier task: the last program for this shard refused to replace it: "
+            f"{refused.read_text(encoding='utf-8').strip()}"
+        )
     if not shard.is_file():
+        if manifest_path(in_progress(prefix)).exists():
+            raise InputError(f"{shard}: unfinished; run its get_hf2.py again (same arguments) to complete it")
         raise InputError(f"{shard}: missing; generate this shard, or give the right --base_path and --num_datasets")
-    return read_manifest(shard)
 
 
 def check_one_run(shards: list[Path], manifests: list[dict[str, Any] | None]) -> dict[str, Any]:
     """What the shards' manifests say of the whole: prompts, drops, tokens.
 
-    Raises InputError if the shards are of different runs, or not all of one.
+    Raises InputError if the shards are of different tasks, or not all of one.
     """
     if not any(manifests):
         log.info("no shard has a manifest: taken as they are")
@@ -65,16 +85,16 @@ def check_one_run(shards: list[Path], manifests: list[dict[str, Any] | None]) ->
     for index, (shard, manifest) in enumerate(zip(shards, manifests, strict=True)):
         if first is None or manifest is None:
             without = shards[0] if first is None else shard
-            raise InputError(f"{without}: has no manifest, others have: it is of another run; generate it again")
-        arguments = manifest["arguments"]
-        place = arguments.get("local_index"), arguments.get("my_world_size")
-        if place != (index, len(shards)):
+            raise InputError(f"{without}: has no manifest, others have: it is of another task; generate it again")
+        place = manifest.get("shard")
+        if place != [index, len(shards)]:
+            made = f"made as shard {place[0]} of {place[1]}" if place else "not made as a shard"
             raise InputError(
-                f"{shard}: made as shard {place[0]} of {place[1]}, taken for shard {index} of {len(shards)}; "
-                "give the right --num_datasets, or generate the shards again"
+                f"{shard}: {made}, taken for shard {index} of {len(shards)}; give the right --num_datasets, or generate the "
+                "shards again"
             )
-        if difference := _difference(first, manifest):
-            raise InputError(f"{shard}: of another run than {shards[0]}: it has another {difference}")
+        if difference := of_one_task(first, manifest):
+            raise InputError(f"{shard}: of another task than {shards[0]}: it has another {difference}")
     dropped = Counter()
     for manifest in manifests:
         dropped.update(manifest["counts"]["dropped"])
@@ -127,17 +147,6 @@ def copy_lines(source: Path, target: BinaryIO, buffer: bytearray) -> int:
 def _write_all(target: BinaryIO, rest: memoryview) -> None:
     while rest:
         rest = rest[target.write(rest) :]
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first argument but the shard's place, or the first input, in which two shards' manifests differ."""
-    for name in sorted(one["arguments"].keys() | other["arguments"].keys()):
-        if name != "local_index" and one["arguments"].get(name) != other["arguments"].get(name):
-            return f"{name} ({other['arguments'].get(name)!r}, not {one['arguments'].get(name)!r})"
-    for name in sorted(one["inputs"].keys() | other["inputs"].keys()):
-        if one["inputs"].get(name, {}).get("hash") != other["inputs"].get(name, {}).get("hash"):
-            return f"content of {name} ({other['inputs'].get(name, {}).get('path')})"
-    return None
 
 
 if __name__ == "__main__":

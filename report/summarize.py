@@ -21,7 +21,7 @@ from rich.console import Console
 from baton import program
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
-from baton.stage import read_manifest
+from baton.manifest import read_manifest
 from report.metrics import read_round, summarize
 from report.table import print_rounds, print_samples, print_stages
 

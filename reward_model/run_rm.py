@@ -84,7 +84,7 @@ def main() -> None:
     source, held_out = arguments.dataset_name_or_path, arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, "pairs": source} | ({"held-out pairs": held_out} if held_out else {})
     inputs |= template_input(arguments.chat_template)
-    stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings)
+    stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class)
     if stage is None:
         return
     program.check_processes()

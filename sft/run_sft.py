@@ -80,7 +80,7 @@ def main() -> None:
     check_model_path(arguments.model_name_or_path)
     inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
     inputs |= template_input(arguments.chat_template)
-    stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings)
+    stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class)
     if stage is None:
         return
     program.check_processes()

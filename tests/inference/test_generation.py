@@ -169,7 +169,7 @@ def test_killed_at_five_points_and_started_again_every_prompt_is_there_once(poli
     points = sorted(random.Random(0).sample(range(1, 250), 5))
     for point in points:
         process = start(*command)
-        while process.exitcode is None and finished_lines(output) < point:
+        while process.exitcode is None and finished_lines(tmp_path / "gen_data.partial0-of-1") < point:
             process.join(0.02)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
@@ -178,7 +178,7 @@ def test_killed_at_five_points_and_started_again_every_prompt_is_there_once(poli
         psutil.wait_procs(children, timeout=10)
         assert not any(child.is_running() for child in children)
         assert not output.exists()
-    with Path(f"{output}.partial").open("ab") as partial:
+    with (tmp_path / "gen_data.partial0-of-1").open("ab") as partial:
         partial.write(b'[299,{"id": "half a rec')
     succeed(*command)
     records = read(output)
@@ -190,9 +190,64 @@ def test_killed_at_five_points_and_started_again_every_prompt_is_there_once(poli
     }  # fmt: skip
 
 
-def finished_lines(output: Path) -> int:
-    partial = Path(f"{output}.partial")
-    return partial.read_bytes().count(b"\n") if partial.exists() else 0
+def finished_lines(part: Path) -> int:
+    return part.read_bytes().count(b"\n") if part.exists() else 0
+
+
+def test_killed_in_three_shards_and_finished_in_two_nothing_is_sampled_twice_and_the_tokens_are_the_same(policy, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [f"film {n}" for n in range(60)])
+    flags = {"model_name_or_path": policy, "dataset_name_or_path": prompts, "K": 2, "max_new_tokens": 40, "max_num_seqs": 4}
+    flags |= {"dtype": "float32"}
+    once, again = tmp_path / "once", tmp_path / "again"
+    succeed(*program("get_hf2.py", "--reproducible", output_dir=once, **flags))
+    for index in (0, 2):
+        process = start(*program("get_hf2.py", "--reproducible", output_dir=again, local_index=index, my_world_size=3, **flags))
+        while process.exitcode is None and finished_lines(tmp_path / f"again.partial{index}-of-3") < 5:
+            process.join(0.01)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was done before it was killed"
+    kept = {}
+    for part in tmp_path.glob("again.partial?-of-3"):
+        lines = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"]\n")]
+        kept |= {int(line[1 : line.index(b",")]): line[line.index(b",") + 1 : -2] for line in lines}
+    assert 10 <= len(kept) < 40
+    logs = [
+        succeed(*program("get_hf2.py", "--reproducible", output_dir=again, local_index=index, my_world_size=2, **flags)).stderr
+        for index in (0, 1)
+    ]
+    merged = program("merge_data.py", base_path=again, output_dir=tmp_path / "again.jsonl", num_datasets=3)
+    assert "finished in 2 shards" in succeed(*merged).stderr
+    assert all("going on where it stopped" in log for log in logs)
+    lines = (tmp_path / "again.jsonl").read_bytes().splitlines()
+    assert {position: lines[position] for position in kept} == kept
+    assert [record["n"] for record in read(tmp_path / "again.jsonl")] == list(range(60))
+    assert read(tmp_path / "again.jsonl") == read(tmp_path / "once0.jsonl")
+    up_to_date = succeed(*program("get_hf2.py", "--reproducible", output_dir=again, local_index=4, my_world_size=5, **flags))
+    assert "up to date: the task is finished in 2 shards" in up_to_date.stderr
+
+
+def test_a_second_iteration_with_the_same_paths_is_not_merged_into_the_first_ones_data(policy, tmp_path):
+    """The lines of Online-RLHF's test_gen.sh, started with `&` and `wait`, which hides a shard that refuses."""
+    prompts = write(tmp_path / "prompts.jsonl", PROMPTS[:4])
+    (tmp_path / "second").mkdir()
+    second = write(tmp_path / "second/prompts.jsonl", PROMPTS[4:8])
+    flags = {"model_name_or_path": policy, "output_dir": tmp_path / "gen_data", "K": 1, "max_new_tokens": 4, "my_world_size": 2}
+    for index in (0, 1):
+        succeed(*program("get_hf2.py", dataset_name_or_path=prompts, local_index=index, **flags))
+    assert merge(tmp_path, 2).returncode == 0
+    for index in (0, 1):
+        refused = run_program(*program("get_hf2.py", dataset_name_or_path=second, local_index=index, **flags))
+        assert refused.returncode == 2
+    result = merge(tmp_path, 2)
+    assert result.returncode == 2
+    assert re.search(r"gen_data0\.jsonl: .*refused .*prompts: the content of \S+ is not what it was", result.stderr)
+    for index in (0, 1):
+        succeed(*program("get_hf2.py", "--overwrite", dataset_name_or_path=second, local_index=index, **flags))
+    assert "the content of" in merge(tmp_path, 2).stderr  # the merged file is the first iteration's
+    succeed(*merge_command(tmp_path, 2), "--overwrite")
+    assert [record["n"] for record in read(tmp_path / "gen_data.json")] == [0, 1, 2, 3]
+    assert read(tmp_path / "gen_data.json")[0]["prompt"][0]["content"] == PROMPTS[4]
 
 
 def test_a_forked_engine_process_dies_with_its_program(tmp_path):
@@ -351,7 +406,7 @@ def test_a_full_disk_leaves_whole_records_and_the_run_goes_on_afterwards(policy,
     result = run([sys.executable, *command], preexec_fn=limit_file_size)
     assert result.returncode == 2, result.stderr
     assert "free some space" in result.stderr
-    kept = finished_lines(tmp_path / "gen0.jsonl")
+    kept = finished_lines(tmp_path / "gen.partial0-of-1")
     assert 0 < kept < 40
     succeed(*command)
     assert [record["n"] for record in read(tmp_path / "gen0.jsonl")] == list(range(40))
@@ -403,24 +458,35 @@ def test_merging_names_a_missing_shard(shards):
 
 
 def test_merging_names_an_unfinished_shard(shards):
-    (shards / "gen_data5.jsonl").rename(shards / "gen_data5.jsonl.partial")
+    (shards / "gen_data5.jsonl").rename(shards / "gen_data.partial5-of-8")
+    shutil.copy(shards / "gen_data5.jsonl.manifest.json", shards / "gen_data.partial.manifest.json")
     assert_merge_refused(shards, r"gen_data5\.jsonl: unfinished")
 
 
 def test_merging_names_a_shard_of_a_run_with_other_arguments(shards):
     change_manifest(shards / "gen_data5.jsonl", temperature=0.5)
-    assert_merge_refused(shards, r"gen_data5\.jsonl: of another run .* temperature \(0\.5, not 1\.0\)")
+    assert_merge_refused(shards, r"gen_data5\.jsonl: of another task .* temperature \(0\.5, not 1\.0\)")
 
 
 def test_merging_names_a_shard_of_other_prompts(shards):
     content = manifest(shards / "gen_data5.jsonl")
     content["inputs"]["prompts"]["hash"] = "0"
     (shards / "gen_data5.jsonl.manifest.json").write_text(json.dumps(content))
-    assert_merge_refused(shards, r"gen_data5\.jsonl: of another run .* content of prompts")
+    assert_merge_refused(shards, r"gen_data5\.jsonl: of another task .* content of prompts")
 
 
 def test_merging_fewer_shards_than_were_made_is_refused(shards):
+    for name in ("gen_data7.jsonl", "gen_data7.jsonl.manifest.json"):
+        (shards / name).unlink()
     assert_merge_refused(shards, "shard 0 of 8, taken for shard 0 of 7", num_datasets=7)
+
+
+@pytest.mark.parametrize("number", [1, 7, 9])
+def test_merging_takes_all_shards_of_a_finished_task_whatever_number_is_given(shards, run_of_eight, number):
+    result = merge(shards, number)
+    assert result.returncode == 0, result.stderr
+    assert "the task was finished in 8 shards, so these are merged" in result.stderr
+    assert (shards / "gen_data.json").read_bytes() == (run_of_eight / "gen_data.jsonl").read_bytes()
 
 
 def test_merging_names_a_shard_that_was_cut(shards):

@@ -1,0 +1,51 @@
+"""Manifests: the JSON file beside an output that says what made it, and the names of the files around an output."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from baton.errors import InputError
+
+
+def manifest_path(output: Path) -> Path:
+    """The manifest beside a finished output."""
+    return output.with_name(output.name + ".manifest.json")
+
+
+def in_progress(output: Path) -> Path:
+    """The name of unfinished work on an output, under which its manifest stands: `<output>.partial`."""
+    return output.with_name(output.name + ".partial")
+
+
+def put_aside(output: Path) -> Path:
+    """Where an output is kept while its successor is made: `<output>.old`."""
+    return output.with_name(output.name + ".old")
+
+
+def read_manifest(output: Path) -> dict[str, Any] | None:
+    """The manifest beside `output`, or None. Raises InputError if it is not JSON."""
+    path = manifest_path(output)
+    try:
+        return orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON: {error}; --overwrite starts the stage afresh") from None
+
+
+def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest beside `output`, atomically."""
+    path = manifest_path(output)
+    unfinished = path.with_name(path.name + ".writing")
+    unfinished.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
+    unfinished.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,227 @@
+"""A task that several programs share, each sampling a shard: any number of shards goes on with the work of any other.
+
+Shard i of n takes the positions `shard_range(total, i, n)` of the prompt set, and of those what no part holds. Its part is
+`<prefix>.partial<i>-of-<n>`; the manifest of the task in progress is that of `<prefix>.partial`. A shard whose positions are
+all finished is written to `<prefix><i>.jsonl`. The parts stay until all shards of one number are there, so nothing is lost
+when the number changes before.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from baton.arguments import StageArguments
+from baton.drops import Drops
+from baton.errors import InputError
+from baton.locks import Lock
+from baton.manifest import in_progress, manifest_path, read_manifest, remove, write_manifest
+from baton.partial import part_files
+from baton.stage import RESUMES, STARTS, UP_TO_DATE, Stage, listed, refuse_own_input, remove_partial, replace_output, started
+from baton.task import differences, task_of
+
+log = logging.getLogger("baton")
+
+
+class AtWork(InputError):
+    """Another process is working on this shard, or on another number of shards."""
+
+
+DifferencesOf = Callable[[dict[str, Any]], list[str]]  # in what a manifest is of another task than the one to be done
+
+
+class Shard(Stage):
+    """One run of a program that samples shard `index` of `count` of the task at `prefix`; made by `begin`."""
+
+    def __init__(self, prefix: Path, index: int, count: int, task: dict[str, Any]):
+        super().__init__(shard_path(prefix, index), task, Lock(_lock_path(prefix, index, count)))
+        self.prefix, self.index, self.count = prefix, index, count
+
+    @property
+    def part(self) -> str:
+        """The ending of this shard's part."""
+        return f"{self.index}-of-{self.count}"
+
+    def finish(self, *, records_in: int, records_out: int, drops: Drops | None = None, **facts: Any) -> None:
+        """As `Stage.finish`; where this was the last shard to be finished, the parts of all are deleted."""
+        place = [self.index, self.count]
+        with Lock(_lock_path(self.prefix)):
+            super().finish(records_in=records_in, records_out=records_out, drops=drops, shard=place, **facts)
+            manifests = shard_manifests(self.prefix)
+            same = {index: manifest for index, manifest in manifests.items() if of_one_task(self.manifest, manifest) is None}
+            if finished_number(same) == self.count:
+                _delete_leftovers(self.prefix, [index for index in same if index >= self.count])
+
+
+def begin(
+    name: str, arguments: StageArguments, prefix: Path, index: int, count: int, inputs: dict[str, str | Path]
+) -> Shard | None:
+    """Start or resume a shard, or return None (and say so) where it is finished, in this or another number of shards.
+
+    Raises InputError where the shards at `prefix` are of another task, or where another program works on this shard or on
+    another number of them. `<shard>.refused` then holds the message, so that merging does not take an old shard for this one.
+    """
+    shard = Shard(prefix, index, count, task_of(name, arguments, {}))
+    shard.output.parent.mkdir(parents=True, exist_ok=True)
+    refused = refused_path(shard.output)
+    try:
+        planned = _plan_and_lock(shard, arguments.overwrite, inputs)
+    except AtWork:
+        raise
+    except InputError as error:
+        refused.write_text(f"{error}\n", encoding="utf-8")
+        raise
+    refused.unlink(missing_ok=True)
+    log.info("%s: %s", shard.output, planned)
+    return None if planned.startswith(UP_TO_DATE) else shard
+
+
+def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path]) -> str:
+    """What is to be done; where it is something, the shard's lock is taken and its place made ready."""
+    refuse_own_input(shard.output, inputs)
+    task = shard.manifest
+
+    def differences_of(manifest: dict[str, Any]) -> list[str]:
+        return differences(manifest, task, inputs)
+
+    with Lock(_lock_path(shard.prefix)):
+        begun = read_manifest(in_progress(shard.prefix))
+        other = [] if begun is None else differences_of(begun)
+        if not overwrite:
+            if up_to_date := _finished(shard, begun is not None and not other, differences_of):
+                return up_to_date
+            if other and part_files(shard.prefix):
+                raise InputError(
+                    f"{shard.output}: unfinished work with another {listed(other)}; go on with the same, or start afresh with "
+                    "--overwrite"
+                )
+        _refuse_others_at_work(shard, any_number=bool(other))
+        if not shard.lock.take():
+            raise AtWork(f"{shard.output}: another process is working on it; wait for it or stop it")
+        if begun is None or other:
+            remove_partial(shard.prefix)
+            shard.manifest = started(task, inputs)
+            write_manifest(in_progress(shard.prefix), shard.manifest)
+        else:
+            shard.manifest = begun
+        if overwrite:
+            _clear_place(shard)
+        return RESUMES if begun and not other and not overwrite else STARTS
+
+
+def _finished(shard: Shard, in_progress_is_same: bool, differences_of: DifferencesOf) -> str | None:
+    """Says «up to date» of a shard, or of a whole task in another number of shards, that is finished; else None.
+
+    Raises InputError where this shard is of another task, or, unless this task is in progress, where another shard is.
+    """
+    manifests, same = shard_manifests(shard.prefix), {}
+    if shard.output.exists() and shard.index not in manifests:
+        raise InputError(f"{shard.output}: exists, and no manifest says that this stage made it; --overwrite replaces it")
+    for index, manifest in manifests.items():
+        found = differences_of(manifest)
+        if found and (index == shard.index or not in_progress_is_same):
+            place = shard_path(shard.prefix, index)
+            raise InputError(f"{place}: finished with another {listed(found)}; --overwrite replaces it")
+        if not found:
+            same[index] = manifest
+    if same.get(shard.index, {}).get("shard") == [shard.index, shard.count]:
+        return UP_TO_DATE
+    if number := finished_number(same):
+        return f"{UP_TO_DATE}: the task is finished in {number} shards"
+    others = {manifest["shard"][1] for manifest in same.values()} - {shard.count}
+    if others and not in_progress_is_same:  # then there are no parts to go on from
+        raise InputError(
+            f"{shard.output}: the task is finished in part, in {min(others)} shards: run the missing ones with "
+            f"--my_world_size {min(others)}, or start afresh with --overwrite"
+        )
+    return None
+
+
+def _refuse_others_at_work(shard: Shard, any_number: bool) -> None:
+    """Raise InputError if another shard is being worked on: of another number of shards, or of this number too."""
+    for index, count in _locked_shards(shard.prefix):
+        if count == shard.count and (index == shard.index or not any_number):
+            continue
+        lock = Lock(_lock_path(shard.prefix, index, count))
+        if not lock.take():
+            raise AtWork(
+                f"{shard.output}: another process is working on shard {index} of {count}; wait for it or stop it, and then run "
+                "this command again"
+            )
+        lock.release()
+
+
+def _clear_place(shard: Shard) -> None:
+    """For overwriting: delete what this shard has sampled, and what another number of shards has; put its output aside."""
+    for part in part_files(shard.prefix):
+        if part.name.endswith(f".partial{shard.part}") or not part.name.endswith(f"-of-{shard.count}"):
+            remove(part)
+    replace_output(shard.output)
+
+
+def _delete_leftovers(prefix: Path, indices: list[int]) -> None:
+    """Of a finished task: delete the parts, the locks of killed programs, and the shards `indices` of a larger number."""
+    for index in indices:
+        remove(shard_path(prefix, index))
+        manifest_path(shard_path(prefix, index)).unlink()
+    for index, count in _locked_shards(prefix):
+        lock = Lock(_lock_path(prefix, index, count))
+        if lock.take():
+            lock.release()
+    remove_partial(prefix)
+
+
+def shard_path(prefix: Path, index: int) -> Path:
+    """The output of shard `index`."""
+    return prefix.with_name(f"{prefix.name}{index}.jsonl")
+
+
+def refused_path(shard: Path) -> Path:
+    """The file that says that the last program that was to make `shard` refused to."""
+    return shard.with_name(shard.name + ".refused")
+
+
+def shard_manifests(prefix: Path) -> dict[int, dict[str, Any]]:
+    """The manifests of the finished shards at `prefix` by their index; files without one are left out."""
+    found = {}
+    for path in prefix.parent.glob("*.jsonl.manifest.json"):
+        match = re.fullmatch(rf"{re.escape(prefix.name)}(\d+)\.jsonl\.manifest\.json", path.name)
+        if match and shard_path(prefix, int(match[1])).exists():
+            manifest = read_manifest(shard_path(prefix, int(match[1])))
+            if manifest is not None and "shard" in manifest:
+                found[int(match[1])] = manifest
+    return dict(sorted(found.items()))
+
+
+def finished_number(manifests: dict[int, dict[str, Any]]) -> int | None:
+    """In how many shards a task is finished as a whole, by its shards' manifests; None where shards of each number lack."""
+    for count in {manifest["shard"][1] for manifest in manifests.values()}:
+        if all(manifests.get(index, {}).get("shard") == [index, count] for index in range(count)):
+            return count
+    return None
+
+
+def of_one_task(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first argument or input in which the tasks of two shards' manifests differ, as «name (other, not one)»; or None."""
+    sides = []
+    for manifest in (one, other):
+        inputs = {f"the content of {name}": known["hash"] for name, known in manifest["inputs"].items()}
+        sides.append({"stage": manifest["stage"], **manifest["arguments"], **inputs})
+    first, second = sides
+    for name in sorted(first.keys() | second.keys()):
+        if first.get(name) != second.get(name):
+            return f"{name} ({second.get(name)!r}, not {first.get(name)!r})"
+    return None
+
+
+def _locked_shards(prefix: Path) -> list[tuple[int, int]]:
+    """(index, count) of the shards that have a lock file, held or left by a killed program."""
+    pattern = re.compile(rf"{re.escape(_lock_path(prefix).name)}(\d+)-of-(\d+)")
+    matches = [pattern.fullmatch(path.name) for path in prefix.parent.iterdir()]
+    return sorted((int(match[1]), int(match[2])) for match in matches if match)
+
+
+def _lock_path(prefix: Path, index: int | None = None, count: int | None = None) -> Path:
+    ending = "" if index is None else f"{index}-of-{count}"
+    return prefix.with_name(f"{prefix.name}.partial.lock{ending}")
