@@ -1,4 +1,4 @@
-"""Every setting of the pinned trainers either decides the result or says how a training is executed; new ones must be placed."""
+"""Every setting of the pinned trainers decides the result or says how a training is executed; new ones must be placed."""
 
 import dataclasses
 
