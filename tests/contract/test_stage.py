@@ -159,7 +159,7 @@ def test_an_input_that_is_no_longer_given_is_refused_by_name(prompts, output):
     Stage.begin("mix", StageArguments(overwrite=True), output, inputs).finish(records_in=0, records_out=0)
     output.touch()
     assert Stage.begin("mix", arguments, output, inputs) is None
-    with pytest.raises(InputError, match=f"another data2: {prompts} is not among the inputs now"):
+    with pytest.raises(InputError, match=rf"another data2 \({prompts}, now none\)"):
         Stage.begin("mix", arguments, output, {"data": prompts})
 
 
