@@ -131,11 +131,11 @@ def main() -> None:
         jsonl.write(pairs_path, at_least_one(pairs, arguments.dataset_name_or_path, drops))
 
     from baton.training.checkpoints import train
-    from baton.training.checks import check_pairs, check_training
     from baton.training.config import log_training, trainer_config
     from baton.training.memory import sharding_of
     from baton.training.rows import rows_on_disk
-    from dpo_iteration.trainer import check_margin
+    from dpo_iteration.checks import check_pairs, check_training
+    from dpo_iteration.margin import check_margin
 
     settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
     config = trainer_config(config_class(), settings, Arguments.model_fields, stage)

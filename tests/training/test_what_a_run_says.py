@@ -14,10 +14,11 @@ from trl import DPOConfig
 from baton.errors import InputError
 from baton.models.trees import distinct_tokens
 from baton.training.adapters import LoraArguments, adapter_config
-from baton.training.checks import check_pairs, check_precision, check_training
+from baton.training.checks import check_precision
 from baton.training.memory import Sharding, check_memory, estimate, largest_batch, outline, sharding_of
 from baton.training.metrics import WarnOfTrouble, forward_flops, peak_flops_of, weights_of
 from baton.training.reference import reference_logps
+from dpo_iteration.checks import check_pairs, check_training
 from dpo_iteration.run_dpo import Arguments
 from tests.training.test_dpo_core import model_of, pairs_of, random_pairs, tokenizer, trainer_of, with_reference
 
