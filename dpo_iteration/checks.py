@@ -4,7 +4,7 @@ from typing import Any
 
 from baton.errors import InputError
 from baton.parallel import data_parallel
-from baton.training.checks import check_config
+from baton.training.checks import check_settings
 from baton.training.memory import Sharding
 
 
@@ -15,7 +15,7 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         arguments: those of run_dpo.py.
         config: a DPOConfig.
     """
-    check_config(config, sharding, arguments)
+    check_settings(config, sharding, arguments)
     if "exo_pair" in config.loss_type and not config.label_smoothing:
         raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
     if config.eval_strategy != "no":

@@ -14,7 +14,7 @@ from baton.training.memory import Sharding
 BF16_SINCE = (8, 0)  # compute capability of the first GPUs (Ampere) that multiply in bf16
 
 
-def check_config(config: Any, sharding: Sharding, lora: LoraArguments | None = None) -> None:
+def check_settings(config: Any, sharding: Sharding, lora: LoraArguments | None = None) -> None:
     """Raise InputError for settings of a trainer (TrainingArguments) that cannot train, whatever it trains.
 
     Args:

@@ -219,7 +219,8 @@ def check_memory(needs: dict[str, float], config: Any) -> None:
             log.warning(
                 "by this estimate training needs %s of %s, where %s are free. What takes less: a smaller "
                 "per_device_train_batch_size with more gradient_accumulation_steps; gradient_checkpointing; "
-                "model_init_kwargs: {dtype: bfloat16}; configs/zero2.yaml, zero3.yaml or fsdp.yaml on more GPUs; --use_peft, with --load_in_4bit",
+                "model_init_kwargs: {dtype: bfloat16}; configs/zero2.yaml, zero3.yaml or fsdp.yaml on more GPUs; --use_peft, "
+                "with --load_in_4bit",
                 gib(wanted), place, gib(free),
             )  # fmt: skip
 
