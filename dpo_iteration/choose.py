@@ -14,6 +14,7 @@ from baton.jsonl import Record
 from baton.pairs import PairSettings, candidates, checked_pair, pairs_of, why_left_out
 from baton.preferences import preference_of, preference_records
 from baton.prompts import with_ids
+from dpo_iteration.account import IN, Account
 
 log = logging.getLogger("baton")
 
@@ -21,22 +22,30 @@ NO_MARGIN = "pairs without a margin"
 EARLIER = "pairs of earlier rounds"
 
 
+def write_pairs(path: Path, records: Iterable[tuple[str, Record]], source: str, settings: PairSettings) -> Account:
+    """Write the pairs of the records of `source` to `path`; returns what became of the records. Raises as `at_least_one`."""
+    account = Account()
+    pairs = choose_pairs(records, settings, account.drops, account.counted)
+    jsonl.write(path, at_least_one(pairs, source, account.drops))
+    return account
+
+
 def choose_pairs(
     records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, counted: Counter[str]
 ) -> Iterator[Record]:
     """Yield the pairs of ("file:line", record): chosen among annotated responses, or as a preference file gives them.
 
-    What a pair holds beside its texts (token ids, rewards, margin, finish reasons) stays. `counted["in"]` becomes the number
-    of pairs asked for: pairs and drops together.
+    What a pair holds beside its texts (token ids, rewards, margin, finish reasons) stays. When all are read, `counted["in"]`
+    is the number of pairs that the records could give: pairs and drops together.
     """
     for where, record in with_ids(_readable(records)):
         if "responses" in record:
             pairs = list(pairs_of([(where, record)], settings, drops))  # this checks the record
-            counted["in"] += candidates(len(record["responses"]), settings)
+            counted[IN] += candidates(len(record["responses"]), settings)
             yield from pairs
             continue
         pair = checked_pair(record, where)
-        counted["in"] += 1
+        counted[IN] += 1
         if reason := why_left_out(pair, settings):
             drops.add(reason, pair["id"])
         else:
@@ -83,7 +92,7 @@ def pairs_again(paths: Iterable[Path], counted: Counter[str]) -> Iterator[tuple[
     for path in paths:
         for where, record in preference_records(jsonl.read(path)):
             pair = checked_pair(record, where)
-            counted["in"] += 1
+            counted[IN] += 1
             counted[EARLIER] += 1
             counted[NO_MARGIN] += pair.get("margin") is None
             yield where, pair

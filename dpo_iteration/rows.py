@@ -10,6 +10,7 @@ from baton.drops import Drops
 from baton.jsonl import Record
 from baton.models.templates import decodes_to, prompt_token_ids, response_token_ids
 from baton.program import harmless
+from dpo_iteration.account import IN, in_words
 
 log = logging.getLogger("baton")
 
@@ -25,7 +26,7 @@ SHOWN = 300  # characters of a text that an example shows, half from its start a
 
 @dataclass(frozen=True)
 class Rows:
-    """Makes rows of token ids; what becomes of each record is told to `drops` and `counted`.
+    """Makes rows of token ids. As they are read, `drops` gets the records that give no row, and `counted` counts the others.
 
     Sampled token ids are used as they are where this tokenizer is the one that sampled them, else the text is tokenised; the
     end-of-turn token is there only where the response stopped by itself. A prompt longer than `max_prompt_length` tokens is
@@ -93,9 +94,9 @@ class Rows:
 
 
 def log_rows(rows: Any, tokenizer: Any, drops: Drops, counted: Counter[str]) -> None:
-    """Say what was kept, dropped and why, and show some rows with what is learnt marked: for the start of the log."""
-    log.info("%d in, %d to train on, dropped: %s", counted["in"], len(rows), drops)
-    log.info("among them: %s", account(counted))
+    """Log what was kept, dropped and why, and show some rows with what is learnt marked: for the start of the log."""
+    log.info("%d in, %d to train on, dropped: %s", counted[IN], len(rows), drops)
+    log.info("among them: %s", in_words(counted))
     if counted[FOREIGN]:
         log.warning(
             "%d of %d responses have token ids that are not this tokenizer's, so their text is tokenised again. That is right "
@@ -105,11 +106,6 @@ def log_rows(rows: Any, tokenizer: Any, drops: Drops, counted: Counter[str]) -> 
         )
     for number in sorted({len(rows) * i // EXAMPLES for i in range(EXAMPLES)}):
         log.info("row %d, what is learnt in ⟦ ⟧:\n%s", number, shown(rows[number], tokenizer))
-
-
-def account(counted: Counter[str]) -> str:
-    """What the counts say, but for the number that went in."""
-    return ", ".join(f"{count} {name}" for name, count in counted.items() if count and name != "in")
 
 
 def shown(row: dict[str, Any], tokenizer: Any) -> str:

@@ -9,16 +9,17 @@ reference policy's log-probabilities are computed once, before the policy is loa
 `--use_peft` an adapter is trained; `--merge_adapter` writes it merged into the policy, as the next round needs it.
 """
 
+import copy
 import logging
-from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from baton import jsonl, program
 from baton.arguments import option, parse_with_rest
-from baton.drops import Drops
 from baton.errors import InputError
+from baton.jsonl import Record
 from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
 from baton.pairs import ChooseType, PairSettings
@@ -26,13 +27,14 @@ from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again
-from dpo_iteration.rows import Rows, account, log_rows
+from dpo_iteration.account import IN, Account, in_words
+from dpo_iteration.choose import NO_MARGIN, at_least_one, earlier_pairs, pairs_again, write_pairs
+from dpo_iteration.rows import Rows, log_rows
 
 log = logging.getLogger("baton")
 
 
-# TRL itself refuses others in the first step, when the model is long loaded.
+# TRL itself refuses others only in the first step, after the models were loaded.
 LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -52,8 +54,10 @@ class Arguments(LoraArguments):
     )
     dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
-    history: int = option(0, "train also on the pairs of so many rounds before; needs folders round1, round2, …", ge=0)
-    output_dir: str = option(..., "folder of the finished policy", changes_result=False)
+    history: int = option(0, "train also on the pairs of so many earlier rounds; needs folders round1, round2, …", ge=0)
+    output_dir: str = option(
+        ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
+    )
     pairs_path: str | None = option(None, "file for the chosen pairs; default: <output_dir>.pairs.jsonl", changes_result=False)
     choose_type: ChooseType = option("max_min", "which two responses of a prompt make a pair")
     len_penalty: float = option(0.0, "subtracted from the reward per character, with choose_type max_min_p", ge=0)
@@ -67,7 +71,9 @@ class Arguments(LoraArguments):
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     seed: int = option(42, "seed of the training and of random pairs")
     forward: Literal["packed", "trl"] = option("packed", "packed rows that share prefixes, or TRL's own padded batches")
-    tokens_per_row: int = option(4096, "most tokens of a packed row; a step runs as many rows as its pairs fill", ge=1)
+    tokens_per_row: int = option(
+        4096, "most tokens of a packed row; a step runs as many rows as its pairs fill", ge=1, changes_result=False
+    )
 
 
 def pair_settings(arguments: Arguments) -> PairSettings:
@@ -98,6 +104,17 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     check_lora(arguments)
     for model in (arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path):
         check_model_path(model)
+    dataset_probs(arguments)
+
+
+def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
+    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
+    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
+
+
+def records_of(arguments: Arguments) -> Iterator[tuple[str, Record]]:
+    """("file:line", record) of every dataset, mixed at their rates."""
+    return mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, dataset_probs(arguments), arguments.seed)
 
 
 def inputs_of(arguments: Arguments, reference: str, pairs_path: Path, earlier: list[Path]) -> dict[str, str | Path]:
@@ -110,65 +127,46 @@ def inputs_of(arguments: Arguments, reference: str, pairs_path: Path, earlier: l
     return inputs | {f"pairs of {path.parent.name}": path for path in earlier}
 
 
-def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
-    check(arguments, settings)
-    probs = parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
-    reference = arguments.ref_model or arguments.model_name_or_path
-    output = Path(arguments.output_dir)
-    pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
-    earlier = earlier_pairs(pairs_path, arguments.history)
-    inputs = inputs_of(arguments, reference, pairs_path, earlier)
-    stage = Stage.begin("dpo", arguments, output, inputs, settings, config_class)
-    if stage is None:
-        return
-    program.check_processes()
-
-    drops: Drops = Drops()
-    counted: Counter[str] = Counter()
-    if program.rank() == 0:
-        records = mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, probs, arguments.seed)
-        pairs = choose_pairs(records, pair_settings(arguments), drops, counted)
-        jsonl.write(pairs_path, at_least_one(pairs, arguments.dataset_name_or_path, drops))
-
-    from baton.training.checkpoints import train
-    from baton.training.checks import check_pairs, check_training
-    from baton.training.config import log_training, trainer_config
+def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
+    """TRL's DPOConfig. Raises InputError for settings that cannot train."""
+    from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
-    from baton.training.rows import rows_on_disk
-    from dpo_iteration.trainer import check_margin
+    from dpo_iteration.checks import check_training
+    from dpo_iteration.margin import check_margin
 
-    settings |= {"max_length": arguments.max_length, "seed": arguments.seed}
+    settings = settings | {"max_length": arguments.max_length, "seed": arguments.seed}
     config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
     check_training(arguments, config, sharding_of(config))
     check_margin(config, arguments.margin_scale)
-    tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    rows = Rows(tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
+    return config
+
+
+def rows_of_pairs(
+    arguments: Arguments, pairs_path: Path, earlier: list[Path], chosen: Account, tokenizer: Any, config: Any
+) -> tuple[Any, Account]:
+    """The token ids of the pairs in `pairs_path` and `earlier`, a dataset, and the account of `chosen` continued by them.
+
+    Raises InputError if no pair is left.
+    """
+    from baton.training.rows import rows_on_disk
+
+    account = copy.deepcopy(chosen)
+    rows = Rows(tokenizer, arguments.max_length, arguments.max_prompt_length, account.drops, account.counted)
 
     def token_ids():
-        pairs = chain(jsonl.read(pairs_path), pairs_again(earlier, counted))
-        return at_least_one(rows.of_pairs(pairs), str(pairs_path), drops)
+        pairs = chain(jsonl.read(pairs_path), pairs_again(earlier, account.counted))
+        return at_least_one(rows.of_pairs(pairs), str(pairs_path), account.drops)
 
-    dataset = rows_on_disk(token_ids, config, "pairs")
-    if program.rank() == 0:
-        log_rows(dataset, tokenizer, drops, counted)
-        if arguments.margin_scale and counted[NO_MARGIN]:
-            raise InputError(
-                f"`margin_scale` needs the margin of every pair, but {counted[NO_MARGIN]} pairs have neither "
-                "`margin` nor `chosen_reward` and `rejected_reward`; leave them out, or set margin_scale to 0"
-            )
-    check_pairs(len(dataset), config)
-    trainer = make_trainer(arguments, config, tokenizer, dataset, reference, pairs_path.parent)
-    log_training(trainer)
+    return rows_on_disk(token_ids, config, "pairs"), account
 
-    def export(folder: Path) -> None:
-        if arguments.merge_adapter:
-            merge_adapter(arguments.model_name_or_path, folder, config)
 
-    metrics = train(trainer, stage, export)
-    if program.rank() == 0:
-        log.info("pairs: %s", account(counted))
-        stage.finish(records_in=counted.pop("in"), records_out=len(dataset), drops=drops, pairs=dict(counted), metrics=metrics)
+def check_margins(without: int, margin_scale: float) -> None:
+    """Raise InputError where the loss needs margins and so many pairs are `without` one."""
+    if margin_scale and without:
+        raise InputError(
+            f"`margin_scale` needs the margin of every pair, but {without} pairs have neither "
+            "`margin` nor `chosen_reward` and `rejected_reward`; leave them out, or set margin_scale to 0"
+        )
 
 
 def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any, reference: str, folder: Path) -> Any:
@@ -205,6 +203,47 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
         margin_scale=arguments.margin_scale,
         tokens_per_row=arguments.tokens_per_row,
     )
+
+
+def main() -> None:
+    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
+    check(arguments, settings)
+    reference = arguments.ref_model or arguments.model_name_or_path
+    output = Path(arguments.output_dir)
+    pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
+    earlier = earlier_pairs(pairs_path, arguments.history)
+    inputs = inputs_of(arguments, reference, pairs_path, earlier)
+    stage = Stage.begin("dpo", arguments, output, inputs, settings, config_class)
+    if stage is None:
+        return
+    program.check_processes()
+    chosen = Account()
+    if program.rank() == 0:
+        chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))
+
+    from baton.training.checkpoints import train
+    from baton.training.config import log_training
+    from dpo_iteration.checks import check_pairs
+
+    config = checked_config(arguments, settings, stage)
+    tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
+    dataset, account = rows_of_pairs(arguments, pairs_path, earlier, chosen, tokenizer, config)
+    if program.rank() == 0:
+        log_rows(dataset, tokenizer, account.drops, account.counted)
+        check_margins(account.counted[NO_MARGIN], arguments.margin_scale)
+    check_pairs(len(dataset), config)
+    trainer = make_trainer(arguments, config, tokenizer, dataset, reference, pairs_path.parent)
+    log_training(trainer)
+
+    def export(folder: Path) -> None:
+        if arguments.merge_adapter:
+            merge_adapter(arguments.model_name_or_path, folder, config)
+
+    metrics = train(trainer, stage, export)
+    if program.rank() == 0:
+        log.info("pairs: %s", in_words(account.counted))
+        counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
+        stage.finish(**counts, pairs=account.facts, metrics=metrics)
 
 
 if __name__ == "__main__":

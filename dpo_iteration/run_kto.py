@@ -11,20 +11,22 @@ another, by default above and below the mean of their prompt; preference pairs a
 is loaded, and kept beside the output.
 """
 
+import copy
 import logging
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from baton import jsonl, program
 from baton.arguments import StageArguments, option, parse_with_rest
-from baton.drops import Drops
 from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
+from dpo_iteration.account import IN, Account
 from dpo_iteration.rows import Rows, log_rows
 
 log = logging.getLogger("baton")
@@ -40,7 +42,9 @@ class Arguments(StageArguments):
         changes_result=False,
     )  # fmt: skip
     dataset_split: str = option("train", "split of a Hugging Face dataset")
-    output_dir: str = option(..., "folder of the finished policy", changes_result=False)
+    output_dir: str = option(
+        ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
+    )
     examples_path: str | None = option(
         None, "file for the labelled examples; default: <output_dir>.examples.jsonl", changes_result=False
     )
@@ -55,7 +59,9 @@ class Arguments(StageArguments):
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     seed: int = option(42, "seed of the training and of the order of the examples")
-    tokens_per_row: int = option(4096, "most tokens of a packed row; a step runs as many rows as its examples fill", ge=1)
+    tokens_per_row: int = option(
+        4096, "most tokens of a packed row; a step runs as many rows as its examples fill", ge=1, changes_result=False
+    )
 
 
 def config_class() -> type:
@@ -64,14 +70,85 @@ def config_class() -> type:
     return KTOConfig
 
 
-def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
-    labelling = LabelSettings(arguments.desirable_above, arguments.undesirable_below, arguments.drop_truncated)
+def label_settings(arguments: Arguments) -> LabelSettings:
+    """How responses are labelled, checked. Raises InputError on a combination that makes no sense."""
+    return LabelSettings(arguments.desirable_above, arguments.undesirable_below, arguments.drop_truncated)
+
+
+def check(arguments: Arguments) -> None:
+    """Raise InputError for what can be refused before anything is read or imported."""
+    label_settings(arguments)
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
-    source, reference = arguments.dataset_name_or_path, arguments.ref_model or arguments.model_name_or_path
-    for model in (arguments.model_name_or_path, reference):
+    for model in (arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path):
         check_model_path(model)
+
+
+def write_examples(path: Path, arguments: Arguments) -> Account:
+    """Write the labelled examples to `path`; returns what became of the records. Raises InputError without both kinds."""
+    account, source = Account(), arguments.dataset_name_or_path
+    records = read_records(source, arguments.dataset_split)
+    jsonl.write(path, labelled_examples(records, label_settings(arguments), account.drops, account.counted))
+    # Taken out of the account, since some are dropped below for their length: the rows are counted by kind instead.
+    check_both_kinds(account.counted.pop("desirable", 0), account.counted.pop("undesirable", 0), source, account.drops)
+    return account
+
+
+def rows_of_examples(arguments: Arguments, path: Path, labelled: Account, tokenizer: Any, config: Any) -> tuple[Any, Account]:
+    """The token ids of the examples in `path`, a dataset, and the account of `labelled` continued by them.
+
+    Raises InputError if not both kinds are left.
+    """
+    from baton.training.rows import rows_on_disk
+
+    account = copy.deepcopy(labelled)
+    rows = Rows(tokenizer, arguments.max_length, arguments.max_prompt_length, account.drops, account.counted)
+
+    def token_ids():
+        labels: Counter[bool] = Counter()
+        for row in rows.of_examples(jsonl.read(path)):
+            labels[row["label"]] += 1
+            yield row
+        check_both_kinds(labels[True], labels[False], path, account.drops)
+
+    return rows_on_disk(token_ids, config, "examples"), account
+
+
+def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
+    """TRL's KTOConfig. Raises InputError for settings that cannot train."""
+    from baton.training.checks import check_settings
+    from baton.training.config import trainer_config
+    from baton.training.memory import sharding_of
+    from dpo_iteration import kto
+
+    # `precompute_ref_log_probs`, TRL's name for: the reference's log-probabilities stand in the rows, no reference is loaded.
+    fixed = {"max_length": arguments.max_length, "seed": arguments.seed, "precompute_ref_log_probs": True}
+    config = trainer_config(config_class(), settings | fixed, Arguments.model_fields, stage)
+    check_settings(config, sharding_of(config))
+    kto.check_config(config)
+    return config
+
+
+def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any, folder: Path) -> Any:
+    """The trainer on a dataset of examples, in random order; the reference's log-probabilities are kept in `folder`."""
+    from baton.training.rows import rows_on_disk
+    from dpo_iteration import kto
+
+    reference = arguments.ref_model or arguments.model_name_or_path
+    dataset = rows_on_disk(partial(kto.in_training_order, dataset, config, arguments.max_length), config, "in_order")
+    return kto.PackedKTOTrainer(
+        arguments.model_name_or_path,
+        args=config,
+        train_dataset=kto.with_reference_logps(dataset, reference, config, folder),
+        processing_class=tokenizer,
+        tokens_per_row=arguments.tokens_per_row,
+    )
+
+
+def main() -> None:
+    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
+    check(arguments)
+    source, reference = arguments.dataset_name_or_path, arguments.ref_model or arguments.model_name_or_path
     inputs = {"model": arguments.model_name_or_path, "reference": reference, "data": source}
     inputs |= template_input(arguments.chat_template)
     output = Path(arguments.output_dir)
@@ -79,56 +156,30 @@ def main() -> None:
     if stage is None:
         return
     program.check_processes()
-
     examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
-    drops: Drops = Drops()
-    counted: Counter[str] = Counter()
-    if program.rank() == 0:
-        examples = labelled_examples(read_records(source, arguments.dataset_split), labelling, drops, counted)
-        jsonl.write(examples_path, examples)
-        check_both_kinds(counted.pop("desirable", 0), counted.pop("undesirable", 0), source, drops)
+    labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
 
     from baton.training.checkpoints import train
-    from baton.training.config import log_training, trainer_config
-    from baton.training.rows import rows_on_disk
-    from dpo_iteration import kto
+    from baton.training.config import log_training
+    from dpo_iteration.kto import balance_advice
 
-    settings |= {"max_length": arguments.max_length, "seed": arguments.seed, "precompute_ref_log_probs": True}
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
-    kto.check_config(config)
+    config = checked_config(arguments, settings, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-
-    rows = Rows(tokenizer, arguments.max_length, arguments.max_prompt_length, drops, counted)
-
-    def token_ids():
-        labels: Counter[bool] = Counter()
-        for row in rows.of_examples(jsonl.read(examples_path)):
-            labels[row["label"]] += 1
-            yield row
-        check_both_kinds(labels[True], labels[False], examples_path, drops)
-
-    dataset = rows_on_disk(token_ids, config, "examples")
+    dataset, account = rows_of_examples(arguments, examples_path, labelled, tokenizer, config)
     desirable = sum(dataset["label"])
     undesirable = len(dataset) - desirable
     if program.rank() == 0:
-        log_rows(dataset, tokenizer, drops, counted)
+        log_rows(dataset, tokenizer, account.drops, account.counted)
         log.info("%d desirable and %d undesirable examples", desirable, undesirable)
-    if advice := kto.balance_advice(desirable, undesirable, config):
-        log.warning("%s", advice)
-    dataset = rows_on_disk(partial(kto.in_training_order, dataset, config, arguments.max_length), config, "in_order")
-    trainer = kto.PackedKTOTrainer(
-        arguments.model_name_or_path,
-        args=config,
-        train_dataset=kto.with_reference_logps(dataset, reference, config, examples_path.parent),
-        processing_class=tokenizer,
-        tokens_per_row=arguments.tokens_per_row,
-    )
+        if advice := balance_advice(desirable, undesirable, config):
+            log.warning("%s", advice)
+    trainer = make_trainer(arguments, config, tokenizer, dataset, examples_path.parent)
     log_training(trainer)
     metrics = train(trainer, stage)
     if program.rank() == 0:
-        records_in = counted.pop("in")
-        examples = {"desirable": desirable, "undesirable": undesirable, **counted}
-        stage.finish(records_in=records_in, records_out=len(dataset), drops=drops, examples=examples, metrics=metrics)
+        counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
+        examples = {"desirable": desirable, "undesirable": undesirable, **account.facts}
+        stage.finish(**counts, examples=examples, metrics=metrics)
 
 
 if __name__ == "__main__":

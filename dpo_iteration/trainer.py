@@ -6,11 +6,7 @@ seen.
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
 
-import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftModel
@@ -21,21 +17,12 @@ from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
 from baton.models.trees import distinct_tokens
 from baton.training.metrics import LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
+from dpo_iteration.margin import check_margin, offset_term, with_margin
 
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
-
-
-def check_margin(config: DPOConfig, margin_scale: float) -> None:
-    """Refuse, before a model loads, a loss that has no offset for `margin_scale`."""
-    if not margin_scale:
-        return
-    if "sigmoid" not in config.loss_type or set(config.loss_type) - {"sigmoid", "sft"}:
-        raise InputError(f"margin_scale needs loss_type sigmoid (or sigmoid with sft), not {config.loss_type}")
-    if config.f_divergence_type != "reverse_kl":
-        raise InputError(f"margin_scale needs f_divergence_type reverse_kl, not {config.f_divergence_type}")
 
 
 class PackedDPOTrainer(DPOTrainer):
@@ -73,13 +60,14 @@ class PackedDPOTrainer(DPOTrainer):
         self._forward_replaced = False
         self._token_counts = None
         if margin_scale or set(train_dataset.column_names or ()) >= REFERENCE_COLUMNS:
+            # TRL's name for: the reference's log-probabilities stand in the rows. It computes those that do not yet.
             args.precompute_ref_log_probs = True
         check_margin(args, margin_scale)
         if margin_scale and "margin" not in train_dataset.column_names:
             raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if margin_scale:
-            self.data_collator = _with_margin(self.data_collator)
+            self.data_collator = with_margin(self.data_collator)
         self._replace_forward()
         adapted = is_peft_model(self.model)
         weights = weights_of(self.model.get_base_model() if adapted else self.model)
@@ -127,11 +115,10 @@ class PackedDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        margin = inputs.pop("margin", None)
-        if margin is None or not self._margin_scale:
-            result = super()._compute_loss(model, inputs, return_outputs)
+        if self._margin_scale:
+            result = self._loss_with_margin(model, inputs, return_outputs)
         else:
-            result = self._loss_with_offset(model, inputs, margin, return_outputs)
+            result = super()._compute_loss(model, inputs, return_outputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         if self.beta:
             kl = kl_on_pairs(metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1], self.beta)
@@ -139,6 +126,27 @@ class PackedDPOTrainer(DPOTrainer):
         if self.model.training:
             self._line.add(inputs["completion_mask"], *self._tokens_of(inputs))
         return result
+
+    def _loss_with_margin(self, model, inputs, return_outputs):
+        """TRL's loss and metrics, and the margins' `offset_term` from the same forward pass added to the loss."""
+        margin = inputs.pop("margin")
+        outputs = []
+
+        def policy(**batch):
+            outputs.append(model(**batch))
+            return outputs[-1]
+
+        result = super()._compute_loss(policy, inputs, return_outputs)
+        term = offset_term(
+            outputs[0],
+            inputs,
+            self._margin_scale * margin,
+            beta=self.beta,
+            ld_alpha=self.ld_alpha,
+            weighted=self.use_weighting,
+        )
+        term = self.loss_weights[self.loss_types.index("sigmoid")] * term
+        return (result[0] + term, *result[1:]) if return_outputs else result + term
 
     def _tokens_of(self, inputs) -> tuple[int, int]:
         """Tokens of a batch that had to be computed, and that were."""
@@ -148,42 +156,7 @@ class PackedDPOTrainer(DPOTrainer):
         sequences = sequences_of(inputs["input_ids"], inputs["attention_mask"], labels)
         return distinct_tokens(sequences), inputs["input_ids"].numel()
 
-    def _loss_with_offset(self, model, inputs, margin, return_outputs):
-        # beta * (logratio difference - margin_scale / beta * margin): the offset acts like a larger reference
-        # log-probability of the chosen response. TRL's code runs twice on one forward pass, since its metrics
-        # must not see the offset.
-        model = _once(model)
-        metrics, tokens = self._metrics, self._total_train_tokens
-        self._metrics = defaultdict(lambda: defaultdict(list))
-        offset = inputs["ref_chosen_logps"] + self._margin_scale / self.beta * margin
-        loss = super()._compute_loss(model, {**inputs, "ref_chosen_logps": offset}, False)
-        self._metrics, self._total_train_tokens = metrics, tokens
-        reported = super()._compute_loss(model, inputs, return_outputs)
-        return (loss, reported[1]) if return_outputs else loss
-
 
 def _has_virtual_tokens(model) -> bool:
     """Whether a PEFT model prepends learned tokens (prompt and prefix tuning)."""
     return is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values())
-
-
-def _with_margin(collate: Callable[[list[dict]], dict[str, Any]]) -> Callable[[list[dict]], dict[str, Any]]:
-    """A collator that also hands the rows' margins on, float32 (B,)."""
-
-    def collate_with_margin(rows: list[dict]) -> dict[str, Any]:
-        margins = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
-        return {**collate(rows), "margin": margins}
-
-    return collate_with_margin
-
-
-def _once(function: Callable) -> Callable:
-    """A function that runs once and gives the same result to every later call, whatever the arguments."""
-    results = []
-
-    def call(*args, **kwargs):
-        if not results:
-            results.append(function(*args, **kwargs))
-        return results[0]
-
-    return call

@@ -9,7 +9,7 @@ chosen and rejected responses go into the manifest. Every field of TRL's RewardC
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
+from baton.jsonl import Record
 from baton.models.templates import conversation_token_ids, load_tokenizer
 from baton.preferences import preference_records
 from baton.prompts import read_records
@@ -35,22 +36,51 @@ class Arguments(StageArguments):
     dataset_name_or_path: str = option(..., "preference pairs to train on", changes_result=False)
     dataset_split: str = option("train", "split of a Hugging Face dataset")
     eval_dataset_name_or_path: str | None = option(
-        None, "held-out pairs; without it every `eval_every`-th pair is held out", changes_result=False
+        None, "held-out pairs; default: one in `eval_every` of the training pairs", changes_result=False
     )
     eval_dataset_split: str = option("test", "split of a held-out Hugging Face dataset")
-    eval_every: int = option(20, "hold out every so many-th pair where no held-out file is given", ge=2)
-    output_dir: str = option(..., "folder of the finished reward model", changes_result=False)
+    eval_every: int = option(20, "hold out one pair in so many where no held-out file is given", ge=2)
+    output_dir: str = option(
+        ...,
+        "folder of the finished reward model (in generation/ and annotate_data/ this flag names a file)",
+        changes_result=False,
+    )
     max_length: int = option(2048, "longest conversation, in tokens; pairs with a longer one are dropped and counted", ge=2)
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
 
 
+def training_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
+    """Yield ("where", pair) of each pair that is trained on, of a file of `count` pairs."""
+    for number, pair in enumerate(_preferences(arguments.dataset_name_or_path, arguments.dataset_split)):
+        if arguments.eval_dataset_name_or_path or not _is_held_out(number, arguments, count):
+            yield pair
+
+
+def held_out_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
+    """Yield ("where", pair) of each held-out pair: all of the held-out file, else some of the `count` of the training file."""
+    if arguments.eval_dataset_name_or_path:
+        yield from _preferences(arguments.eval_dataset_name_or_path, arguments.eval_dataset_split)
+        return
+    for number, pair in enumerate(_preferences(arguments.dataset_name_or_path, arguments.dataset_split)):
+        if _is_held_out(number, arguments, count):
+            yield pair
+
+
+def _preferences(source: str, split: str) -> Iterator[tuple[str, Record]]:
+    return preference_records(read_records(source, split))
+
+
+def _is_held_out(number: int, arguments: Arguments, count: int) -> bool:
+    """Whether a pair of the training file is held out: the last of every `eval_every`, at least one where there are fewer."""
+    every = min(arguments.eval_every, count)
+    return number % every == every - 1
+
+
 def tokenised(
-    source: str, split: str, keep: Callable[[int], bool], tokenizer: Any, max_length: int, drops: Drops
+    pairs: Iterable[tuple[str, Record]], tokenizer: Any, max_length: int, drops: Drops
 ) -> Iterator[dict[str, list[int]]]:
-    """Yield a row `chosen_ids`, `rejected_ids` for each pair whose number `keep` accepts."""
-    for number, (where, record) in enumerate(preference_records(read_records(source, split))):
-        if not keep(number):
-            continue
+    """Yield a row `chosen_ids`, `rejected_ids` for each ("where", pair) that fits; `drops` gets the others."""
+    for where, record in pairs:
         row = {}
         for side in ("chosen", "rejected"):
             conversation = [*record["prompt"], {"role": "assistant", "content": record[side]}]
@@ -59,6 +89,14 @@ def tokenised(
             drops.add(f"longer than max_length {max_length} tokens", where)
         else:
             yield row
+
+
+def rows_of(pairs: Iterable[tuple[str, Record]], name: str, tokenizer: Any, config: Any) -> tuple[Any, Drops]:
+    """The token ids of pairs, a dataset called `name`, and what was dropped: in process 0, which alone reads the pairs."""
+    from baton.training.rows import rows_on_disk
+
+    drops = Drops()
+    return rows_on_disk(lambda: tokenised(pairs, tokenizer, config.max_length, drops), config, name), drops
 
 
 def held_out_metrics(metrics: dict[str, float]) -> dict[str, float]:
@@ -78,6 +116,38 @@ def config_class() -> type:
     return RewardConfig
 
 
+def count_pairs(arguments: Arguments) -> int:
+    """How many pairs the training file holds. Raises InputError where they are too few."""
+    source = arguments.dataset_name_or_path
+    count = sum(1 for _ in _preferences(source, arguments.dataset_split))
+    if count < 2:
+        raise InputError(f"{source}: holds {count} pairs, at least 2 are needed")
+    return count
+
+
+def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
+    """TRL's RewardConfig. Raises InputError for settings that cannot train."""
+    from baton.training.checks import check_settings
+    from baton.training.config import trainer_config
+    from baton.training.memory import sharding_of
+
+    settings = settings | {"max_length": arguments.max_length}
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    check_settings(config, sharding_of(config))
+    return config
+
+
+def log_quality(quality: dict[str, float]) -> None:
+    """Log the `held_out_metrics`, and a warning where they say that the reward model is of no use."""
+    log.info("held out: %s", ", ".join(f"{name} {value:.3f}" for name, value in quality.items()))
+    if quality["accuracy"] < POOR_ACCURACY:
+        log.warning(
+            "held-out accuracy %.2f is little better than chance: a policy trained on these rewards learns noise. "
+            "Check the pairs' labels, the learning rate and the chat template",
+            quality["accuracy"],
+        )
+
+
 def main() -> None:
     arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
     check_model_path(arguments.model_name_or_path)
@@ -88,61 +158,32 @@ def main() -> None:
     if stage is None:
         return
     program.check_processes()
-    count = sum(1 for _ in preference_records(read_records(source, arguments.dataset_split)))
-    if count < 2:
-        raise InputError(f"{source}: holds {count} pairs, at least 2 are needed")
+    count = count_pairs(arguments)
 
     from trl import RewardTrainer
 
     from baton.training.checkpoints import train
-    from baton.training.config import log_training, trainer_config
-    from baton.training.rows import rows_on_disk
+    from baton.training.config import log_training
 
-    settings |= {"max_length": arguments.max_length}
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    config = checked_config(arguments, settings, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    every = min(arguments.eval_every, count)
-    splits = {
-        "train": (source, arguments.dataset_split, lambda number: held_out is not None or number % every != every - 1),
-        "held out": (
-            (held_out, arguments.eval_dataset_split, lambda number: True)
-            if held_out
-            else (source, arguments.dataset_split, lambda number: number % every == every - 1)
-        ),
-    }
-    drops = {name: Drops() for name in splits}
-    rows = {
-        name: rows_on_disk(
-            lambda split=split, name=name: tokenised(*split, tokenizer, arguments.max_length, drops[name]), config, name
-        )
-        for name, split in splits.items()
-    }
+    rows, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config)
+    held_out_rows, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config)
     trainer = RewardTrainer(
         model=arguments.model_name_or_path,
         args=config,
-        train_dataset=rows["train"],
-        eval_dataset=rows["held out"],
+        train_dataset=rows,
+        eval_dataset=held_out_rows,
         processing_class=tokenizer,
     )
     log_training(trainer)
     metrics = train(trainer, stage)
     quality = held_out_metrics(trainer.evaluate())
     if program.rank() == 0:
-        log.info("held out: %s", ", ".join(f"{name} {value:.3f}" for name, value in quality.items()))
-        if quality["accuracy"] < POOR_ACCURACY:
-            log.warning(
-                "held-out accuracy %.2f is little better than chance: a policy trained on these rewards learns noise. "
-                "Check the pairs' labels, the learning rate and the chat template",
-                quality["accuracy"],
-            )
-        in_training = count if held_out else len(rows["train"]) + drops["train"].counts.total()
-        stage.finish(
-            records_in=in_training,
-            records_out=len(rows["train"]),
-            drops=drops["train"],
-            held_out=quality | {"pairs": len(rows["held out"]), "dropped": dict(drops["held out"].counts)},
-            metrics=metrics,
-        )
+        log_quality(quality)
+        records_in = count if held_out else count - len(held_out_rows) - held_out_drops.counts.total()
+        held_out_facts = quality | {"pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}
+        stage.finish(records_in=records_in, records_out=len(rows), drops=drops, held_out=held_out_facts, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ class Arguments(StageArguments):
     dataset_split: str = option("train", "split of a Hugging Face dataset")
     response_key: str = option("response", "key of the demonstrated response beside the prompt")
     max_samples: int | None = option(None, "use only the first so many demonstrations", ge=1)
-    output_dir: str = option(..., "folder of the finished policy", changes_result=False)
+    output_dir: str = option(
+        ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
+    )
     max_length: int = option(2048, "longest conversation, in tokens; longer ones are dropped and counted", ge=2)
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
 
@@ -75,6 +77,19 @@ def config_class() -> type:
     return SFTConfig
 
 
+def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
+    """TRL's SFTConfig. Raises InputError for settings that cannot train."""
+    from baton.training.checks import check_settings
+    from baton.training.config import trainer_config
+    from baton.training.memory import sharding_of
+
+    # TRL prepares texts; these rows are token ids already.
+    settings = settings | {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    check_settings(config, sharding_of(config))
+    return config
+
+
 def main() -> None:
     arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
     check_model_path(arguments.model_name_or_path)
@@ -91,11 +106,10 @@ def main() -> None:
     from trl import SFTTrainer
 
     from baton.training.checkpoints import train
-    from baton.training.config import log_training, trainer_config
+    from baton.training.config import log_training
     from baton.training.rows import rows_on_disk
 
-    settings |= {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    config = checked_config(arguments, settings, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     drops = Drops()
     rows = rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")

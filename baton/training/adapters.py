@@ -18,7 +18,7 @@ class LoraArguments(StageArguments):
 
     use_peft: bool = option(False, "train a LoRA adapter; the model itself stays as it is and is the reference")
     lora_r: int = option(16, "rank of the adapter's matrices", ge=1)
-    lora_alpha: int = option(32, "the adapter counts lora_alpha / lora_r times", ge=1)
+    lora_alpha: int = option(32, "the adapter's output is multiplied by lora_alpha / lora_r", ge=1)
     lora_dropout: float = option(0.0, "dropout in the adapter, a share; needs `disable_dropout: false`", ge=0, lt=1)
     lora_target_modules: str | list[str] | None = option(
         None, "names of the modules that get an adapter, or `all-linear`; default: PEFT's choice for the architecture"
@@ -41,7 +41,7 @@ def check_lora(arguments: LoraArguments) -> None:
     from transformers.utils import is_torch_cuda_available
 
     if not is_torch_cuda_available():
-        raise InputError("`load_in_4bit` needs a CUDA GPU, and none is here; LoRA without it runs anywhere")
+        raise InputError("`load_in_4bit` needs a CUDA GPU, and this machine has none; LoRA without it runs anywhere")
 
 
 def adapter_config(arguments: LoraArguments) -> Any:

@@ -1,8 +1,8 @@
 """An estimate of the memory that training takes, made before the model is loaded, from its configuration alone.
 
-What is counted: weights, gradients and optimizer states exactly, by dtype, optimizer, ZeRO stage or FSDP, and adapter;
-activations by a formula for Llama-like layers. What is not: the allocator's fragments, communication buffers, and the
-GPU's context, together often some GiB. So it tells 20 GiB from 80, not 78 from 80.
+Weights, gradients and optimizer states are counted exactly, by dtype, optimizer, ZeRO stage or FSDP, and adapter;
+activations by a formula for Llama-like layers. Not counted are the allocator's fragments, communication buffers, and the
+GPU's context, together often some GiB. So the estimate distinguishes a 20 GiB machine from an 80 GiB one, not 78 GiB from 80.
 """
 
 import logging
@@ -21,20 +21,32 @@ from transformers.utils import strtobool
 
 from baton.errors import InputError
 from baton.models.logps import CHUNK_BYTES
+from baton.parallel import data_parallel
 
 log = logging.getLogger("baton")
 
-# Bytes of optimizer states for each trained weight, where they do not have the weight's dtype; by parts of the name
+FLOAT32_BYTES = 4
+HALF_BYTES = 2  # bfloat16 and float16
+NF4_BYTES = 0.56  # a weight in 4 bits and its share of the scales
+
+# Bytes of optimizer states for each trained weight, where they do not have the weight's dtype; by parts of the name:
+# two states in 8 or 4 bits, or none that grows with the number of weights.
 STATE_BYTES = {"8bit": 2, "4bit": 1, "adafactor": 0, "lomo": 0, "sgd": 0}
-BYTES_4_BIT = 0.56  # a weight in NF4 and its share of the scales
+
+# The ZeRO stage from which each part is spread over the processes; FSDP is as stage 3.
+SPREAD_FROM_STAGE = {"optimizer states": 1, "gradients": 2, "weights": 3}
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """What is spread over the processes, and what is in the machine's RAM instead of on the GPU."""
+    """How a model that is trained is spread, and what of it is in the machine's RAM instead of on the GPU.
+
+    `processes` are the data-parallel ranks that it is spread over. `stage` is ZeRO's: from 1 on they spread optimizer states,
+    from 2 on gradients too, from 3 on weights too, as FSDP does.
+    """
 
     processes: int = 1
-    stage: int = 0  # as ZeRO's: 1 spreads optimizer states, 2 gradients too, 3 weights too (FSDP)
+    stage: int = 0
     deepspeed: bool = False
     offload_optimizer: bool = False
     offload_weights: bool = False
@@ -42,7 +54,7 @@ class Sharding:
 
 def sharding_of(config: Any) -> Sharding:
     """How a TrainingArguments and its launcher spread a model."""
-    processes, plugin = config.world_size, config.deepspeed_plugin
+    processes, plugin = data_parallel().size, config.deepspeed_plugin
     if plugin is not None:
         zero = plugin.deepspeed_config["zero_optimization"]
         offloaded = [zero.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")]
@@ -52,7 +64,10 @@ def sharding_of(config: Any) -> Sharding:
 
 
 def outline(model: str, adapter: Any = None) -> nn.Module:
-    """A model with an adapter, of weights that have a shape and no content. Raises InputError if they do not go together."""
+    """A model, with an adapter if one is given, whose weights have a shape and no content.
+
+    Raises InputError for a folder without a model, an unknown architecture, or an adapter of modules that it does not have.
+    """
     if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
         raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
     configuration = AutoConfig.from_pretrained(model)
@@ -88,37 +103,89 @@ def estimate(
     """Bytes that one process needs at the most, by what they hold; `offloaded` is in RAM, the rest on the device.
 
     Args:
-        model: an `outline`, or a real model.
+        model: an `outline`, or a real model. Where some of its weights are frozen, the others are an adapter.
         tokens: of the largest batch of one process, in one forward pass.
+        in_4_bit: whether the frozen weights are loaded in 4 bits.
         reference: whether a reference model is in memory too.
     """
-    loaded = {"bfloat16": 2, "float16": 2, "auto": 2}.get(str((config.model_init_kwargs or {}).get("dtype")), 4)
-    half = 2 if config.bf16 or config.fp16 else loaded
-    frozen, trained = ([p.numel() for p in model.parameters() if p.requires_grad is wanted] for wanted in (False, True))
-    adapted = bool(frozen)
-    lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weight = half if sharding.deepspeed else 4 if sharding.stage == 3 else loaded
-    trained_weight = 4 if adapted and not sharding.deepspeed else weight  # PEFT keeps adapters in float32
-    frozen_weight = half if sharding.deepspeed else loaded
-    unpacked = head.numel() + (lookup.numel() if lookup is not head else 0)  # bitsandbytes leaves them as they are
-    packed = sum(frozen) - unpacked if in_4_bit else 0
-    named = next((size for part, size in STATE_BYTES.items() if part in config.optim.value), None)
-    states = 2 * (4 if sharding.deepspeed else trained_weight) if named is None else named
-    if sharding.deepspeed and half < 4:
-        states += 4  # its own float32 copy of the weights
-    spread = {"optimizer states": 1, "gradients": 2, "weights": 3}
-    needs = {
-        "weights": sum(trained) * trained_weight + (sum(frozen) - packed) * frozen_weight + packed * BYTES_4_BIT,
-        "gradients": sum(trained) * trained_weight,
-        "optimizer states": sum(trained) * states,
+    trained, frozen = count_weights(model, trained=True), count_weights(model, trained=False)
+    adapter = frozen > 0
+    trained_size = trained_weight_bytes(config, sharding, adapter)
+    whole = {
+        "weights": trained * trained_size + frozen_bytes(model, frozen, config, sharding, in_4_bit),
+        "gradients": trained * trained_size,  # of the same dtype as the weights
+        "optimizer states": trained * state_bytes(config, sharding, trained_size),
     }
-    needs = {name: size / (sharding.processes if sharding.stage >= spread[name] else 1) for name, size in needs.items()}
+    needs = {name: spread(size, name, sharding) for name, size in whole.items()}
     if reference:
-        needs["reference"] = sum(frozen or trained) * loaded
-    needs["activations"] = activations(model, config, tokens, half) + (0 if adapted else 4 * head.numel())
-    offloaded = ["optimizer states"] * sharding.offload_optimizer + ["weights"] * sharding.offload_weights
-    needs["offloaded"] = sum(needs.pop(name) for name in offloaded)
-    return needs
+        needs["reference"] = (frozen or trained) * loaded_weight_bytes(config)
+    needs["activations"] = activations(model, config, tokens, computing_bytes(config)) + head_gradient_bytes(model, adapter)
+    return offload(needs, sharding)
+
+
+def count_weights(model: nn.Module, *, trained: bool) -> int:
+    """How many weights of a model are trained, or are not."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad is trained)
+
+
+def loaded_weight_bytes(config: Any) -> int:
+    """Bytes of a weight as it is loaded: float32 is TRL's default; `auto` is the file's dtype, mostly a half one."""
+    dtype = str((config.model_init_kwargs or {}).get("dtype"))
+    return HALF_BYTES if dtype in ("bfloat16", "float16", "auto") else FLOAT32_BYTES
+
+
+def computing_bytes(config: Any) -> int:
+    """Bytes of a number that layers compute: autocast computes in half precision whatever the weights are."""
+    return HALF_BYTES if config.bf16 or config.fp16 else loaded_weight_bytes(config)
+
+
+def trained_weight_bytes(config: Any, sharding: Sharding, adapter: bool) -> int:
+    """Bytes of a weight that is trained, whole or of an adapter."""
+    if sharding.deepspeed:
+        return computing_bytes(config)  # DeepSpeed converts the model; its float32 copy counts as an optimizer state
+    if adapter or sharding.stage == 3:
+        return FLOAT32_BYTES  # PEFT keeps adapters in float32, and Accelerate converts what FSDP spreads to it
+    return loaded_weight_bytes(config)
+
+
+def frozen_bytes(model: nn.Module, frozen: int, config: Any, sharding: Sharding, in_4_bit: bool) -> float:
+    """Bytes of the `frozen` weights under an adapter."""
+    size = computing_bytes(config) if sharding.deepspeed else loaded_weight_bytes(config)
+    if not in_4_bit:
+        return frozen * size
+    lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    not_quantized = head.numel() + (lookup.numel() if lookup is not head else 0)  # bitsandbytes leaves them as they are
+    quantized = frozen - not_quantized
+    return not_quantized * size + quantized * NF4_BYTES
+
+
+def state_bytes(config: Any, sharding: Sharding, trained_size: int) -> int:
+    """Bytes of optimizer states for each trained weight, which has `trained_size` bytes.
+
+    Two of the weight's dtype, as AdamW has, unless the optimizer is one of `STATE_BYTES`. DeepSpeed keeps them in float32, and
+    beside them a float32 copy of weights that have a half dtype.
+    """
+    known = next((size for part, size in STATE_BYTES.items() if part in config.optim.value), None)
+    states = 2 * (FLOAT32_BYTES if sharding.deepspeed else trained_size) if known is None else known
+    copied = sharding.deepspeed and computing_bytes(config) < FLOAT32_BYTES
+    return states + (FLOAT32_BYTES if copied else 0)
+
+
+def spread(size: float, name: str, sharding: Sharding) -> float:
+    """One process's share of the `size` bytes of a part named in `SPREAD_FROM_STAGE`."""
+    return size / (sharding.processes if sharding.stage >= SPREAD_FROM_STAGE[name] else 1)
+
+
+def head_gradient_bytes(model: nn.Module, adapter: bool) -> int:
+    """Bytes of the LM head's gradient, which `logps.token_scores` sums in float32; an adapter does not train the head."""
+    return 0 if adapter else FLOAT32_BYTES * model.get_output_embeddings().weight.numel()
+
+
+def offload(needs: dict[str, float], sharding: Sharding) -> dict[str, float]:
+    """`needs` with what is in the machine's RAM instead of on the GPU as `offloaded`."""
+    parts = ["optimizer states"] * sharding.offload_optimizer + ["weights"] * sharding.offload_weights
+    on_device = {name: size for name, size in needs.items() if name not in parts}
+    return on_device | {"offloaded": sum(needs[name] for name in parts)}
 
 
 def activations(model: nn.Module, config: Any, tokens: int, element: int) -> float:
@@ -136,23 +203,24 @@ def activations(model: nn.Module, config: Any, tokens: int, element: int) -> flo
 
 def check_memory(needs: dict[str, float], config: Any) -> None:
     """Log an `estimate` as one line, and a warning where the device or the RAM has less than that."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, which share its RAM
     on_device = sum(size for name, size in needs.items() if name != "offloaded")
-    in_ram = needs["offloaded"] * here
+    in_ram = needs["offloaded"] * processes
     free_ram = psutil.virtual_memory().available
     if config.device.type == "cuda":
         free = torch.cuda.mem_get_info(config.device)[0]
         places = [(f"{config.device}", on_device, free), ("the machine's RAM", in_ram, free_ram)]
     else:
-        places = [("the machine's RAM", on_device * here + in_ram, free_ram)]
+        places = [("the machine's RAM", on_device * processes + in_ram, free_ram)]
     parts = " + ".join(f"{gib(size)} {name}" for name, size in needs.items() if size)
     log.info("memory, estimated for each process: %s; free: %s", parts, ", ".join(f"{gib(f)} of {p}" for p, _, f in places))
     for place, wanted, free in places:
         if wanted > free:
             log.warning(
-                "%s of %s are wanted by this estimate, %s are free. What takes less: a smaller per_device_train_batch_size "
-                "with more gradient_accumulation_steps; gradient_checkpointing; model_init_kwargs: {dtype: bfloat16}; "
-                "configs/zero2.yaml, zero3.yaml or fsdp.yaml on more GPUs; --use_peft, with --load_in_4bit",
+                "by this estimate training needs %s of %s, where %s are free. What takes less: a smaller "
+                "per_device_train_batch_size with more gradient_accumulation_steps; gradient_checkpointing; "
+                "model_init_kwargs: {dtype: bfloat16}; configs/zero2.yaml, zero3.yaml or fsdp.yaml on more GPUs; --use_peft, "
+                "with --load_in_4bit",
                 gib(wanted), place, gib(free),
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a DPO run says beside TRL's metrics: KL, lengths, speed, useful share, MFU, and warnings of the usual troubles.
+"""What a DPO run logs beside TRL's metrics: KL, lengths, speed, useful share, MFU, and warnings of the usual troubles.
 
 TRL logs `rewards/accuracies`, `rewards/margins`, `logps/chosen` and `logps/rejected`; what is added here is defined at
 `kl_on_pairs` and `LineOfMetrics`. TRL is not imported, so that benchmarks/dpo.py counts FLOPs in the same way without it.
@@ -8,11 +8,14 @@ import logging
 import math
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from baton.parallel import model_parallel_size
 
 log = logging.getLogger("baton")
 
@@ -22,7 +25,7 @@ PEAK_FLOPS = {  # dense bf16, by words of the GPU's name, the longer first; the 
     "RTX 6000 Ada": 182e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
-# Falls of the chosen responses that are worth a warning: their tokens got a tenth less likely, on average.
+# A fall of the chosen responses that is worth a warning: their tokens became a tenth less likely, on average.
 FALL_PER_TOKEN = 0.1  # nats
 # A mean loss so close to ln 2 means margins of a few thousandths: the policy is still the reference.
 NEAR_LN_2 = 0.003
@@ -81,8 +84,9 @@ class LineOfMetrics:
     - `lengths/chosen`, `lengths/rejected`: mean tokens of a response, as trained on.
     - `useful_tokens`: tokens that must be computed (every distinct prompt of a batch once, every distinct response to it
       once) over the tokens that were computed, repeated prompts and padding included.
-    - `tokens_per_second`: useful tokens of all processes, by the wall-clock time since the line before.
-    - `mfu`: FLOP/s of the matrix products that useful tokens need, over the GPUs' peak in bf16, where that is known.
+    - `tokens_per_second`: useful tokens of all data-parallel ranks, by the wall-clock time since the line before.
+    - `mfu`: FLOP/s of the matrix products that useful tokens need, over the peak in bf16 of the GPUs of all processes, where
+      that is known.
 
     Args:
         weights: `weights_of` the model.
@@ -112,7 +116,9 @@ class LineOfMetrics:
         """The numbers since `start`, over all processes, which all have to call this; then the next line begins."""
         seconds = time.perf_counter() - self.since
         counts = torch.tensor([self.pairs, self.chosen, self.rejected, self.needed, self.computed], dtype=torch.int64)
-        pairs, chosen, rejected, needed, computed = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
+        # Processes that hold one model together count the same data, each all of it.
+        counts = accelerator.reduce(counts.to(accelerator.device), "sum") // model_parallel_size()
+        pairs, chosen, rejected, needed, computed = counts.tolist()
         self.start()
         if not pairs:
             return {}
@@ -128,8 +134,17 @@ class LineOfMetrics:
         return line
 
 
+def first_line_past(step: int, lines: Sequence[int]) -> bool:
+    """Whether the last of `lines` is the first line of the log that is a mean over steps after `step` alone.
+
+    `lines` are the steps at which lines were written, ascending. Each line is a mean over the steps since the one before it.
+    """
+    *earlier, last = [0, *lines[:-1]]  # for each line, the last step that it does not cover
+    return last >= step and all(before < step for before in earlier)
+
+
 class WarnOfTrouble(TrainerCallback):
-    """Says once, from the lines of the log, that the chosen responses fall, or that the policy does not learn.
+    """Warns once each, from the lines of the log, that the chosen responses fall, and that the policy does not learn.
 
     Args:
         starts_at_ln_2: whether the loss is ln 2 where policy and reference are the same.
@@ -137,7 +152,7 @@ class WarnOfTrouble(TrainerCallback):
 
     def __init__(self, beta: float, starts_at_ln_2: bool):
         self.beta, self.starts_at_ln_2 = beta, starts_at_ln_2
-        self.fall_said = False
+        self.warned_of_fall = False
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs or "rewards/chosen" not in logs:
@@ -148,12 +163,12 @@ class WarnOfTrouble(TrainerCallback):
     def _warn_of_falling(self, state, logs: dict[str, float]) -> None:
         # Against the reference, since batches differ more in their responses than the policy changes.
         first = next((line["rewards/chosen"] for line in state.log_history if "rewards/chosen" in line), None)
-        if self.fall_said or first is None or not self.beta or not logs.get("lengths/chosen"):
+        if self.warned_of_fall or first is None or not self.beta or not logs.get("lengths/chosen"):
             return
         fall = (first - logs["rewards/chosen"]) / self.beta
         if fall < FALL_PER_TOKEN * logs["lengths/chosen"]:
             return
-        self.fall_said = True
+        self.warned_of_fall = True
         log.warning(
             "step %d: the log-probability of the chosen responses has fallen by %.1f nats since the first line (%.2f a token), "
             "while the margin is %.2f: the policy moves away from good responses too. What helps: a term that holds them "
@@ -164,11 +179,9 @@ class WarnOfTrouble(TrainerCallback):
     def _warn_of_ln_2(self, args, state, logs: dict[str, float]) -> None:
         if not self.starts_at_ln_2 or "loss" not in logs:
             return
-        # The first line of which every step lies well past the warm-up
-        due = args.get_warmup_steps(state.max_steps) + max(state.max_steps // 10, 5)
-        lines = [0, 0, *(line["step"] for line in state.log_history[:-1] if "rewards/chosen" in line)]
-        first = lines[-2] < due <= lines[-1]
-        if not first or abs(logs["loss"] - math.log(2)) > NEAR_LN_2:
+        learning_begins = args.get_warmup_steps(state.max_steps) + max(state.max_steps // 10, 5)
+        lines = [line["step"] for line in state.log_history if "rewards/chosen" in line]
+        if not first_line_past(learning_begins, lines) or abs(logs["loss"] - math.log(2)) > NEAR_LN_2:
             return
         log.warning(
             "step %d: the loss is still %.4f, which is ln 2, as if the policy were the reference (accuracy %.2f). Check "

@@ -449,6 +449,33 @@ def test_the_margin_is_an_offset_in_the_sigmoid_and_metrics_do_not_see_it(tokeni
     assert trainer._total_train_tokens == plain._total_train_tokens
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"loss_type": ["sft", "sigmoid"], "loss_weights": [0.3, 0.8]},
+        {"ld_alpha": 0.4, "use_weighting": True},
+        {"lora": True},
+    ],
+)
+def test_the_loss_with_a_margin_and_its_gradients_are_trls_with_a_reference_that_much_surer_of_the_chosen(
+    config, packed, tokenizer, tmp_path
+):
+    model = model_of("llama")
+    rows = with_reference(random_pairs(5), model)
+    surer = [{**row, "ref_chosen_logps": row["ref_chosen_logps"] + 0.7 / 0.3 * row["margin"]} for row in rows]
+    outcomes = []
+    for data, margin_scale in ((rows, 0.7), (surer, 0.0)):
+        torch.manual_seed(0)  # an adapter's first weights
+        outcomes.append(loss_and_gradients(trainer_of(model, data, tokenizer, tmp_path, packed, margin_scale, **config), data))
+    (loss, gradients, _), (wanted_loss, wanted, _) = outcomes
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -174,6 +174,21 @@ def test_bad_input_is_one_message_and_exit_code_2(task, annotated, tmp_path, cha
     assert not (tmp_path / "policy").exists()
 
 
+@pytest.mark.parametrize(
+    ("program", "data"),
+    [
+        ("sft/run_sft.py", "sft.jsonl"),
+        ("reward_model/run_rm.py", "rm_train.jsonl"),
+        ("dpo_iteration/run_kto.py", "rm_train.jsonl"),
+    ],
+)
+def test_every_trainer_refuses_a_training_of_no_steps_before_it_loads_a_model(task, tmp_path, program, data):
+    words = ["--model_name_or_path", task / "base", "--dataset_name_or_path", task / "data" / data]
+    done = run_program(program, *words, "--output_dir", tmp_path / "model", "--max_steps", 0, *SMALL)
+    assert done.returncode == 2, done.stderr
+    assert "`max_steps`: 0 would train by epochs" in done.stderr and "runs on:" not in done.stderr
+
+
 def test_yaml_file_with_an_unknown_key_names_the_nearest(task, annotated, tmp_path):
     config = tmp_path / "training.yaml"
     config.write_text("beta: 0.1\nlerning_rate: 5.0e-7\n")

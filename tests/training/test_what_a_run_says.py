@@ -14,10 +14,11 @@ from trl import DPOConfig
 from baton.errors import InputError
 from baton.models.trees import distinct_tokens
 from baton.training.adapters import LoraArguments, adapter_config
-from baton.training.checks import check_pairs, check_precision, check_training
+from baton.training.checks import check_precision
 from baton.training.memory import Sharding, check_memory, estimate, largest_batch, outline, sharding_of
 from baton.training.metrics import WarnOfTrouble, forward_flops, peak_flops_of, weights_of
 from baton.training.reference import reference_logps
+from dpo_iteration.checks import check_pairs, check_training
 from dpo_iteration.run_dpo import Arguments
 from tests.training.test_dpo_core import model_of, pairs_of, random_pairs, tokenizer, trainer_of, with_reference
 
@@ -71,6 +72,16 @@ def test_fewer_pairs_than_a_batch_are_refused_where_they_would_be_repeated_or_dr
     check_pairs(3, config_of(per_device_train_batch_size=4))
     with pytest.raises(InputError, match="3 pairs are fewer than one batch: 1 processes x `per_device_train_batch_size` 4"):
         check_pairs(3, config_of(per_device_train_batch_size=4, dataloader_drop_last=True))
+
+
+def test_data_and_shards_are_divided_among_data_parallel_ranks_not_processes(monkeypatch):
+    config = config_of(per_device_train_batch_size=1)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    assert sharding_of(config).processes == 4
+    check_pairs(4, config)
+    with pytest.raises(InputError, match="3 pairs are fewer than one batch: 4 processes"):
+        check_pairs(3, config)
 
 
 # Memory

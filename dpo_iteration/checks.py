@@ -1,0 +1,41 @@
+"""Settings and data that DPO cannot train on, refused before a model is loaded. What every trainer refuses comes first."""
+
+from typing import Any
+
+from baton.errors import InputError
+from baton.parallel import data_parallel
+from baton.training.checks import check_settings
+from baton.training.memory import Sharding
+
+
+def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
+    """Raise InputError for a combination of settings that cannot train.
+
+    Args:
+        arguments: those of run_dpo.py.
+        config: a DPOConfig.
+    """
+    check_settings(config, sharding, arguments)
+    if "exo_pair" in config.loss_type and not config.label_smoothing:
+        raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
+    if config.eval_strategy != "no":
+        raise InputError("`eval_strategy`: run_dpo.py has no held-out pairs to evaluate on; leave it out")
+    if config.sync_ref_model and arguments.forward == "packed":
+        raise InputError("`sync_ref_model` changes the reference, whose log-probabilities are computed once; add --forward trl")
+    if config.sync_ref_model and arguments.use_peft:
+        raise InputError("`sync_ref_model` does not go with `use_peft`, whose reference is the model without the adapter")
+
+
+def check_pairs(pairs: int, config: Any) -> None:
+    """Raise InputError where there are too few pairs for one batch on every data-parallel rank.
+
+    Accelerate would give some ranks pairs of the others, which then count twice; with `dataloader_drop_last` there would be
+    no step at all.
+    """
+    ranks = data_parallel().size
+    batch = config.per_device_train_batch_size * ranks
+    if pairs < batch and (ranks > 1 or config.dataloader_drop_last):
+        raise InputError(
+            f"{pairs} pairs are fewer than one batch: {ranks} processes x `per_device_train_batch_size` "
+            f"{config.per_device_train_batch_size}; use fewer processes or a smaller batch"
+        )
