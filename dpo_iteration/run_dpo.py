@@ -19,6 +19,7 @@ from baton import jsonl, program
 from baton.arguments import option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
+from baton.launch.check import check_processes
 from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
 from baton.pairs import ChooseType, PairSettings
@@ -121,7 +122,7 @@ def main() -> None:
     stage = Stage.begin("dpo", arguments, output, inputs_of(arguments, reference, pairs_path, earlier), settings)
     if stage is None:
         return
-    program.check_processes()
+    check_processes()
 
     drops: Drops = Drops()
     counted: Counter[str] = Counter()

@@ -21,6 +21,7 @@ from baton.arguments import StageArguments, option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
+from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
 from baton.sources import check_model_path, template_input
@@ -78,7 +79,7 @@ def main() -> None:
     stage = Stage.begin("kto", arguments, output, inputs, settings)
     if stage is None:
         return
-    program.check_processes()
+    check_processes()
 
     examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
     drops: Drops = Drops()

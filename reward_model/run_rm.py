@@ -17,6 +17,7 @@ from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
+from baton.launch.check import check_processes
 from baton.models.templates import conversation_token_ids, load_tokenizer
 from baton.preferences import preference_records
 from baton.prompts import read_records
@@ -87,7 +88,7 @@ def main() -> None:
     stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings)
     if stage is None:
         return
-    program.check_processes()
+    check_processes()
     count = sum(1 for _ in preference_records(read_records(source, arguments.dataset_split)))
     if count < 2:
         raise InputError(f"{source}: holds {count} pairs, at least 2 are needed")
