@@ -80,7 +80,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--status", action="store_true", help="show the servers that were started here")
     parser.add_argument("--stop", action="store_true", help="end them")
-    parser.add_argument("--num_servers", type=positive, metavar="N", help="[one per visible GPU, or per group of GPUs; 1 on CPU]")
+    parser.add_argument("--num_servers", type=positive, metavar="N", help="[one per visible GPU or group of GPUs; 1 on CPU]")
     parser.add_argument("--port", type=positive, default=8000, help="of the first server; the next ones follow [%(default)s]")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [%(default)s: this machine alone]")
     parser.add_argument("--api_key", help="what clients must send; $VLLM_API_KEY does the same, and no process list shows it")
