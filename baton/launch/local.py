@@ -65,11 +65,13 @@ def run(units: Sequence[Unit]) -> None:
 
 
 def start(service: Unit, slot: int = 0) -> processes.Process:
-    """Start a service that outlives this process, on the `slot`-th group of GPUs; its log starts anew.
+    """Start a service that outlives this process, on the `slot`-th group of GPUs if it needs any; its log starts anew.
 
     Raises InputError for more GPUs than there are or a missing environment.
     """
     devices = slots([service])
+    if service.gpus == 0:
+        slot = 0  # the machine, for any number of services
     if slot >= len(devices):
         raise InputError(f"{service.name}: {slot + 1} × {service.gpus} GPUs, but there are {len(gpus.visible())}")
     command, variables = unit.command_line(service), unit.variables(service)

@@ -250,7 +250,7 @@ def test_a_service_survives_its_starter_and_is_known_by_pid_and_start_time(tmp_p
         from pathlib import Path
         from baton import launch
         unit = launch.Unit("service", "training", ({path!r}, {str(pids)!r}), log=Path({str(tmp_path / "log")!r}))
-        print(json.dumps(launch.start(unit)))
+        print(json.dumps(launch.start(unit, slot=3)))  # without GPUs there is room for any number
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(starter)], cwd=ROOT, capture_output=True, text=True, check=True
@@ -265,6 +265,17 @@ def test_a_service_survives_its_starter_and_is_known_by_pid_and_start_time(tmp_p
     finally:
         processes.end([service])
     assert not processes.is_alive(service)
+
+
+def test_services_have_a_group_of_gpus_each_and_none_beyond_the_last(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,6,7,8")
+    path = program(tmp_path, "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True)")
+    for slot, gpus in enumerate(["0,1", "6,7"]):
+        service = launch.start(Unit("service", "training", (path,), gpus=2, log=tmp_path / str(slot)), slot)
+        wait_until_ended(service.pid)
+        assert (tmp_path / str(slot)).read_text().strip() == gpus
+    with pytest.raises(InputError, match="3 × 2 GPUs, but there are 5"):
+        launch.start(Unit("service", "training", (path,), gpus=2, log=tmp_path / "2"), slot=2)
 
 
 @pytest.mark.parametrize("launcher", ["ray", "slurm", "Local"])
