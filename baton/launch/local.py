@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from baton import program
 from baton.errors import InputError, UnitFailed
@@ -115,7 +116,7 @@ def _start(work: Unit, slot: list[str], failure: Path) -> Running:
     return Running(work, slot, process, failure, log_start, time.monotonic())
 
 
-def _output(work: Unit, mode: str):
+def _output(work: Unit, mode: str) -> contextlib.AbstractContextManager[IO[bytes] | None]:
     """The unit's log, opened; a context of None without one: the output of this process."""
     if work.log is None:
         return contextlib.nullcontext()
