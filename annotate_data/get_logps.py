@@ -16,8 +16,9 @@ from annotate_data.work import Responses, check_output
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.jsonl import Record
+from baton.launch.check import check_processes
 from baton.models import loading
-from baton.program import check_processes, log_what_runs, run
+from baton.program import log_what_runs, run
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
 

@@ -30,7 +30,8 @@ from annotate_data.work import Responses, check_output
 from baton.arguments import StageArguments, option, parse
 from baton.errors import FailuresListed, InputError
 from baton.jsonl import Record
-from baton.program import check_processes, rank, run
+from baton.launch.check import check_processes
+from baton.program import rank, run
 from baton.sources import template_input
 from baton.stage import Stage
 

@@ -21,8 +21,9 @@ from annotate_data.filters import FilterArguments, Filtered
 from annotate_data.work import check_output, write_records
 from baton.arguments import option, parse
 from baton.drops import Drops
+from baton.launch.check import check_processes
 from baton.pairs import ChooseType, PairSettings, candidates, pairs_of
-from baton.program import check_processes, run
+from baton.program import run
 from baton.stage import Stage
 
 log = logging.getLogger("baton")

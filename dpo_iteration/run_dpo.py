@@ -19,6 +19,7 @@ from typing import Any, Literal
 from baton import jsonl, program
 from baton.arguments import option, parse_with_rest
 from baton.errors import InputError
+from baton.launch.check import check_processes
 from baton.jsonl import Record
 from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
@@ -216,7 +217,7 @@ def main() -> None:
     stage = Stage.begin("dpo", arguments, output, inputs, settings, config_class)
     if stage is None:
         return
-    program.check_processes()
+    check_processes()
     chosen = Account()
     if program.rank() == 0:
         chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))

@@ -22,6 +22,7 @@ from baton import jsonl, program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
+from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.parallel import data_parallel
 from baton.prompts import read_records
@@ -163,7 +164,7 @@ def main() -> None:
     stage = Stage.begin("kto", arguments, output, inputs, settings | batch_of_kl_term(settings), config_class)
     if stage is None:
         return
-    program.check_processes()
+    check_processes()
     examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
     labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
 

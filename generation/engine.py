@@ -1,10 +1,8 @@
 """Offline vLLM as a stream: requests go in while earlier ones come out; no batch is waited for."""
 
-import ctypes
 import logging
 import math
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -13,6 +11,7 @@ import psutil
 
 from baton import program
 from baton.errors import InputError
+from baton.program import die_with_parent
 from generation.arguments import GenerationArguments
 from generation.sampling import Task, prompt_seed, seed_from
 
@@ -20,7 +19,6 @@ log = logging.getLogger("baton")
 
 CPU_BLOCK, CPU_SEQUENCES = 128, 256  # vLLM's own on CPU: tokens of a cache block, sequences at once
 FLOAT32_BYTES = 4
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def prepare_environment() -> None:
@@ -41,14 +39,6 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # for what it says while imported
     os.register_at_fork(after_in_child=die_with_parent)
-
-
-def die_with_parent() -> None:
-    """Have Linux kill this process when its parent dies, so that `kill -9` leaves no engine behind."""
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        log.debug("no prctl here: an engine process may outlive kill -9")
 
 
 def runs_on_cpu() -> bool:

@@ -17,6 +17,7 @@ from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
+from baton.launch.check import check_processes
 from baton.jsonl import Record
 from baton.models.templates import conversation_token_ids, load_tokenizer
 from baton.preferences import preference_records
@@ -157,7 +158,7 @@ def main() -> None:
     stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class)
     if stage is None:
         return
-    program.check_processes()
+    check_processes()
     count = count_pairs(arguments)
 
     from trl import RewardTrainer

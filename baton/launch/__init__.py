@@ -1,1 +1,39 @@
-"""Where programs run. Standard library and baton/*.py only, since it also runs on login nodes."""
+"""Where programs run: `run` units of work to their end, `start` services.
+
+The variable LAUNCHER says what runs them; `local`, the default, is this machine. A launcher is a module with these two
+functions. Standard library and baton/*.py only, since it also runs on login nodes.
+"""
+
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+from baton.errors import InputError
+from baton.launch import local
+from baton.launch.processes import Process
+from baton.launch.unit import Unit
+
+__all__ = ["Process", "Unit", "check_launcher", "run", "start"]
+
+LAUNCHERS = {"local": local}
+
+
+def run(units: Sequence[Unit]) -> None:
+    """Run units, all of which need the same number of GPUs, to their end: see local.py for what every launcher promises.
+
+    Raises InputError for units that cannot run, UnitFailed, with the exit code of the first, when units have failed.
+    """
+    check_launcher().run(units)
+
+
+def start(service: Unit, slot: int = 0) -> Process:
+    """Start a service that outlives this process; on this machine it takes the `slot`-th group of GPUs of its size."""
+    return check_launcher().start(service, slot)
+
+
+def check_launcher() -> ModuleType:
+    """The launcher that LAUNCHER names. Raises InputError if there is no such launcher."""
+    name = os.environ.get("LAUNCHER") or "local"
+    if name not in LAUNCHERS:
+        raise InputError(f"LAUNCHER={name}: not available; set it to {' or '.join(LAUNCHERS)}, or unset it")
+    return LAUNCHERS[name]

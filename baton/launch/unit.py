@@ -1,0 +1,78 @@
+"""A unit of work: a program, the environment that runs it, its GPUs and its log; and the command line that it comes to."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from baton import program
+from baton.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENTS = ("inference", "training")
+PROCESSES = "BATON_PROCESSES"  # the variable that tells a program how many processes it should see
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A program to run, and what it needs.
+
+    `name` stands in messages. `program` are the words after `python`. `gpus` is how many GPUs it gets for itself; with 0 it
+    sees those that its launcher sees. `accelerate launch` starts several `processes`, and a single one on GPUs where there is
+    an `accelerate_config`. `variables` are added to its environment variables. Without a `log` its output goes where that of
+    the launcher goes.
+    """
+
+    name: str
+    environment: str  # inference or training
+    program: tuple[str, ...]
+    gpus: int = 0
+    processes: int = 1
+    accelerate_config: str | None = None
+    log: Path | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def uses_accelerate(unit: Unit) -> bool:
+    """Whether `accelerate launch` stands between the launcher and the program."""
+    return unit.processes > 1 or bool(unit.gpus and unit.accelerate_config)
+
+
+def command_line(unit: Unit) -> list[str]:
+    """The words to execute. Raises InputError if the environment is missing."""
+    python = str(environment_folder(unit.environment) / "bin/python")
+    if not uses_accelerate(unit):
+        return [python, *unit.program]
+    # On a CPU --multi_gpu stands for several processes, and a variable says that they use no GPU: see `variables`.
+    kind = ["--config_file", unit.accelerate_config] if unit.gpus and unit.accelerate_config else ["--multi_gpu"]
+    return [python, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(unit.processes), *unit.program]
+
+
+def variables(unit: Unit) -> dict[str, str]:
+    """All environment variables of the unit: those of its environment as if it was activated, and its own.
+
+    Raises InputError if the environment is missing.
+    """
+    folder = environment_folder(unit.environment)
+    left_out = {"PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", program.PARENT, program.FAILURE}
+    values = {name: value for name, value in os.environ.items() if name not in left_out}
+    others = {str(folder.parent / name / "bin") for name in ENVIRONMENTS}
+    path = [part for part in values.get("PATH", os.defpath).split(os.pathsep) if part not in others]
+    python_path = [part for part in values.get("PYTHONPATH", "").split(os.pathsep) if part and part != str(ROOT)]
+    values["CONDA_PREFIX" if (folder / "conda-meta").is_dir() else "VIRTUAL_ENV"] = str(folder)
+    values["PATH"] = os.pathsep.join([str(folder / "bin"), *path])
+    values["PYTHONPATH"] = os.pathsep.join([str(ROOT), *python_path])
+    values[PROCESSES] = str(unit.processes)
+    if unit.processes > 1 and not unit.gpus:
+        values["ACCELERATE_USE_CPU"] = "true"
+    return values | dict(unit.variables)
+
+
+def environment_folder(name: str) -> Path:
+    """The folder of an environment. Raises InputError if it is not installed, or half installed."""
+    if name not in ENVIRONMENTS:
+        raise InputError(f"no environment '{name}'; there are {' and '.join(ENVIRONMENTS)}")
+    folder = Path(os.environ.get("BATON_ENVS") or ROOT / ".envs").absolute()
+    if not os.access(folder / name / "bin/python", os.X_OK) or (folder / f".{name}.unfinished").exists():
+        raise InputError(f"the {name} environment is missing in {folder}: run bash scripts/setup_envs.sh")
+    return folder / name

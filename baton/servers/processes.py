@@ -1,0 +1,170 @@
+"""vLLM servers that run on this machine, as processes with a state on disk: start, find, wait for and stop them.
+
+Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model) and PORT.log.
+"""
+
+import http.client
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from baton import launch
+from baton.errors import InputError, UnitFailed
+from baton.launch import Process, Unit, processes
+from baton.launch.unit import ROOT
+
+TAIL_LINES = 15
+POLL_SECONDS = 0.5
+
+# On a CPU each engine is one process: as two, the one would spin while the other works. Statistics, which bare vLLM does not
+# count either, would cost a tenth of the speed.
+CPU_OPTIONS = ["--enforce-eager", "--distributed-executor-backend", "uni", "--disable-log-stats"]
+
+
+class Place(NamedTuple):
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+
+class Server(NamedTuple):
+    """A server that was started here: it may run, or have ended."""
+
+    place: Place
+    model: str
+    process: Process
+
+    @property
+    def port(self) -> int:
+        return self.place.port
+
+    @property
+    def log(self) -> Path:
+        return folder() / f"{self.port}.log"
+
+
+def folder() -> Path:
+    """Where logs and state are: $BATON_SERVERS, or .servers/ in the project."""
+    return Path(os.environ.get("BATON_SERVERS") or ROOT / ".servers")
+
+
+def known() -> list[Server]:
+    """The servers that were started here and not stopped, by port."""
+    ports = sorted(int(path.stem) for path in folder().glob("*.pid") if path.stem.isdigit())
+    return [server for port in ports if (server := find(port))]
+
+
+def find(port: int) -> Server | None:
+    """The server that was started on a port; None if none was."""
+    try:
+        pid, started = _file(port, "pid").read_text().split()
+        host, model = _file(port, "what").read_text().rstrip("\n").split(" ", 1)
+    except (FileNotFoundError, ValueError):  # or one that was stopped or started by half
+        return None
+    return Server(Place(host, port), model, Process(int(pid), int(started)))
+
+
+def is_alive(server: Server) -> bool:
+    return processes.is_alive(server.process)
+
+
+def is_ready(place: Place) -> bool:
+    """Whether something answers /health there as a ready server does."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(place.host, place.host)
+    connection = http.client.HTTPConnection(host, place.port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def describe(server: Server) -> str:
+    """One line about a server: port, pid, state, model, log."""
+    state = "dead" if not is_alive(server) else "ready" if is_ready(server.place) else "starting"
+    return f"port {server.port}  pid {server.process.pid}  {state:8}  {server.model}  log {server.log}"
+
+
+def runs_already(place: Place, model: str) -> bool:
+    """Whether a server that was started here runs on the port, with this model; what is left of a dead one is removed.
+
+    Raises InputError if the port serves another model, or is taken by another program.
+    """
+    server = find(place.port)
+    if server and is_alive(server):
+        if server.model != model:
+            raise InputError(f"port {place.port} already serves {server.model}; --stop ends it")
+        return True
+    if server:
+        stop([server])
+    if is_ready(place):
+        raise InputError(f"port {place.port} is taken by a server that was not started here; choose another --port")
+    return False
+
+
+def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int, variables: Mapping[str, str]) -> Server:
+    """Start a server, which outlives this process, on the `slot`-th group of so many GPUs; it is not ready yet."""
+    address = ["--host", place.host, "--port", str(place.port)]
+    unit = Unit(
+        name=f"the server on port {place.port}",
+        environment="inference",
+        program=("-m", "vllm.entrypoints.openai.api_server", "--model", model, *address, *options),
+        gpus=gpus,
+        log=_file(place.port, "log"),
+        variables=variables,
+    )
+    process = launch.start(unit, slot)
+    _file(place.port, "what").write_text(f"{place.host} {model}\n")
+    _file(place.port, "pid").write_text(f"{process.pid} {process.started}\n")
+    return Server(place, model, process)
+
+
+def cpu_variables(servers: int) -> dict[str, str]:
+    """Environment variables for each of several servers that share the cores; no thread is bound to a core or spins."""
+    threads = max(len(os.sched_getaffinity(0)) // servers, 1)
+    chosen = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    chosen = {name: os.environ.get(name) or value for name, value in chosen.items()}
+    return chosen | {"OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def wait_until_ready(ports: Iterable[int], started: Sequence[int], timeout: float) -> Iterator[Server]:
+    """The servers on `ports` in turn, each once it is ready; those on the ports `started` are ended if one has ended or takes
+    longer than `timeout` seconds.
+
+    Raises UnitFailed with exit code 1 and the end of that one's log.
+    """
+    begin = time.monotonic()
+    for port in ports:
+        while not ((server := find(port)) and is_ready(server.place)):
+            for other in {*started, port}:
+                if not ((waited_for := find(other)) and is_alive(waited_for)):
+                    _give_up(other, "the server has ended", started)
+            if time.monotonic() - begin > timeout:
+                _give_up(port, f"not ready after {timeout:g} s", started)
+            time.sleep(POLL_SECONDS)
+        yield server
+
+
+def stop(servers: Iterable[Server]) -> None:
+    """End servers, each with all its processes; by force what has not gone after 20 s."""
+    servers = list(servers)
+    processes.end(server.process for server in servers)
+    for server in servers:
+        for kind in ("pid", "what"):
+            _file(server.port, kind).unlink(missing_ok=True)
+
+
+def _give_up(port: int, reason: str, started: Sequence[int]) -> None:
+    log = _file(port, "log")
+    tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if log.exists() else []
+    stop(server for other in started if (server := find(other)))
+    raise UnitFailed("\n".join([f"port {port}: {reason}; the end of {log}:", *tail]), 1)
+
+
+def _file(port: int, kind: str) -> Path:
+    return folder() / f"{port}.{kind}"

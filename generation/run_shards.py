@@ -1,0 +1,82 @@
+"""Sample K responses to every prompt, on all GPUs of the machine (or on its CPU), and merge the shards.
+
+    bash scripts/test_gen.sh --model_name_or_path MODEL --dataset_name_or_path PROMPTS --output_dir ./data/gen_data [--K 4 ...]
+
+writes <output_dir>.jsonl (--output_dir is the beginning of a file's name). With more shards than GPUs, a GPU that is free takes
+the next shard. Flags that are not listed below go to generation/get_hf2.py; its --help explains them. Each shard logs to
+<output_dir>i.log. After any failure, run the same command again: it goes on where it stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from baton import launch, program
+from baton.errors import InputError
+from baton.launch import gpus
+from baton.launch.unit import Unit
+from baton.launch.words import parse_known, positive
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    arguments, rest = parse(sys.argv[1:])
+    size, visible = arguments.tensor_parallel_size, gpus.visible()
+    slots = len(gpus.groups(visible, size)) if visible else 1
+    if slots == 0:
+        raise InputError(f"--tensor_parallel_size {size}, but there are {len(visible)} GPUs")
+    shards = arguments.my_world_size or slots
+
+    output = arguments.output_dir
+    place = ["--my_world_size", str(shards), "--tensor_parallel_size", str(size), "--output_dir", output]
+    launch.run(
+        [
+            Unit(
+                name=f"shard {index} of {shards}",
+                environment="inference",
+                program=(str(FOLDER / "get_hf2.py"), *rest, *place, "--local_index", str(index)),
+                gpus=size if visible else 0,
+                log=Path(f"{output}{index}.log"),
+            )
+            for index in range(shards)
+        ]
+    )
+    merge = ["--base_path", output, "--output_dir", f"{output}.jsonl", "--num_datasets", str(shards)]
+    merge += ["--overwrite", arguments.overwrite] if arguments.overwrite else []
+    launch.run([Unit(name="merge", environment="inference", program=(str(FOLDER / "merge_data.py"), *merge))])
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments of this program, and the words for get_hf2.py. Raises InputError if something is missing or wrong."""
+    parser = argparse.ArgumentParser(
+        prog="test_gen.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--output_dir", default="./data/gen_data", help="shard i is <output_dir>i.jsonl [%(default)s]")
+    parser.add_argument("--my_world_size", type=positive, metavar="N", help="how many shards [one per GPU or group of GPUs]")
+    parser.add_argument("--tensor_parallel_size", type=positive, default=1, help="GPUs that share a model [%(default)s]")
+    parser.add_argument("--overwrite", nargs="?", const="true", help="sample and merge afresh where an output already exists")
+    parser.add_argument("--model", help="the same as --model_name_or_path")
+    parser.add_argument("--prompts", help="the same as --dataset_name_or_path")
+    arguments, rest = parse_known(parser, words)
+    if any(word.partition("=")[0] == "--local_index" for word in rest):
+        raise InputError("--local_index: leave it out, this program runs every shard")
+    passed_on = (
+        ("--model_name_or_path", arguments.model),
+        ("--dataset_name_or_path", arguments.prompts),
+        ("--overwrite", arguments.overwrite),
+    )
+    for flag, value in passed_on:
+        rest += [flag, value] if value is not None else []
+    if not rest:
+        parser.print_usage(sys.stderr)
+        raise InputError("which model, which prompts?")
+    return arguments, rest
+
+
+if __name__ == "__main__":
+    program.run(main)
