@@ -32,9 +32,9 @@ def load(auto_class: Any, path: str, dtype: Dtype, **options: Any) -> Any:
 def place(model: Any, device: Any) -> Any:
     """A causal model on its device, on a CPU with the attention that is fastest there."""
     if device.type == "cpu":
-        from baton.models import cpu_attention
+        from baton.models import blockwise
 
-        cpu_attention.use(model)
+        blockwise.use(model)
     return model.to(device)
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from annotate_data.work import Responses, Scores
 from tests.inference.annotation_task import (
@@ -68,21 +66,6 @@ def test_rewards_are_those_of_the_model_called_on_each_conversation_alone(annota
             ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
             with torch.no_grad():
                 assert model(ids).logits.item() == pytest.approx(reward, abs=1e-5)
-
-
-@settings(max_examples=30)
-@given(st.integers(1, 400), st.sampled_from([1, 2, 4]), st.none() | st.integers(1, 450))
-def test_attention_in_blocks_is_causal_attention(length, heads, window):
-    import torch
-
-    from baton.models.cpu_attention import blockwise_causal
-
-    query, key, value = torch.randn(2, 4, length, 8), *torch.randn(2, 2, heads, length, 8)
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    seen = (distance >= 0) & (distance < (window or length))
-    ours, _ = blockwise_causal(None, query, key, value, sliding_window=window)
-    own = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
-    torch.testing.assert_close(ours, own.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_records_are_dealt_so_that_processes_have_about_as_much_text(tmp_path, monkeypatch):
