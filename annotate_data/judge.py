@@ -16,8 +16,8 @@ MAX_TOKENS = 1024  # of the judge's answer
 class Judge:
     """A judge model behind one or several base URLs (`…/v1`). Call it with tasks: it yields each missing response's score.
 
-    The first try is greedy; after an answer without a score the next one is at temperature 0.7, with another seed. What has none
-    after `tries` tries has no score.
+    The first try is greedy; after an answer without a score the next one is at temperature 0.7, with another seed. What has
+    none after `tries` tries has no score.
     """
 
     def __init__(self, urls: list[str], model: str, rubric: str, api_key: str | None, workers: int, seconds: float, tries: int):

@@ -10,16 +10,15 @@ declare -A owners=(
   [contract]=training [models]="inference training" [inference]=inference [training]=training [end_to_end]=training
 )
 
-# Arguments that begin with tests/ are paths and choose the environment; all others go to pytest in both.
-declare -A paths=([inference]="" [training]="")
-options=() previous=""
-
 # Adds path $2 of the folder tests/$1 to what runs in each of the folder's environments.
 select_path() {
   local name
   for name in ${owners[$1]}; do paths[$name]+="$2"$'\n'; done
 }
 
+# Arguments that begin with tests/ are paths and choose the environments; all others go to pytest in both.
+declare -A paths=([inference]="" [training]="")
+options=() previous=""
 for argument in "$@"; do
   argument=${argument#./}
   argument=${argument#"$BATON_ROOT/"}
