@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -136,7 +137,8 @@ def kill_when(words, ready):
     """Start a program and kill it, with all its processes, once `ready()`."""
     started = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
     while not ready():
-        assert started.poll() is None, "the first run ended before it could be killed"
+        with suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"the first run ended before it could be killed, with exit code {started.wait(0.02)}")
     processes = [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]
     for process in processes:
         process.kill()
