@@ -19,6 +19,7 @@ NAME = "blockwise_causal"
 MODEL_TYPES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 
 QUERY_BLOCK = 128  # queries: the block's weights stay in the cache, its matrix products are still large
+LATER = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)  # within a block, what a query must not see
 
 
 def use(model: Any) -> None:
@@ -62,7 +63,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
         scaling: factor on the scores.
         window: a token sees the `window` positions up to its own; None: all of them.
     """
-    return _CausalAttention.apply(query, key, value, scaling, window)
+    if torch.is_grad_enabled():
+        return _CausalAttention.apply(query, key, value, scaling, window)
+    return _attend(*_prepared(query, key, scaling), value, window)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -73,14 +76,10 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scaling, window):
-        query = query * scaling
-        key = key.transpose(2, 3).contiguous()  # (B, heads, D, K): up to a fifth faster where sequences are long
-        output = torch.empty_like(query)
-        for rows, keys, hidden in _blocks(query, key, window):
-            output[:, :, rows] = _weights(query[:, :, rows], key[..., keys], hidden) @ value[:, :, keys]
+        query, key = _prepared(query, key, scaling)
         ctx.save_for_backward(query, key, value)
         ctx.scaling, ctx.window = scaling, window
-        return output
+        return _attend(query, key, value, window)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -99,13 +98,26 @@ class _CausalAttention(torch.autograd.Function):
         return grad_query * ctx.scaling, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
+def _prepared(query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The query scaled; the key as (B, heads, D, K), contiguous: up to a fifth faster where sequences are long."""
+    return query * scaling, key.transpose(2, 3).contiguous()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """The forward pass, of a query and key that are prepared."""
+    output = torch.empty_like(query)
+    for rows, keys, hidden in _blocks(query, key, window):
+        output[:, :, rows] = _weights(query[:, :, rows], key[..., keys], hidden) @ value[:, :, keys]
+    return output
+
+
 def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice, list[tuple[slice, Tensor]]]]:
     """Yield blocks of queries, the keys that some query of each can see, and the parts of those that not all of it can see.
 
     Such a part is a slice of the block's keys with a mask, bool (queries, keys of the part), of what must not be seen.
     """
     queries, before = query.shape[2], key.shape[3] - query.shape[2]
-    later = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=query.device).triu(1)
+    later = LATER.to(query.device)
     for start in range(0, queries, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, queries)
         size = stop - start
