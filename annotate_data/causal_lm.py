@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 
 from annotate_data.work import Score, Task
 from baton.jsonl import Record
 from baton.models import loading
-from baton.models.batching import batches, padded, windows
+from baton.models.batching import batches, windows
+from baton.models.scoring import response_logps
 from baton.models.templates import decodes_to, load_tokenizer, prompt_token_ids, response_token_ids
 
 # Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
@@ -30,7 +30,6 @@ class CausalLM:
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device)
-        self.device = device
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
         self.least_filled = loading.LEAST_FILLED[device.type]
@@ -49,7 +48,7 @@ class CausalLM:
                 prompts.append(len(prompt))
                 notes.append(note)
             for batch in batches([len(ids) for ids in sequences], self.tokens_per_batch, self.least_filled):
-                logps = self.logps([sequences[i] for i in batch], [prompts[i] for i in batch])
+                logps = response_logps(self.model, [sequences[i] for i in batch], [prompts[i] for i in batch])
                 for i, logp in zip(batch, logps, strict=True):
                     yield Score(*kept[i], logp, notes[i])
 
@@ -60,19 +59,6 @@ class CausalLM:
             return ids, None
         stopped = _at(task.record, "finish_reasons", index) != "length"
         return response_token_ids(self.tokenizer, task.prompt, text, stopped, task.where), RETOKENISED
-
-    @torch.inference_mode()
-    def logps(self, sequences: list[list[int]], prompts: list[int]) -> list[float]:
-        """The summed log-probability, in float32, of each sequence's tokens after the first `prompts` ones."""
-        ids, lengths = padded(sequences, 0, self.device)  # (B, L), (B,)
-        first = min(prompts) - 1  # a token is predicted at the one before it
-        places = torch.arange(first, ids.shape[1] - 1, device=self.device)  # (S,)
-        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=places).logits  # (B, S, vocabulary)
-        logps = []
-        for row, tokens, prompt, length in zip(logits, ids, prompts, lengths.tolist(), strict=True):
-            predictions = row[prompt - 1 - first : length - 1 - first].float()  # (response, vocabulary)
-            logps.append(-F.cross_entropy(predictions, tokens[prompt:length], reduction="sum").item())
-        return logps
 
 
 def _at(record: Record, field: str, index: int) -> object:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from annotate_data.work import Task
-from baton.models.templates import conversation_token_ids
+from baton.models.templates import encode_all
 from baton.records import Messages
 
 TRUNCATED = "truncated: longer than max_length tokens, so the conversation's beginning was left out"
@@ -24,14 +24,3 @@ def token_ids(tokenizer: Any, window: list[tuple[Task, int]], max_length: int) -
     sequences = encode_all(tokenizer, conversations, [task.where for task, _ in window])
     notes = [TRUNCATED if len(ids) > max_length else None for ids in sequences]
     return [ids[-max_length:] for ids in sequences], notes
-
-
-def encode_all(tokenizer: Any, conversations: list[Messages], wheres: list[str]) -> list[list[int]]:
-    """`conversation_token_ids` of many conversations, tokenised in parallel."""
-    import jinja2
-
-    try:
-        texts = tokenizer.apply_chat_template(conversations, tokenize=False)
-    except (jinja2.TemplateError, TypeError, KeyError):  # one by one, to name the record
-        return [conversation_token_ids(tokenizer, *both) for both in zip(conversations, wheres, strict=True)]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -6,26 +6,22 @@ import torch
 
 from annotate_data.conversations import token_ids
 from annotate_data.work import Score, Task
-from baton.errors import InputError
 from baton.models import loading
 from baton.models.batching import batches, windows
+from baton.models.scoring import custom_rewards
 from baton.models.templates import load_tokenizer
 
-EQUAL_LENGTHS = 1.0  # another's code is given no padding to mistake for text
+EQUAL_LENGTHS = 1.0  # unknown code might take padding for text, so it gets none
 
 
 class CustomModel:
-    """A reward model whose code is in its folder. Call it with tasks: it yields the score of each missing response.
-
-    Its output's `score` is read, or else its only logit.
-    """
+    """A reward model whose code is in its folder. Call it with tasks: it yields the score of each missing response."""
 
     def __init__(self, path: str, device: torch.device, settings: loading.Settings):
         from transformers import AutoModelForSequenceClassification
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         self.model = loading.load(AutoModelForSequenceClassification, path, settings.dtype, trust_remote_code=True).to(device)
-        self.path, self.device = path, device
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
 
@@ -33,19 +29,5 @@ class CustomModel:
         for window in windows((task, index) for task in tasks for index in task.missing):
             sequences, notes = token_ids(self.tokenizer, window, self.max_length)
             for batch in batches([len(ids) for ids in sequences], self.tokens_per_batch, EQUAL_LENGTHS):
-                for i, reward in zip(batch, self.rewards([sequences[i] for i in batch]), strict=True):
+                for i, reward in zip(batch, custom_rewards(self.model, [sequences[i] for i in batch]), strict=True):
                     yield Score(*window[i], reward, notes[i])
-
-    @torch.inference_mode()
-    def rewards(self, sequences: list[list[int]]) -> list[float]:
-        """The reward of each of several sequences of equal length."""
-        ids = torch.tensor(sequences, device=self.device)  # (B, L)
-        output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        scores = getattr(output, "score", None)
-        scores = output.logits if scores is None else scores
-        if scores.numel() != len(sequences):
-            raise InputError(
-                f"{self.path}: gives {tuple(scores.shape)} numbers for {len(sequences)} responses; its output needs a "
-                "`score`, or a single logit"
-            )
-        return scores.float().flatten().tolist()

@@ -26,8 +26,8 @@ def best_of_n(records: Iterator[tuple[str, Record]], min_reward: float | None, d
 def conditional(records: Iterator[tuple[str, Record]], edges: list[float]) -> Iterator[Record]:
     """Yield every response as a demonstration whose last user turn begins with its reward level, `<reward_1>` the lowest.
 
-    `edges` are the rewards, ascending, at which the next level begins. At inference, asking for the highest level gives what
-    such a model holds for its best.
+    `edges` are the rewards, ascending, at which the next level begins. At inference, a prompt with the highest level requests
+    a response of the highest rewards.
     """
     for where, record in records:
         turn = next((i for i in reversed(range(len(record["prompt"]))) if record["prompt"][i]["role"] == "user"), None)

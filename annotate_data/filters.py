@@ -2,7 +2,6 @@
 
 import math
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -34,22 +33,23 @@ class FilterArguments(StageArguments):
 class Filtered:
     """The records of an annotated file with the responses that pass the filters, and their final rewards.
 
-    The whole file is checked, and its rewards are read, when this is made; 8 bytes a response are held.
+    The whole file is checked, and its rewards are read, when this is made; 8 bytes a response and 4 a record are held.
     """
 
     def __init__(self, arguments: FilterArguments, least: int):
         """Raises InputError if a record has no valid responses and rewards, or fewer than `least`, or if there is none."""
         self.arguments, self.least = arguments, least
-        source, empty = arguments.dataset_name_or_path, True
+        source = arguments.dataset_name_or_path
         self.rewards = array("d")  # normalised within the prompt, but not yet over the file
+        self.left = array("I")  # how many responses of each record pass the filters
         for where, record in read_records(source):
             prompt_of(record, where, arguments.dataset_key)
             left = kept(record, where, arguments)["rewards"]
+            self.left.append(len(left))
             self.rewards.extend(normalised(left, *moments(left)) if arguments.normalise == "prompt" else left)
             if len(record["responses"]) < least:
                 raise InputError(f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more")
-            empty = False
-        if empty:
+        if not self.left:
             raise InputError(f"{source}: holds no records")
         self.mean, self.deviation = moments(self.rewards) if arguments.normalise == "file" else (0.0, 1.0)
 
@@ -62,18 +62,20 @@ class Filtered:
             rewards = normalised(left["rewards"], *of)
             yield where, {**left, "rewards": rewards, "prompt": prompt_of(record, where, arguments.dataset_key)}
 
-    def with_enough(self, asked: Callable[[Record], int], drops: Drops, counted: Counter[str]) -> Iterator[tuple[str, Record]]:
-        """Yield the records that have `least` responses left; each of the others is one drop.
-
-        `asked` says how many output records a record is to give: their sum, and the drops here, are `counted["in"]`.
-        """
+    def with_enough(self, drops: Drops) -> Iterator[tuple[str, Record]]:
+        """Yield the records that have `least` responses left; each of the others is one drop."""
         for where, record in self:
             if len(record["responses"]) < self.least:
-                counted["in"] += 1
                 drops.add(FEW, record["id"])
             else:
-                counted["in"] += asked(record)
                 yield where, record
+
+    def expected(self, of_prompt: Callable[[int], int]) -> int:
+        """How many records an output holds, drops included, if a prompt gives `of_prompt(responses left)` of them.
+
+        A prompt with fewer than `least` responses left is one drop.
+        """
+        return sum(of_prompt(count) if count >= self.least else 1 for count in self.left)
 
     def quantiles(self, levels: int) -> list[float]:
         """The rewards that cut all of them into `levels` groups of about the same size."""

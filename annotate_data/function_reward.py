@@ -37,8 +37,8 @@ def check_function(target: str) -> tuple[Path, str]:
 class FunctionReward:
     """`name(prompts, responses, records) -> list of numbers`. Call it with tasks: it yields each missing response's score.
 
-    It is called once for each record, with lists of equal length: the prompt (as messages), response and record of each
-    missing response. A call that takes longer than `seconds` is ended with its worker, and its responses have no score.
+    The function is called once for each record, with lists of equal length: the prompt (as messages), response and record of
+    each missing response. A call that takes longer than `seconds` is ended with its worker, and its responses have no score.
     """
 
     def __init__(self, target: str, workers: int, seconds: float):
@@ -62,46 +62,56 @@ class FunctionReward:
         )
 
     def score(self, task: Task) -> list[Score]:
-        """The scores of one record. Raises InputError, naming its id, if the function raises or answers nonsense."""
-        asked = {
+        """The scores of one record. Raises InputError, naming its id, if the function raises or gives no list of numbers."""
+        request = {
             "prompts": [task.prompt] * len(task.missing),
             "responses": [task.responses[index] for index in task.missing],
             "records": [task.record] * len(task.missing),
         }
         worker = self.idle.get()
-        expired = threading.Event()
+        line, expired = answer_within(self.seconds, worker, orjson.dumps(request) + b"\n")
+        if line:
+            self.idle.put(worker)
+            return [Score(task, index, reward) for index, reward in zip(task.missing, self.rewards(task, line), strict=True)]
+        stop(worker)
+        self.idle.put(self.start())
+        if not expired:
+            raise InputError(f"{self.named(task)} ended its process; see above")
+        return [Score(task, index, None, f"{self.name} took longer than {self.seconds:g} s") for index in task.missing]
 
-        def expire() -> None:
-            expired.set()
-            worker.kill()
-
-        timer = threading.Timer(self.seconds, expire)
-        timer.start()
-        try:
-            worker.stdin.write(orjson.dumps(asked) + b"\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        timer.cancel()
-        if not line:
-            stop(worker)
-            self.idle.put(self.start())
-            if expired.is_set():
-                return [Score(task, index, None, f"{self.name} took longer than {self.seconds:g} s") for index in task.missing]
-            raise InputError(f"{_named(task)}: {self.file}:{self.name} ended its process; see above")
-        self.idle.put(worker)
+    def rewards(self, task: Task, line: bytes) -> list[float]:
+        """The rewards in a worker's answer. Raises InputError for an error in it, or another number of rewards."""
         answer = orjson.loads(line)
         if "error" in answer:
-            raise InputError(f"{_named(task)}: {self.file}:{self.name} raised {answer['error']}")
+            raise InputError(f"{self.named(task)} raised {answer['error']}")
         if len(answer["rewards"]) != len(task.missing):
-            raise InputError(
-                f"{_named(task)}: {self.file}:{self.name} gave {len(answer['rewards'])} rewards "
-                f"for {len(task.missing)} responses"
-            )
+            raise InputError(f"{self.named(task)} gave {len(answer['rewards'])} rewards for {len(task.missing)} responses")
         # NaN and infinities are null in JSON
-        rewards = [float("nan") if reward is None else reward for reward in answer["rewards"]]
-        return [Score(task, index, reward) for index, reward in zip(task.missing, rewards, strict=True)]
+        return [float("nan") if reward is None else reward for reward in answer["rewards"]]
+
+    def named(self, task: Task) -> str:
+        """The record and the function, for errors."""
+        return f"{task.where}: prompt {task.record['id']}: {self.file}:{self.name}"
+
+
+def answer_within(seconds: float, worker: subprocess.Popen, request: bytes) -> tuple[bytes, bool]:
+    """A worker's answer to a request, empty if it has ended; and whether it was ended because `seconds` were over."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        worker.kill()
+
+    timer = threading.Timer(seconds, expire)
+    timer.start()
+    try:
+        worker.stdin.write(request)
+        worker.stdin.flush()
+        return worker.stdout.readline(), expired.is_set()
+    except BrokenPipeError:
+        return b"", expired.is_set()
+    finally:
+        timer.cancel()
 
 
 def stop(worker: subprocess.Popen) -> None:
@@ -110,7 +120,3 @@ def stop(worker: subprocess.Popen) -> None:
     worker.wait()
     worker.stdin.close()
     worker.stdout.close()
-
-
-def _named(task: Task) -> str:
-    return f"{task.where}: prompt {task.record['id']}"

@@ -15,7 +15,7 @@ def load(file: str, name: str):
     """The function `name` of the Python file `file`."""
     spec = importlib.util.spec_from_file_location("scorer_function", file)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # so that it imports what stands beside it
+    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # so that it can import the files beside it
     spec.loader.exec_module(module)
     return getattr(module, name)
 
@@ -25,9 +25,9 @@ def main() -> None:
     os.dup2(2, 1)  # what the function prints is log, not an answer
     function = load(sys.argv[1], sys.argv[2])
     for line in sys.stdin.buffer:
-        asked = orjson.loads(line)
+        request = orjson.loads(line)
         try:
-            rewards = function(asked["prompts"], asked["responses"], asked["records"])
+            rewards = function(request["prompts"], request["responses"], request["records"])
             answer = orjson.dumps({"rewards": [float(reward) for reward in rewards]})
         except Exception as error:
             traceback.print_exc()

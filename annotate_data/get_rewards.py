@@ -64,7 +64,7 @@ class Arguments(StageArguments):
     )  # fmt: skip
     timeout: float = option(60.0, "seconds that one call of a function or service may take", gt=0, changes_result=False)
     tries: int = option(5, "tries of a request before giving up", ge=1, changes_result=False)
-    judge_model: str | None = option(None, "model that the judge's server is asked for")
+    judge_model: str | None = option(None, "name of the judge model on its server")
     rubric: Path | None = option(
         None, "text file with the judge's rubric (default: annotate_data/rubric.txt)", changes_result=False
     )

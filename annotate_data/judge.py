@@ -16,7 +16,7 @@ MAX_TOKENS = 1024  # of the judge's answer
 class Judge:
     """A judge model behind one or several base URLs (`…/v1`). Call it with tasks: it yields each missing response's score.
 
-    The first try is greedy; an answer without a score is asked for again, at temperature 0.7 and with another seed. What has
+    The first try is greedy; after an answer without a score the next one is at temperature 0.7, with another seed. What has
     none after `tries` tries has no score.
     """
 
@@ -28,9 +28,9 @@ class Judge:
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         return in_parallel(self.score, ((task, index) for task in tasks for index in task.missing), self.workers)
 
-    def score(self, asked: tuple[Task, int]) -> Score:
-        """The score of one response."""
-        task, index = asked
+    def score(self, missing: tuple[Task, int]) -> Score:
+        """The score of one response, given as a task and the response's index."""
+        task, index = missing
         question = f"{self.rubric}\n[Conversation]\n{as_text(task.prompt)}\n\n[Answer]\n{task.responses[index]}\n"
         for attempt in range(self.tries):
             body = {

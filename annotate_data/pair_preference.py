@@ -1,4 +1,4 @@
-"""Scores of a pairwise preference model: a causal LM that is asked whether response A or response B is better.
+"""Scores of a pairwise preference model: a causal LM that says whether response A or response B is better.
 
 The question's form is that of RLHFlow/pair-preference-model-LLaMA3-8B (Dong et al., RLHF Workflow, arXiv 2405.07863).
 """
@@ -11,7 +11,8 @@ import torch
 from annotate_data.work import Score, Task
 from baton.errors import InputError
 from baton.models import loading
-from baton.models.batching import batches, padded, windows
+from baton.models.batching import batches, windows
+from baton.models.scoring import next_token_shares
 from baton.models.templates import load_tokenizer, prompt_token_ids
 from baton.records import Messages
 
@@ -32,10 +33,9 @@ class PairPreference:
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
         if any(len(ids) != 1 for ids in letters):
-            raise InputError(f"{path}: its tokenizer has no single tokens for A and B, so it cannot be asked for them")
+            raise InputError(f"{path}: its tokenizer has no single tokens for A and B, so it cannot answer with one of them")
         self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device)
-        self.letters = torch.tensor([ids[0] for ids in letters], device=device)
-        self.device = device
+        self.letters = [ids[0] for ids in letters]
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
         self.least_filled = loading.LEAST_FILLED[device.type]
@@ -46,10 +46,10 @@ class PairPreference:
             sequences = [self.question(*question) for question in questions]
             wins = {task.position: [0.0] * len(task.responses) for task in window}
             too_long = {q[0].position for q, ids in zip(questions, sequences, strict=True) if len(ids) > self.max_length}
-            asked = [i for i, (task, _, _) in enumerate(questions) if task.position not in too_long]
-            lengths = [len(sequences[i]) for i in asked]
+            fitting = [i for i, (task, _, _) in enumerate(questions) if task.position not in too_long]
+            lengths = [len(sequences[i]) for i in fitting]
             for batch in batches(lengths, self.tokens_per_batch, self.least_filled):
-                chosen = [asked[i] for i in batch]
+                chosen = [fitting[i] for i in batch]
                 for i, probability in zip(chosen, self.first_wins([sequences[i] for i in chosen]), strict=True):
                     task, a, b = questions[i]
                     wins[task.position][a] += probability
@@ -67,14 +67,9 @@ class PairPreference:
         ids = prompt_token_ids(self.tokenizer, [{"role": "user", "content": text}], task.where)
         return ids[1:] if ids[0] == self.tokenizer.bos_token_id else ids  # the published model saw no BOS
 
-    @torch.inference_mode()
     def first_wins(self, sequences: list[list[int]]) -> list[float]:
         """The probability of the answer A, of A and B, to each question."""
-        ids, lengths = padded(sequences, 0, self.device)  # (B, L), (B,)
-        places, row_places = torch.unique(lengths - 1, return_inverse=True)  # where the answers are predicted
-        logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=places).logits  # (B, places, vocabulary)
-        rows = torch.arange(len(sequences), device=self.device)
-        return logits[rows, row_places][:, self.letters].float().softmax(-1)[:, 0].tolist()
+        return [first for first, _ in next_token_shares(self.model, sequences, self.letters)]
 
 
 def context(messages: Messages) -> str:

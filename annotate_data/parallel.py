@@ -12,8 +12,7 @@ R = TypeVar("R")
 def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Yield `function(item)` as each is done, in any order.
 
-    After an exception nothing new is started; it is raised once the calls under way are done and their results,
-    which were paid for, are yielded.
+    After an exception nothing new is started; it is raised once the calls under way are done and their results are yielded.
     """
     items = iter(items)
     running: set[Future[R]] = set()

@@ -1,4 +1,4 @@
-"""A picture of annotated responses: the distribution of rewards, and reward against length."""
+"""Two plots of annotated responses: the distribution of rewards, and reward against length."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ POINTS = 50_000  # about as many responses are drawn, evenly spread over the fil
 
 
 def plot_path(output: Path) -> Path:
-    """Where the picture of an output stands."""
+    """The path of an output's plots."""
     return output.with_name(output.name + ".png")
 
 
 def draw(output: Path) -> None:
-    """Write the picture of an annotated file beside it."""
+    """Write the plots of an annotated file beside it."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,12 +7,13 @@
     rs          rejection sampling: the best response of each prompt as a demonstration for SFT
     ca          conditional SFT: every response as a demonstration, its binned reward written before the last user turn
 
-In this order, before that: responses outside `reward_range`, cut off by length, or said before are left out; `len_penalty` is
-subtracted for each character; rewards are normalised. A prompt that is left with too few responses is dropped, and counted.
+Before that, in this order: responses outside `reward_range`, cut off by length (`drop_truncated`) or repeated
+(`drop_duplicates`) are left out; `len_penalty` is subtracted for each character; rewards are normalised. A prompt that is left
+with too few responses is dropped, and counted.
 """
 
 import logging
-from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from annotate_data.filters import FilterArguments, Filtered
 from annotate_data.work import check_output, write_records
 from baton.arguments import option, parse
 from baton.drops import Drops
+from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.pairs import ChooseType, PairSettings, candidates, pairs_of
 from baton.program import run
@@ -50,25 +52,28 @@ def main() -> None:
     stage = Stage.begin("post_process", arguments, arguments.output_dir, inputs)
     if stage is None:
         return
-    drops = Drops()
-    counted: Counter[str] = Counter()
-    filtered = Filtered(arguments, least=2 if arguments.post_processor == "iter_dpo" else 1)
-    if arguments.post_processor == "iter_dpo":
-        left = filtered.with_enough(lambda record: candidates(len(record["responses"]), settings), drops, counted)
-        records = pairs_of(left, settings, drops)
-    elif arguments.post_processor == "rs":
-        records = best_of_n(filtered.with_enough(lambda record: 1, drops, counted), arguments.min_reward, drops)
-    else:
-        left = filtered.with_enough(lambda record: len(record["responses"]), drops, counted)
-        records = conditional(left, filtered.quantiles(arguments.bins))
+    filtered, drops = Filtered(arguments, least=2 if arguments.post_processor == "iter_dpo" else 1), Drops()
+    records, of_prompt = post_processed(filtered, arguments, settings, drops)
     written = write_records(arguments.output_dir, records)
     if written == 0:
         log.warning("nothing is left: %s", drops)
-    stage.finish(records_in=counted["in"], records_out=written, drops=drops)
+    stage.finish(records_in=filtered.expected(of_prompt), records_out=written, drops=drops)
+
+
+def post_processed(
+    filtered: Filtered, arguments: Arguments, settings: PairSettings, drops: Drops
+) -> tuple[Iterator[Record], Callable[[int], int]]:
+    """The output's records, and how many records, drops included, a prompt gives that has so many responses left."""
+    records = filtered.with_enough(drops)
+    if arguments.post_processor == "iter_dpo":
+        return pairs_of(records, settings, drops), lambda count: candidates(count, settings)
+    if arguments.post_processor == "rs":
+        return best_of_n(records, arguments.min_reward, drops), lambda count: 1
+    return conditional(records, filtered.quantiles(arguments.bins)), lambda count: count
 
 
 def pair_settings(arguments: Arguments) -> PairSettings:
-    """The settings of the pairs; the length penalty is in the rewards by then, whatever the choose_type."""
+    """The settings of the pairs. The length penalty is in the rewards already, so max_min_p is max_min here."""
     choose_type = "max_min" if arguments.choose_type == "max_min_p" else arguments.choose_type
     return PairSettings(
         choose_type,

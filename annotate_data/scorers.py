@@ -1,4 +1,4 @@
-"""Which scorers there are, and how one is asked for: `[NAME=]KIND:TARGET`.
+"""Which scorers there are, and how one is requested: `[NAME=]KIND:TARGET`.
 
 | kind | target | score |
 | --- | --- | --- |
@@ -31,7 +31,7 @@ DEFAULT_RUBRIC = Path(__file__).with_name("rubric.txt")
 
 
 class Wanted(NamedTuple):
-    """A scorer as asked for."""
+    """A scorer as requested."""
 
     name: str  # its key in `rewards_by`
     kind: str
@@ -77,7 +77,7 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
     if scorer.kind == "http":
         return {}
     if arguments.judge_model is None:
-        raise InputError("--scorer judge needs --judge_model, the name under which the server knows the model")
+        raise InputError("--scorer judge needs --judge_model, the name of the model on the server")
     if not (arguments.rubric or DEFAULT_RUBRIC).is_file():
         raise InputError(f"--rubric {arguments.rubric}: no such file")
     return {f"{label}: rubric": arguments.rubric or DEFAULT_RUBRIC}

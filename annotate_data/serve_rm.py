@@ -4,21 +4,23 @@
     python annotate_data/get_rewards.py --scorer http:http://127.0.0.1:5000/get_reward …
 
 POST /get_reward takes {"messages": [conversation, response included]}, which the model's own chat template writes, or
-{"query": [text]}, read as it is; it answers {"rewards": [number]}. GET /health answers once the model is loaded. What several
-requests ask for at the same time is scored in common batches.
+{"query": [text]}, read as it is; it answers {"rewards": [number]}. GET /health answers once the model is loaded. Requests that
+arrive at the same time are scored in common batches.
 """
 
 import queue
+import secrets
 import threading
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import SecretStr
 
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.models import loading
+from baton.models.templates import encode_all
 from baton.program import log_what_runs, run
 from baton.records import as_messages
 from baton.sources import check_reward_model
@@ -60,24 +62,12 @@ def main() -> None:
 def application(scorer, key: str | None):
     """The FastAPI application around a `BradleyTerry`."""
     import asyncio
-    import secrets
 
     from fastapi import Body, FastAPI, HTTPException, Request
-
-    from annotate_data.conversations import encode_all
 
     app = FastAPI(title="Reward model")
     waiting: queue.SimpleQueue[tuple[list[int], Future[float]]] = queue.SimpleQueue()
     threading.Thread(target=score_forever, args=(scorer, waiting), daemon=True).start()
-
-    def sequences_of(body: dict) -> list[list[int]]:
-        if "messages" in body:
-            conversations = [as_messages(m, f"messages[{i}]", "messages") for i, m in enumerate(_list(body, "messages"))]
-            return encode_all(scorer.tokenizer, conversations, [f"messages[{i}]" for i in range(len(conversations))])
-        texts = _list(body, "query")
-        if not all(isinstance(text, str) and text for text in texts):
-            raise InputError("`query` must be a list of texts that are not empty")
-        return scorer.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -85,11 +75,10 @@ def application(scorer, key: str | None):
 
     @app.post("/get_reward")
     async def get_reward(request: Request, body: Annotated[dict, Body()]) -> dict[str, list[float]]:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key is not None and not secrets.compare_digest(given.encode(), key.encode()):
+        if not carries_key(request.headers.get("authorization", ""), key):
             raise HTTPException(401, "wrong or missing API key")
         try:
-            sequences = await asyncio.to_thread(sequences_of, body)
+            sequences = await asyncio.to_thread(sequences_of, body, scorer.tokenizer)
         except InputError as error:
             raise HTTPException(422, str(error)) from None
         futures: list[Future[float]] = [Future() for _ in sequences]
@@ -100,17 +89,33 @@ def application(scorer, key: str | None):
     return app
 
 
+def carries_key(header: str, key: str | None) -> bool:
+    """Whether an Authorization header carries the key, if there is one; in the same time wherever the two differ."""
+    return key is None or secrets.compare_digest(header.removeprefix("Bearer ").encode(), key.encode())
+
+
+def sequences_of(body: dict, tokenizer: Any) -> list[list[int]]:
+    """The token ids of a request's conversations or texts. Raises InputError, naming the field, for a bad request."""
+    if "messages" in body:
+        conversations = [as_messages(m, f"messages[{i}]", "messages") for i, m in enumerate(_list(body, "messages"))]
+        return encode_all(tokenizer, conversations, [f"messages[{i}]" for i in range(len(conversations))])
+    texts = _list(body, "query")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise InputError("`query` must be a list of texts that are not empty")
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
 def score_forever(scorer, waiting: "queue.SimpleQueue[tuple[list[int], Future[float]]]") -> None:
-    """Score whatever waits, as much of it together as there is: while a batch runs, the next one gathers."""
+    """Score all sequences that wait, up to WINDOW of them together; those that arrive meanwhile are scored next."""
     while True:
-        asked = [waiting.get()]
-        while len(asked) < WINDOW and not waiting.empty():
-            asked.append(waiting.get())
+        taken = [waiting.get()]
+        while len(taken) < WINDOW and not waiting.empty():
+            taken.append(waiting.get())
         try:
-            for i, reward in scorer.stream([ids for ids, _ in asked]):
-                asked[i][1].set_result(reward)
-        except Exception as error:  # the requests that wait for it are told, the service goes on
-            for _, future in asked:
+            for i, reward in scorer.stream([ids for ids, _ in taken]):
+                taken[i][1].set_result(reward)
+        except Exception as error:  # these requests fail, the service goes on
+            for _, future in taken:
                 if not future.done():
                     future.set_exception(error)
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from baton.errors import InputError
 from baton.jsonl import Record, dump
+from baton.parallel import data_parallel
 from baton.partial import PartialRecords
-from baton.program import rank, world_size
 from baton.prompts import read_records, with_ids
 from baton.records import Messages, prompt_of, responses_of
 
@@ -33,6 +33,16 @@ class Score(NamedTuple):
     index: int
     value: float | None
     note: str | None = None
+
+
+class Annotated(NamedTuple):
+    """One record with what the scorers say of its responses."""
+
+    where: str  # "file:line"
+    record: Record  # with its `id`
+    scores: dict[str, list[float]]  # K by each scorer
+    notes: list[str]  # of responses that have a score
+    failures: list[str]  # why responses have none
 
 
 # What every scorer is: a function from a stream of tasks to the score of each missing response, in any order.
@@ -67,7 +77,7 @@ class Responses:
 
 
 class Scores:
-    """The scores of all responses under each of several scorers, and what earlier runs left of them.
+    """The scores of all responses under each of several scorers, those of earlier runs included.
 
     Every process makes one before any of them keeps a score, so that all see the same work as done; see `devices.barrier`.
     Holds 12 bytes for each response and scorer.
@@ -81,6 +91,11 @@ class Scores:
             self.first.append(self.first[-1] + count)
         self.partial = PartialRecords(output, self.total * len(scorers))
 
+    def places(self, scorer: str, position: int) -> range:
+        """Where the scores of a record's responses under `scorer` stand among all scores."""
+        first = self.scorers.index(scorer) * self.total + self.first[position]
+        return range(first, first + self.responses.counts[position])
+
     def missing(self, scorer: str) -> int:
         """How many responses `scorer` had not scored when this was made."""
         base = self.scorers.index(scorer) * self.total
@@ -89,48 +104,54 @@ class Scores:
     def tasks(self, scorer: str) -> Iterator[Task]:
         """Yield this process's share of the records that `scorer` has not finished.
 
-        Each goes to the process that was dealt the least text, so the shares are fair however many processes there are now.
+        Each is assigned to the share with the least text so far, so shares are fair however many processes there are now.
         """
-        dealt = [0] * world_size()  # characters
-        base = self.scorers.index(scorer) * self.total
+        share, shares = data_parallel()
+        assigned = [0] * shares  # characters
         for position, (where, record) in enumerate(self.responses):
-            first = base + self.first[position]
-            missing = [i for i in range(self.responses.counts[position]) if first + i not in self.partial]
+            places = self.places(scorer, position)
+            missing = [index for index, place in enumerate(places) if place not in self.partial]
             if not missing:
                 continue
             prompt = prompt_of(record, where, self.responses.key)
-            taker = dealt.index(min(dealt))
+            smallest = assigned.index(min(assigned))
             before = sum(len(message["content"]) for message in prompt)
-            dealt[taker] += sum(before + len(record["responses"][index]) for index in missing)
-            if taker == rank():
+            assigned[smallest] += sum(before + len(record["responses"][index]) for index in missing)
+            if smallest == share:
                 yield Task(position, where, record, prompt, record["responses"], missing)
 
     def keep(self, scorer: str, score: Score) -> None:
         """Put one score on disk."""
-        place = self.scorers.index(scorer) * self.total + self.first[score.task.position] + score.index
         note = {} if score.note is None else {"note": score.note}
-        self.partial.append(place, {"score": score.value} | note)
+        self.partial.append(self.places(scorer, score.task.position)[score.index], {"score": score.value} | note)
 
-    def all(self) -> Iterator[tuple[str, Record, dict[str, list[float]], list[tuple[bool, str]]]]:
-        """Yield ("file:line", record, {scorer: its K scores}, notes) of every record, in input order.
-
-        A note is (whether there is no score, text).
-        """
+    def all(self) -> Iterator[Annotated]:
+        """Yield every record with its scores, in input order, once all of them are on disk."""
         self.partial.close()
+        values, notes, failures = self._read()
+        for position, (where, record) in enumerate(self.responses):
+            places = {name: self.places(name, position) for name in self.scorers}
+            yield Annotated(
+                where,
+                record,
+                {name: [values[place] for place in span] for name, span in places.items()},
+                [notes[place] for span in places.values() for place in span if place in notes],
+                [failures[place] for span in places.values() for place in span if place in failures],
+            )
+
+    def _read(self) -> tuple[array, dict[int, str], dict[int, str]]:
+        """From disk: the score at every place; what is noted of some; why there is none, where there is none."""
         values = array("d", [math.nan]) * (self.total * len(self.scorers))
         notes: dict[int, str] = {}
+        failures: dict[int, str] = {}
         for place, kept in PartialRecords(self.output, len(values)).records():
-            values[place] = math.nan if kept["score"] is None else kept["score"]
+            if kept["score"] is None:
+                failures[place] = kept["note"]
+                continue
+            values[place] = kept["score"]
             if "note" in kept:
                 notes[place] = kept["note"]
-        for position, (where, record) in enumerate(self.responses):
-            scores, noted = {}, []
-            for number, name in enumerate(self.scorers):
-                first = number * self.total + self.first[position]
-                span = range(first, first + self.responses.counts[position])
-                scores[name] = [values[place] for place in span]
-                noted += [(math.isnan(values[place]), notes[place]) for place in span if place in notes]
-            yield where, record, scores, noted
+        return values, notes, failures
 
 
 def check_output(output: Path) -> None:
@@ -142,7 +163,7 @@ def check_output(output: Path) -> None:
 
 
 def write_records(output: Path, records: Iterator[Record]) -> int:
-    """Write the finished output atomically; returns the number of records. On a full disk nothing is left behind."""
+    """Write the finished output atomically; returns the number of records. A full disk leaves no part of it."""
     unfinished = output.with_name(output.name + ".sorting")
     count = 0
     try:

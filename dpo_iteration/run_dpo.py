@@ -19,8 +19,8 @@ from typing import Any, Literal
 from baton import jsonl, program
 from baton.arguments import option, parse_with_rest
 from baton.errors import InputError
-from baton.launch.check import check_processes
 from baton.jsonl import Record
+from baton.launch.check import check_processes
 from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
 from baton.pairs import ChooseType, PairSettings

@@ -17,8 +17,8 @@ from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
-from baton.launch.check import check_processes
 from baton.jsonl import Record
+from baton.launch.check import check_processes
 from baton.models.templates import conversation_token_ids, load_tokenizer
 from baton.preferences import preference_records
 from baton.prompts import read_records

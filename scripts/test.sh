@@ -5,9 +5,18 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$BATON_ROOT"
 
-declare -A owner=([contract]=training [inference]=inference [training]=training [end_to_end]=training)
+# The environments that each folder of tests runs in.
+declare -A owners=(
+  [contract]=training [models]="inference training" [inference]=inference [training]=training [end_to_end]=training
+)
 
-# Arguments that begin with tests/ are paths and choose the environment; all others go to pytest in both.
+# Adds path $2 of the folder tests/$1 to what runs in each of the folder's environments.
+select_path() {
+  local name
+  for name in ${owners[$1]}; do paths[$name]+="$2"$'\n'; done
+}
+
+# Arguments that begin with tests/ are paths and choose the environments; all others go to pytest in both.
 declare -A paths=([inference]="" [training]="")
 options=() previous=""
 for argument in "$@"; do
@@ -23,12 +32,12 @@ for argument in "$@"; do
   part=${part#/}
   part=${part%%[/:]*}
   if [[ -z $part ]]; then continue; fi
-  [[ -n ${owner[$part]:-} ]] || die "no environment owns tests/$part; they own: ${!owner[*]}"
-  paths[${owner[$part]}]+="$argument"$'\n'
+  [[ -n ${owners[$part]:-} ]] || die "no environment owns tests/$part; they own: ${!owners[*]}"
+  select_path "$part" "$argument"
 done
 if [[ -z ${paths[inference]}${paths[training]} ]]; then
-  for part in end_to_end contract training inference; do  # the longest file first: it then runs beside all others
-    if [[ -d tests/$part ]]; then paths[${owner[$part]}]+="tests/$part"$'\n'; fi
+  for part in end_to_end contract training inference models; do  # the longest file first: it then runs beside all others
+    if [[ -d tests/$part ]]; then select_path "$part" "tests/$part"; fi
   done
 fi
 

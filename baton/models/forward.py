@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from baton.models.attention import NAME
 from baton.models.logps import TokenScores, token_scores
 from baton.models.trees import Place, Row, Tokens, distinct_tokens, pack
+from baton.parallel import data_parallel
 
 # FlexAttention works in blocks of this many tokens, so rows are padded to a multiple of it on a GPU.
 FLEX_BLOCK = 128
@@ -57,8 +58,8 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
     Args:
         model: the causal language model itself (inside PEFT's or DDP's wrapper, before FSDP or ZeRO shard
             it).
-        tokens_per_row: most tokens of a row; rows run one after another. None, and in a run of several
-            processes: one row, since sharded models need the same number of forward passes in each process.
+        tokens_per_row: most tokens of a row; rows run one after another. None, and where the data is divided among
+            several processes: one row, since sharded models need the same number of forward passes in each.
     Returns:
         counts that each packed forward pass sets anew.
     Raises:
@@ -73,7 +74,7 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
     def forward(self, *args, fused_lm_head=False, **kwargs):
         if fused_lm_head and not kwargs.get("output_router_logits"):
             sequences = sequences_of(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
-            rows, places = pack(sequences, None if _several() else tokens_per_row)
+            rows, places = pack(sequences, None if data_parallel().size > 1 else tokens_per_row)
             counts.needed = distinct_tokens(sequences)
             counts.computed = sum(row.layout.length + _padding(row, self.device) for row in rows)
             return _unpack(kwargs["labels"], *_score_rows(self, rows, places))
@@ -179,11 +180,6 @@ def _logit_scale(config) -> float:
     if getattr(config, "logit_scale", None) is not None:
         return config.logit_scale
     return 1 / config.logits_scaling if getattr(config, "logits_scaling", None) else 1.0
-
-
-def _several() -> bool:
-    """Whether this process is one of several."""
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def sequences_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[tuple[list[int], list[int]]]:

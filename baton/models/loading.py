@@ -24,17 +24,20 @@ class Settings(NamedTuple):
 def load(auto_class: Any, path: str, dtype: Dtype, **options: Any) -> Any:
     """A model in evaluation mode on CPU; dtype `auto` is the checkpoint's. Raises InputError if it cannot be loaded."""
     try:
-        return auto_class.from_pretrained(path, dtype=dtype, **options).eval()
+        model = auto_class.from_pretrained(path, dtype=dtype, **options).eval()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: the model cannot be loaded: {error}") from None
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # transformers 5.19 chooses torch's attention, which leaves the soft cap out
+    return model
 
 
 def place(model: Any, device: Any) -> Any:
     """A causal model on its device, on a CPU with the attention that is fastest there."""
     if device.type == "cpu":
-        from baton.models import cpu_attention
+        from baton.models import blockwise
 
-        cpu_attention.use(model)
+        blockwise.use(model)
     return model.to(device)
 
 

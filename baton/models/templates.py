@@ -43,6 +43,17 @@ def conversation_token_ids(tokenizer: Any, messages: Messages, where: str) -> li
     return _encode(tokenizer, _text(tokenizer, messages, where, add_generation_prompt=False))
 
 
+def encode_all(tokenizer: Any, conversations: list[Messages], wheres: list[str]) -> list[list[int]]:
+    """`conversation_token_ids` of many conversations, tokenised in parallel; `wheres` names each in an error."""
+    import jinja2
+
+    try:
+        texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    except (jinja2.TemplateError, TypeError, KeyError):  # one by one, to name the record
+        return [conversation_token_ids(tokenizer, *both) for both in zip(conversations, wheres, strict=True)]
+    return _encode(tokenizer, texts)
+
+
 def response_pieces(tokenizer: Any, messages: Messages, where: str) -> list[tuple[list[int], bool]]:
     """A conversation as pieces of token ids, each with whether the assistant said it (and so is to be learnt).
 
@@ -107,5 +118,6 @@ def _text(tokenizer: Any, messages: Messages, where: str, **options: Any) -> str
         raise InputError(f"{where}: the chat template cannot take this conversation: {error}") from None
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Any, text: Any) -> Any:
+    """The token ids of a text, or of each of several."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -62,7 +62,7 @@ def pack(sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None)
 
     Sequences with the same prompt share it, equal sequences share everything. A tree that alone is longer
     than a row is split between responses, its prompt repeated; one prompt with one response is never split,
-    so a row can be longer than asked when a single sequence is.
+    so a row is longer than `tokens_per_row` where a single sequence is.
 
     Args:
         sequences: prompts of at least 1 token; responses of any length, 0 included (then nothing is scored).

@@ -4,12 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from annotate_data.work import Responses, Scores
 from tests.inference.annotation_task import (
@@ -70,22 +69,7 @@ def test_rewards_are_those_of_the_model_called_on_each_conversation_alone(annota
                 assert model(ids).logits.item() == pytest.approx(reward, abs=1e-5)
 
 
-@settings(max_examples=30)
-@given(st.integers(1, 400), st.sampled_from([1, 2, 4]), st.none() | st.integers(1, 450))
-def test_attention_in_blocks_is_causal_attention(length, heads, window):
-    import torch
-
-    from baton.models.cpu_attention import blockwise_causal
-
-    query, key, value = torch.randn(2, 4, length, 8), *torch.randn(2, 2, heads, length, 8)
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    seen = (distance >= 0) & (distance < (window or length))
-    ours, _ = blockwise_causal(None, query, key, value, sliding_window=window)
-    own = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
-    torch.testing.assert_close(ours, own.transpose(1, 2), atol=1e-5, rtol=1e-5)
-
-
-def test_records_are_dealt_so_that_processes_have_about_as_much_text(tmp_path, monkeypatch):
+def test_records_are_assigned_so_that_processes_have_about_as_much_text(tmp_path, monkeypatch):
     records = [{"prompt": "Why?", "responses": ["x" * (1000 if n % 4 == 0 else 10)] * 2} for n in range(40)]
     responses = Responses(str(write(tmp_path / "in.jsonl", records)))
     scores = Scores(tmp_path / "out.jsonl", responses, ["a"])
@@ -123,37 +107,48 @@ def test_more_processes_than_records(models, tmp_path):
     assert len(read(tmp_path / "out.jsonl")) == 1
 
 
-def test_killed_and_restarted_with_other_processes_nothing_is_scored_twice(models, tmp_path):
+@pytest.mark.parametrize(("program", "first", "second"), [(REWARDS, 2, 1), (REWARDS, 1, 2), (LOGPS, 2, 1)])
+def test_killed_and_gone_on_with_other_processes_finished_scores_stay_as_they_are(models, tmp_path, program, first, second):
     source, output = write(tmp_path / "in.jsonl", generated(100)), tmp_path / "out.jsonl"
-    values = {
-        "dataset_name_or_path": source,
-        "output_dir": output,
-        "reward_name_or_path": models / "rm",
-        "tokens_per_batch": 1,
-    }
-    first = subprocess.Popen(
-        command(REWARDS, 2, **values),
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    parts = [tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.partial1"]
-    while not all(part.exists() and part.stat().st_size > 2000 for part in parts):
-        assert first.poll() is None, "the first run ended before it could be killed"
-    processes = [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]
+    model = {"reward_name_or_path": models / "rm"} if program == REWARDS else {"models": f"policy={models / 'lm'}"}
+    values = {"dataset_name_or_path": source, "output_dir": output, "tokens_per_batch": 1, **model}
+    parts = [tmp_path / f"out.jsonl.partial{process or ''}" for process in range(first)]
+    kill_when(command(program, first, **values), lambda: all(part.exists() and part.stat().st_size > 2000 for part in parts))
+    assert not output.exists()
+    finished = {place: kept["score"] for part in parts for place, kept in whole_lines(part)}
+    assert 0 < len(finished) < 300
+    # A score that no model gives shows whether it is computed again
+    place = next(iter(finished))
+    lines = parts[0].read_bytes()
+    parts[0].write_bytes(lines.replace(b"%r" % finished[place], b"1234.5", 1))
+    finished[place] = 1234.5
+
+    log = run(program, second, **values)
+    assert f"{len(finished)} of 300 scores are done already" in log
+    assert json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["scored_by_this_run"] == 300 - len(finished)
+    made = read(output)
+    assert [record["source"]["number"] for record in made] == list(range(100))
+    scores = [score for record in made for score in (record["rewards"] if program == REWARDS else record["logps_by"]["policy"])]
+    assert {place: scores[place] for place in finished} == finished
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def kill_when(words, ready):
+    """Start a program and kill it, with all its processes, once `ready()`."""
+    started = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+    while not ready():
+        with suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"the first run ended before it could be killed, with exit code {started.wait(0.02)}")
+    processes = [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]
     for process in processes:
         process.kill()
     psutil.wait_procs(processes)
-    first.wait()
-    lines = [part.read_bytes().count(b"]\n") for part in parts]
-    assert not output.exists()
-    assert 0 < sum(lines) < 300
-    log = run(REWARDS, 1, **values)
-    assert f"{sum(lines)} of 300 scores are done already" in log
-    scores = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())["scored_by_this_run"]
-    assert scores == 300 - sum(lines)
-    assert [record["source"]["number"] for record in read(output)] == list(range(100))
-    assert not list(tmp_path.glob("*.partial*"))
+    started.wait()
+
+
+def whole_lines(part):
+    """The [place, score] lines of a part file, without one that a killed process half wrote."""
+    return [json.loads(line) for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"]\n")]
 
 
 def test_a_second_run_is_up_to_date_at_once(annotated, models):

@@ -1,0 +1,187 @@
+"""The packed forward pass gives each sequence's numbers alone: log-probabilities, gradients, attention, other scores."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
+
+from baton.models.attention import NAME, block_mask, shared_prefix_attention
+from baton.models.forward import attention, score, share_prefixes
+from baton.models.logps import token_scores
+from baton.models.trees import pack
+from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, VOCABULARY, model_of, random_pairs
+
+tokens = st.integers(3, VOCABULARY - 1)
+prompts = st.lists(tokens, min_size=1, max_size=LENGTH_LIMIT // 2)
+responses = st.lists(tokens, min_size=1, max_size=LENGTH_LIMIT // 2)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def model(request):
+    return model_of(request.param)
+
+
+def logps_alone(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Log-probabilities of the response's tokens by the model's own forward pass on this one sequence."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+
+
+def logps_packed(model, sequences, tokens_per_row=None) -> list[torch.Tensor]:
+    with attention(model, NAME):
+        scores, slices = score(model, sequences, tokens_per_row)
+    return [scores.log_probs[part] for part in slices]
+
+
+# Packing
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=6)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.none() | st.integers(1, 30),
+)
+def test_every_response_token_is_scored_once_at_its_place(sequences, tokens_per_row):
+    rows, places = pack(sequences, tokens_per_row)
+    for (_, response), place in zip(sequences, places, strict=True):
+        assert place.length == len(response)
+        scored = rows[place.row].targets[place.start : place.start + place.length]
+        assert scored.tolist() == list(response)
+    distinct = {(tuple(prompt), tuple(response)) for prompt, response in sequences}
+    assert sum(len(row.targets) for row in rows) == sum(len(response) for _, response in distinct)
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(tokens, min_size=1, max_size=6), st.lists(tokens, max_size=6)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 30),
+)
+def test_rows_keep_to_the_token_budget_unless_one_sequence_exceeds_it(sequences, tokens_per_row):
+    rows, _ = pack(sequences, tokens_per_row)
+    for row in rows:
+        assert len(row.input_ids) == row.layout.length
+        alone = len(row.layout.trees) == 1 and len(row.layout.trees[0][1]) == 1
+        assert len(row.input_ids) <= tokens_per_row or alone
+
+
+def test_a_prompt_is_laid_down_once_for_all_its_responses():
+    (row,), _ = pack([([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([5, 6, 7], [8, 9])], None)
+    assert row.input_ids.tolist() == [5, 6, 7, 8]
+    assert row.position_ids.tolist() == [0, 1, 2, 3]
+    assert row.targets.tolist() == [8, 9, 10]
+    assert row.predictors.tolist() == [2, 3, 2]
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="sequence 1 has an empty prompt"):
+        pack([([3], [4]), ([], [4])], None)
+
+
+# Log-probabilities
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_packed_logps_are_those_of_each_sequence_alone(model, data):
+    some_prompts = data.draw(st.lists(prompts, min_size=1, max_size=3))
+    sequences = data.draw(st.lists(st.tuples(st.sampled_from(some_prompts), responses), min_size=1, max_size=6))
+    tokens_per_row = data.draw(st.none() | st.integers(10, 120))
+    with torch.no_grad():
+        packed = logps_packed(model, sequences, tokens_per_row)
+        for (prompt, response), logps in zip(sequences, packed, strict=True):
+            torch.testing.assert_close(logps, logps_alone(model, prompt, response), atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_are_those_of_the_sequences_alone(model):
+    sequences = [(row["prompt_ids"], row[side]) for row in random_pairs(4) for side in ("chosen_ids", "rejected_ids")]
+    weights = torch.linspace(-1, 1, len(sequences))
+    parameters = list(model.parameters())
+
+    packed = logps_packed(model, sequences, 60)
+    gradients = torch.autograd.grad(sum(w * p.sum() for w, p in zip(weights, packed, strict=True)), parameters)
+    alone = [logps_alone(model, *sequence) for sequence in sequences]
+    expected = torch.autograd.grad(sum(w * p.sum() for w, p in zip(weights, alone, strict=True)), parameters)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_chunked_scores_equal_the_full_softmax(softcap, scale, with_bias):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
+    bias = torch.randn(11, requires_grad=True) if with_bias else None
+    targets = torch.randint(11, (7,))
+    inputs = [hidden, weight] + ([bias] if with_bias else [])
+    upstream = torch.randn(7)
+
+    scores = token_scores(hidden, weight, bias, targets, scale=scale, softcap=softcap, chunk_bytes=2 * 4 * 11)
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    full = logits.log_softmax(-1)
+    logps = full.gather(1, targets[:, None]).squeeze(1)
+
+    torch.testing.assert_close(scores.log_probs, logps)
+    torch.testing.assert_close(scores.entropy, -(full.exp() * full).sum(-1))
+    torch.testing.assert_close(scores.mean_logits, logits.mean(-1))
+    torch.testing.assert_close(scores.log_sum_sq_probs, full.exp().square().sum(-1).log())
+    assert scores.is_top1.tolist() == (logits.argmax(-1) == targets).tolist()
+    gradients = torch.autograd.grad((scores.log_probs * upstream).sum(), inputs)
+    for gradient, wanted in zip(gradients, torch.autograd.grad((logps * upstream).sum(), inputs), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=4),
+    st.none() | st.integers(1, 6),
+    st.integers(0, 3),
+)
+@settings(max_examples=30)
+def test_the_flex_mask_lets_a_token_see_its_own_past_and_nothing_else(trees, window, padding):
+    sequences = [([3 + t] * prompt, [3 + t] * (r + 1)) for t, (prompt, sizes) in enumerate(trees) for r in sizes or [0]]
+    (row,), _ = pack(sequences, None)
+    owner = []  # (tree, response or None for the prompt, position) of every token
+    for tree, (prompt, sizes) in enumerate(row.layout.trees):
+        owner += [(tree, None, position) for position in range(prompt)]
+        owner += [(tree, r, prompt + i) for r, size in enumerate(sizes) for i in range(size)]
+    mask = block_mask(row.layout, len(owner) + padding, window, torch.device("cpu")).mask_mod
+    for q, (tree, response, position) in enumerate(owner):
+        for k, (other_tree, other_response, other_position) in enumerate(owner):
+            in_past = tree == other_tree and other_position <= position and other_response in (None, response)
+            in_window = window is None or position - other_position < window
+            assert bool(mask(0, 0, torch.tensor(q), torch.tensor(k))) == (in_past and in_window)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("heads", [4, 6])
+def test_both_kinds_of_attention_agree(heads, window):
+    torch.manual_seed(0)
+    sequences = [([3] * 30, [4] * 150), ([3] * 30, [5] * 9), ([6] * 5, [7] * 40)]
+    (row,), _ = pack(sequences, None)
+    length = 256  # the row and some padding
+    query, key, value = (torch.randn(1, count, length, 16) for count in (heads, 2, 2))
+    blocks, _ = shared_prefix_attention(None, query, key, value, layout=row.layout, sliding_window=window)
+    mask = block_mask(row.layout, length, window, torch.device("cpu"))
+    flex = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
+    used = row.layout.length
+    torch.testing.assert_close(blocks[:, :used], flex.transpose(1, 2)[:, :used])
+
+
+def test_generation_and_plain_calls_are_untouched():
+    model = model_of("gemma2")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    logits = model(ids).logits
+    generated = model.generate(ids, max_new_tokens=8, do_sample=False)
+    share_prefixes(model)
+    assert torch.equal(model(ids).logits, logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), generated)
