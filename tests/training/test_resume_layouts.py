@@ -58,3 +58,64 @@ def test_reference_logps_killed_go_on_in_another_number_of_processes(before, aft
     assert sum(computed) == batches[0] - 3 * before and min(computed) > 0
     assert resumed.tobytes() == whole.tobytes()
     assert [path.name for path in (tmp_path / "kept").iterdir()] == [kept.name] and not list((tmp_path / "parts").iterdir())
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory, tokenizer):
+    folder, model = tmp_path_factory.mktemp("resume"), model_of("llama-tied")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "rows.json").write_text(json.dumps(with_reference(random_pairs(16), model)))
+    return folder
+
+
+def training_run(task, output, layout, *fields, **environment):
+    """Train in `layout` (processes, micro-batch, accumulation); returns exit codes and stderr."""
+    count, *split = layout
+    output.parent.mkdir(exist_ok=True)
+    return launch(
+        count, output.parent, Path(__file__).with_name("resume_processes.py"), task, output, *split, *fields, **environment
+    )
+
+
+def steps_of(output):
+    """{step: (its loss, its rows in any order)}, of all processes and of the last time that the step was made."""
+    steps = {}
+    for path in sorted(output.parent.glob(f"{output.name}.steps-*")):
+        of_process = {step: (loss, rows) for step, loss, rows in map(json.loads, path.read_text().splitlines())}
+        for step, (loss, rows) in of_process.items():
+            steps[step] = (loss, sorted([*steps.get(step, (0, []))[1], *rows]))
+    return steps
+
+
+def killed(task, output, layout, **environment):
+    """A run of 8 steps, with a checkpoint each 2, whose processes are killed after step 5."""
+    codes, errors = training_run(task, output, layout, "stop_after", 5, **environment)
+    assert set(codes) == {-signal.SIGKILL}, errors[-3000:]
+    for path in output.parent.glob(f"{output.name}.steps-*"):
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(task, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "policy"
+    codes, errors = training_run(task, output, (1, 4, 1))
+    assert codes == [0], errors[-3000:]
+    return steps_of(output)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 4, 1), (1, 4, 1)), ((1, 4, 1), (2, 2, 1)), ((1, 4, 1), (1, 2, 2)), ((2, 1, 2), (1, 4, 1))]
+)
+def test_training_killed_goes_on_in_another_layout_of_the_same_global_batch(before, after, task, uninterrupted, tmp_path):
+    killed(task, tmp_path / "policy", before)
+    codes, errors = training_run(task, tmp_path / "policy", after)
+    assert set(codes) == {0} and "going on from" in errors, errors[-3000:]
+    steps = steps_of(tmp_path / "policy")
+    assert list(steps) == [5, 6, 7, 8]
+    for step, (loss, rows) in steps.items():
+        assert rows == uninterrupted[step][1], step
+        assert loss == (uninterrupted[step][0] if before == after else pytest.approx(uninterrupted[step][0], abs=1e-4)), step
