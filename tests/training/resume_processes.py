@@ -2,8 +2,8 @@
 
     resume_processes.py FOLDER OUTPUT MICRO_BATCH ACCUMULATION [FIELD VALUE …]
 
-FOLDER holds `model/`, `tokenizer/` and `rows.json`; fields are those of DPOConfig, `stop_after` the step after which the
-process kills itself. Process R writes a line for each step to OUTPUT.steps-R: its number, its loss, its rows.
+FOLDER holds `model/`, `tokenizer/` and `rows.json`; fields are those of DPOConfig, `packed` of PackedDPOTrainer, and
+`stop_after`, the step after which the process kills itself. Process R writes a line for each step to OUTPUT.steps-R: its number, its loss, its rows.
 """
 
 import json
@@ -25,6 +25,12 @@ from baton.training.checkpoints import train
 from baton.training.config import log_training, trainer_config
 from dpo_iteration.trainer import PackedDPOTrainer
 
+if os.environ.get("DS_ACCELERATOR") == "cpu":
+    import deepspeed.ops
+
+    # Without it DeepSpeed compiles for minutes what exchanges tensors between processes; Gloo does that as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 class Steps(TrainerCallback):
     """Writes the steps down and ends the process in the middle."""
@@ -45,7 +51,7 @@ class Steps(TrainerCallback):
 def main() -> None:
     folder, output, micro_batch, accumulation = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
     fields = {name: yaml.safe_load(value) for name, value in zip(sys.argv[5::2], sys.argv[6::2], strict=True)}
-    stop_after = fields.pop("stop_after", None)
+    stop_after, packed = fields.pop("stop_after", None), fields.pop("packed", True)
     settings = {
         "per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation, "max_length": None,
         "num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2, "activation_checkpointing": False,
@@ -58,6 +64,7 @@ def main() -> None:
         args=config,
         train_dataset=Dataset.from_list(json.loads((folder / "rows.json").read_text())),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        packed=packed,
     )
     steps = Steps(Path(f"{output}.steps-{program.rank()}"), stop_after)
     training_step = trainer.training_step

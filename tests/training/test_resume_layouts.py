@@ -21,9 +21,10 @@ def launch(count, folder, script, *words, **environment):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = count == 1 and "ACCELERATE_USE_DEEPSPEED" not in environment
     processes = []
     for rank in range(count):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count} if count > 1 else {}
+        own = {} if alone else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         env = {**os.environ, **{name: str(value) for name, value in {**shared, **own, **environment}.items()}}
         processes.append(start(script, *words, env=env, output=str(folder)))
     for process in processes:
@@ -91,9 +92,9 @@ def steps_of(output):
     return steps
 
 
-def killed(task, output, layout, **environment):
+def killed(task, output, layout, *fields, **environment):
     """A run of 8 steps, with a checkpoint each 2, whose processes are killed after step 5."""
-    codes, errors = training_run(task, output, layout, "stop_after", 5, **environment)
+    codes, errors = training_run(task, output, layout, "stop_after", 5, *fields, **environment)
     assert set(codes) == {-signal.SIGKILL}, errors[-3000:]
     for path in output.parent.glob(f"{output.name}.steps-*"):
         path.unlink()
@@ -119,3 +120,44 @@ def test_training_killed_goes_on_in_another_layout_of_the_same_global_batch(befo
     for step, (loss, rows) in steps.items():
         assert rows == uninterrupted[step][1], step
         assert loss == (uninterrupted[step][0] if before == after else pytest.approx(uninterrupted[step][0], abs=1e-4)), step
+
+
+def test_a_resumed_training_logs_as_often_as_it_is_told_now(task, tmp_path):
+    killed(task, tmp_path / "policy", (1, 4, 1))
+    codes, errors = training_run(task, tmp_path / "policy", (1, 4, 1), "logging_steps", 2)
+    assert codes == [0], errors[-3000:]
+    assert list(steps_of(tmp_path / "policy")) == [6, 8]
+
+
+# DeepSpeed
+
+GLOO = ("use_cpu", "false", "ddp_backend", "gloo")
+
+
+def zero(stage):
+    """The environment in which Accelerate's launcher starts a process under this ZeRO stage, on a CPU."""
+    return {
+        "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false",
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_zero_checkpoint_of_two_processes_goes_on_in_one(stage, task, tmp_path):
+    fields = ("packed", "false", "weight_decay", 0.5)
+    codes, errors = training_run(task, tmp_path / "whole", (1, 4, 1), *fields)
+    assert codes == [0], errors[-3000:]
+    killed(task, tmp_path / "policy", (2, 2, 1), *GLOO, *fields, **zero(stage))
+
+    codes, errors = training_run(task, tmp_path / "policy", (1, 4, 1), *fields)
+    assert codes == [2] and "checkpoint-4: written with" in errors
+    wanted = "with ZeRO-1 or ZeRO-2 in 2 processes" if stage == 2 else "with ZeRO-3 in 2 processes"
+    assert f"go on {wanted} again" in errors
+
+    codes, errors = training_run(task, tmp_path / "policy", (1, 4, 1), *GLOO, *fields, **zero(stage))
+    assert codes == [0] and "converting to a universal checkpoint" in errors, errors[-3000:]
+    whole, resumed = steps_of(tmp_path / "whole"), steps_of(tmp_path / "policy")
+    assert list(resumed) == [5, 6, 7, 8]
+    for step, (loss, rows) in resumed.items():
+        assert rows == whole[step][1] and loss == pytest.approx(whole[step][0], abs=1e-4), step
