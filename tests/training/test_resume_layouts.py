@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tests.programs import start
 from tests.training.test_dpo_core import model_of, pairs_of, random_pairs, tokenizer, with_reference
+from tests.training.test_training_programs import dpo_words, logged
 
 __all__ = ["tokenizer"]  # a fixture
 
 
-def launch(count, folder, script, *words, **environment):
-    """Run `script` in `count` processes on CPU to its end, as a launcher starts them; returns exit codes and stderr."""
+def begin(count, folder, script, *words, **environment):
+    """Start `script` in `count` processes on CPU, as a launcher starts them; their stderr goes to a file in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,6 +29,12 @@ def launch(count, folder, script, *words, **environment):
         own = {} if alone else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         env = {**os.environ, **{name: str(value) for name, value in {**shared, **own, **environment}.items()}}
         processes.append(start(script, *words, env=env, output=str(folder)))
+    return processes
+
+
+def launch(count, folder, script, *words, **environment):
+    """`begin`, and wait for the end; returns the exit codes and what is in `folder`'s stderr."""
+    processes = begin(count, folder, script, *words, **environment)
     for process in processes:
         process.join(300)
         if process.exitcode is None:
@@ -65,7 +73,7 @@ def test_reference_logps_killed_go_on_in_another_number_of_processes(before, aft
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory, tokenizer):
+def material(tmp_path_factory, tokenizer):
     folder, model = tmp_path_factory.mktemp("resume"), model_of("llama-tied")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -73,12 +81,12 @@ def task(tmp_path_factory, tokenizer):
     return folder
 
 
-def training_run(task, output, layout, *fields, **environment):
+def training_run(material, output, layout, *fields, **environment):
     """Train in `layout` (processes, micro-batch, accumulation); returns exit codes and stderr."""
     count, *split = layout
     output.parent.mkdir(exist_ok=True)
     return launch(
-        count, output.parent, Path(__file__).with_name("resume_processes.py"), task, output, *split, *fields, **environment
+        count, output.parent, Path(__file__).with_name("resume_processes.py"), material, output, *split, *fields, **environment
     )
 
 
@@ -92,18 +100,18 @@ def steps_of(output):
     return steps
 
 
-def killed(task, output, layout, *fields, **environment):
+def killed(material, output, layout, *fields, **environment):
     """A run of 8 steps, with a checkpoint each 2, whose processes are killed after step 5."""
-    codes, errors = training_run(task, output, layout, "stop_after", 5, *fields, **environment)
+    codes, errors = training_run(material, output, layout, "stop_after", 5, *fields, **environment)
     assert set(codes) == {-signal.SIGKILL}, errors[-3000:]
     for path in output.parent.glob(f"{output.name}.steps-*"):
         path.unlink()
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(task, tmp_path_factory):
+def uninterrupted(material, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "policy"
-    codes, errors = training_run(task, output, (1, 4, 1))
+    codes, errors = training_run(material, output, (1, 4, 1))
     assert codes == [0], errors[-3000:]
     return steps_of(output)
 
@@ -111,9 +119,9 @@ def uninterrupted(task, tmp_path_factory):
 @pytest.mark.parametrize(
     ("before", "after"), [((1, 4, 1), (1, 4, 1)), ((1, 4, 1), (2, 2, 1)), ((1, 4, 1), (1, 2, 2)), ((2, 1, 2), (1, 4, 1))]
 )
-def test_training_killed_goes_on_in_another_layout_of_the_same_global_batch(before, after, task, uninterrupted, tmp_path):
-    killed(task, tmp_path / "policy", before)
-    codes, errors = training_run(task, tmp_path / "policy", after)
+def test_training_killed_goes_on_in_another_layout_of_the_same_global_batch(before, after, material, uninterrupted, tmp_path):
+    killed(material, tmp_path / "policy", before)
+    codes, errors = training_run(material, tmp_path / "policy", after)
     assert set(codes) == {0} and "going on from" in errors, errors[-3000:]
     steps = steps_of(tmp_path / "policy")
     assert list(steps) == [5, 6, 7, 8]
@@ -122,11 +130,56 @@ def test_training_killed_goes_on_in_another_layout_of_the_same_global_batch(befo
         assert loss == (uninterrupted[step][0] if before == after else pytest.approx(uninterrupted[step][0], abs=1e-4)), step
 
 
-def test_a_resumed_training_logs_as_often_as_it_is_told_now(task, tmp_path):
-    killed(task, tmp_path / "policy", (1, 4, 1))
-    codes, errors = training_run(task, tmp_path / "policy", (1, 4, 1), "logging_steps", 2)
+def test_only_the_last_step_of_an_epoch_repeats_rows_to_give_each_process_as_many(material, tmp_path):
+    rows = json.loads((material / "rows.json").read_text())
+    (tmp_path / "material").mkdir()
+    for name in ("model", "tokenizer"):
+        (tmp_path / "material" / name).symlink_to(material / name)
+    (tmp_path / "material" / "rows.json").write_text(json.dumps(rows[:14]))
+    of_layout = []
+    for layout in ((1, 4, 1), (1, 2, 2), (2, 2, 1)):
+        output = tmp_path / str(len(of_layout)) / "policy"
+        codes, errors = training_run(tmp_path / "material", output, layout, "num_train_epochs", 1)
+        assert set(codes) == {0}, errors[-3000:]
+        of_layout.append({step: rows for step, (_, rows) in steps_of(output).items()})
+    one, split, two = of_layout
+    assert list(one) == [1, 2, 3, 4] and one == split
+    assert {**one, 4: None} == {**two, 4: None}
+    assert len(one[4]) == 2 and len(two[4]) == 4 and set(one[4]) < set(two[4])
+
+
+def test_a_resumed_training_logs_as_often_as_it_is_told_now(material, tmp_path):
+    killed(material, tmp_path / "policy", (1, 4, 1))
+    codes, errors = training_run(material, tmp_path / "policy", (1, 4, 1), "logging_steps", 2)
     assert codes == [0], errors[-3000:]
     assert list(steps_of(tmp_path / "policy")) == [6, 8]
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 8), (2, 4)), ((2, 4), (1, 8))])
+def test_run_dpo_killed_goes_on_in_another_layout_of_the_same_global_batch(before, after, task, annotated, tmp_path):
+    def words(output, batch):
+        split = ["--per_device_train_batch_size", batch, "--max_steps", 8, "--save_steps", 2]
+        return dpo_words(task, annotated, tmp_path / output, *split)
+
+    codes, whole = launch(1, tmp_path, *words("whole", 8))
+    assert codes == [0], whole[-3000:]
+
+    (tmp_path / "killed").mkdir()
+    running = begin(before[0], tmp_path / "killed", *words("policy", before[1]))
+    errors = tmp_path / "killed" / "stderr"
+    while not errors.exists() or " step 5:" not in errors.read_text():
+        running[0].join(0.1)
+        assert running[0].exitcode is None
+    for process in running:
+        process.kill()
+        process.join()
+
+    (tmp_path / "resumed").mkdir()
+    codes, resumed = launch(after[0], tmp_path / "resumed", *words("policy", after[1]))
+    assert set(codes) == {0} and "going on from" in resumed, resumed[-3000:]
+    assert logged(resumed, "loss") == pytest.approx(logged(whole, "loss")[-len(logged(resumed, "loss")) :], abs=1e-4)
+    expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "policy"))
+    assert all((expected[name] - got[name]).abs().max() < 1e-4 for name in expected)
 
 
 # DeepSpeed
@@ -144,18 +197,18 @@ def zero(stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_zero_checkpoint_of_two_processes_goes_on_in_one(stage, task, tmp_path):
-    fields = ("packed", "false", "weight_decay", 0.5)
-    codes, errors = training_run(task, tmp_path / "whole", (1, 4, 1), *fields)
+def test_a_zero_checkpoint_of_two_processes_goes_on_in_one(stage, material, tmp_path):
+    fields = ("packed", "false", "weight_decay", 10)
+    codes, errors = training_run(material, tmp_path / "whole", (1, 4, 1), *fields)
     assert codes == [0], errors[-3000:]
-    killed(task, tmp_path / "policy", (2, 2, 1), *GLOO, *fields, **zero(stage))
+    killed(material, tmp_path / "policy", (2, 2, 1), *GLOO, *fields, **zero(stage))
 
-    codes, errors = training_run(task, tmp_path / "policy", (1, 4, 1), *fields)
+    codes, errors = training_run(material, tmp_path / "policy", (1, 4, 1), *fields)
     assert codes == [2] and "checkpoint-4: written with" in errors
     wanted = "with ZeRO-1 or ZeRO-2 in 2 processes" if stage == 2 else "with ZeRO-3 in 2 processes"
     assert f"go on {wanted} again" in errors
 
-    codes, errors = training_run(task, tmp_path / "policy", (1, 4, 1), *GLOO, *fields, **zero(stage))
+    codes, errors = training_run(material, tmp_path / "policy", (1, 4, 1), *GLOO, *fields, **zero(stage))
     assert codes == [0] and "converting to a universal checkpoint" in errors, errors[-3000:]
     whole, resumed = steps_of(tmp_path / "whole"), steps_of(tmp_path / "policy")
     assert list(resumed) == [5, 6, 7, 8]
