@@ -3,7 +3,8 @@
     resume_processes.py FOLDER OUTPUT MICRO_BATCH ACCUMULATION [FIELD VALUE …]
 
 FOLDER holds `model/`, `tokenizer/` and `rows.json`; fields are those of DPOConfig, `packed` of PackedDPOTrainer, and
-`stop_after`, the step after which the process kills itself. Process R writes a line for each step to OUTPUT.steps-R: its number, its loss, its rows.
+`stop_after`, the step after which the process kills itself. Process R writes a line for each step to OUTPUT.steps-R: its
+number, its loss, its rows.
 """
 
 import json
