@@ -81,7 +81,7 @@ def fit_layout(trainer: Any, checkpoint: Path) -> None:
         return
     again = f"{before} in {processes} processes" if processes else before
     raise InputError(
-        f"{checkpoint}: written with {again}, and cannot be loaded with {now} in {program.world_size()}; "
+        f"{checkpoint}: written with {again}, and cannot be loaded with {now} in {program.world_size()} processes; "
         f"go on with {again} again, or start afresh with --overwrite"
     )
 

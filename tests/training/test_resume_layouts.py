@@ -214,3 +214,19 @@ def test_a_zero_checkpoint_of_two_processes_goes_on_in_one(stage, material, tmp_
     assert list(resumed) == [5, 6, 7, 8]
     for step, (loss, rows) in resumed.items():
         assert rows == whole[step][1] and loss == pytest.approx(whole[step][0], abs=1e-4), step
+
+
+def test_a_checkpoint_that_this_run_cannot_load_is_refused_by_name(material, tmp_path):
+    killed(material, tmp_path / "policy", (1, 4, 1))
+    under_zero = (material, tmp_path / "policy", (1, 4, 1), *GLOO)
+    codes, errors = training_run(*under_zero, **zero(2))
+    assert codes == [2] and "checkpoint-4: written with no sharding, and cannot be loaded with ZeRO-1 or ZeRO-2 in 1" in errors
+
+    states = tmp_path / "policy.partial" / "checkpoint-4" / "global_step4"
+    states.mkdir()
+    (states.parent / "latest").write_text(states.name)
+    for rank in range(3):
+        (states / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"damaged")
+    codes, errors = training_run(*under_zero, **zero(2))
+    assert codes == [2] and "DeepSpeed could not convert the checkpoint" in errors
+    assert "go on with ZeRO-1 or ZeRO-2 in 3 processes again" in errors
