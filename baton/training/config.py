@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from baton import program
 from baton.arguments import build_config
+from baton.parallel import data_parallel
 from baton.stage import Stage
 
 
@@ -46,5 +47,5 @@ def log_training(trainer: Any) -> None:
         dtype=f"{trainer.model.dtype} weights, {accelerator.mixed_precision} mixed precision",
         attention=trainer.model.config._attn_implementation,
         parameters=f"{sum(p.numel() for p in trainer.model.parameters()):,}",
-        global_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        global_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel().size,
     )

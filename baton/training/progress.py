@@ -17,6 +17,8 @@ class ProgressLines(TrainerCallback):
         self.progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # A resumed trainer takes the intervals of lines and checkpoints from its checkpoint, not from its own settings.
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             self.progress = Progress(state.max_steps, "steps", done=state.global_step)
 

@@ -1,13 +1,14 @@
-"""Log-probabilities of the reference model, computed once, packed, and kept in a file.
+"""Log-probabilities of the reference model, computed once, packed, on any number of processes, and kept in a file.
 
 The file is named by a hash of everything that decides its numbers, so that later epochs, restarts and reruns
 find it and another reference model, tokenizer or data set does not.
 """
 
 import hashlib
+import logging
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import (
@@ -24,9 +24,15 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
+from baton import program
 from baton.models.attention import NAME
 from baton.models.forward import TOKENS_PER_ROW, attention, obstacle, score
 from baton.models.trees import Tokens
+from baton.parallel import data_parallel, model_parallel_size
+from baton.partial import PartialRecords, part_files
+from baton.progress import Progress
+
+log = logging.getLogger("baton")
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
@@ -52,7 +58,7 @@ def unsharded(config: Any) -> Iterator[None]:
 class DatasetPairs(Sequence[Pair]):
     """The pairs in a datasets.Dataset's columns `prompt_ids` and `responses`, two names, read from disk when asked for.
 
-    A slice is another such view; one pair comes as lists, iteration gives int64 arrays.
+    One pair comes as lists, iteration gives int64 arrays.
     """
 
     def __init__(self, dataset: Any, responses: tuple[str, str] = ("chosen_ids", "rejected_ids")):
@@ -63,8 +69,6 @@ class DatasetPairs(Sequence[Pair]):
         return len(self.dataset)
 
     def __getitem__(self, place):
-        if isinstance(place, slice):
-            return DatasetPairs(self.dataset.select(range(*place.indices(len(self)))), self.responses)
         return self._pair(self.dataset[place])
 
     def __iter__(self) -> Iterator[Pair]:
@@ -113,6 +117,7 @@ def dataset_reference_logps(
             lambda: load(reference, config, quantization),
             folder,
             [fingerprint(reference)["hash"], precision],
+            parts_in=Path(config.output_dir),
             ld_alpha=getattr(config, "ld_alpha", None),
         )
 
@@ -122,42 +127,83 @@ def kept_reference_logps(
     load_reference: Callable[[], PreTrainedModel],
     folder: Path,
     key: Sequence[str],
-    **settings,
+    parts_in: Path | None = None,
+    tokens_per_row: int = TOKENS_PER_ROW,
+    ld_alpha: float | None = None,
 ) -> np.ndarray:
     """`reference_logps` of all pairs from the file in `folder`, which is written first where there is none.
 
-    Every process of a distributed run scores its share of the pairs and gets all of them.
+    Every process of a distributed run scores its share of the batches and gets all of them. Until all are scored, they
+    stand in parts, so that after a death any number of processes goes on with the batches that no part holds. Batches
+    do not depend on the number of processes, and so neither do the numbers.
 
     Args:
-        load_reference: called only when there is no file; the model on its device, the whole of it in each
-            process.
+        load_reference: called only where a batch is missing; the model on its device, the whole of it in each process.
         key: what else decides the numbers: the reference model's fingerprint, the tokenizer's, the dtype.
-        settings: `tokens_per_row` and `ld_alpha` of `reference_logps`.
+        parts_in: the folder of the parts, which no other run may use at the same time; default: `folder`.
+        tokens_per_row, ld_alpha: as for `reference_logps`.
     Returns:
         float32 (pairs, 2): chosen, rejected.
     """
     state = PartialState()
-    name = _digest(pairs, [*key, f"ld_alpha={settings.get('ld_alpha')}"])
-    path = Path(folder) / f"reference-logps-{name}.npy"
+    path = Path(folder) / f"reference-logps-{_digest(pairs, [*key, f'ld_alpha={ld_alpha}'])}.npy"
+    parts = Path(parts_in or folder) / f"{path.stem}-{tokens_per_row}"
     state.wait_for_everyone()
-    if path.exists():
-        return np.load(path, allow_pickle=False)
-    ranks = state.num_processes
-    mine = reference_logps(load_reference(), pairs[state.process_index :: ranks], **settings).cpu().numpy()
-    logps = np.empty((len(pairs), 2), dtype=np.float32)
-    for rank, share in enumerate(gather_object([mine])):
-        logps[rank::ranks] = share
+    if not path.exists():
+        batches = list(_batches(pairs, tokens_per_row))
+        _score_missing(batches, pairs, load_reference, parts, ld_alpha)
+        if state.is_main_process:
+            _assemble(batches, parts, path)
+    state.wait_for_everyone()
     if state.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            np.save(file, logps, allow_pickle=False)
-        os.replace(partial, path)
+        for part in part_files(parts):
+            part.unlink()
+    return np.load(path, allow_pickle=False)
+
+
+def _score_missing(
+    batches: Sequence[list[int]],
+    pairs: Sequence[Pair],
+    load_reference: Callable[[], PreTrainedModel],
+    parts: Path,
+    ld_alpha: float | None,
+) -> None:
+    """Score this process's share of the batches that no part of `parts` holds, each on disk as soon as it is done.
+
+    A record is one batch, by its number: `{"logps": the bytes of little-endian float32 (pairs, 2), in hexadecimal}`.
+    """
+    state, share = PartialState(), data_parallel()
+    writes = program.rank() % model_parallel_size() == 0  # the others of a model-parallel group compute the same
+    parts.parent.mkdir(parents=True, exist_ok=True)
+    records = PartialRecords(parts, len(batches))
+    state.wait_for_everyone()  # so that all see the same batches as missing before one of them is appended
+    mine = [number for number in range(len(batches)) if number not in records][share.rank :: share.size]
+    if records.done:
+        log.info("reference log-probabilities: %d of %d batches are done, going on", records.done, len(batches))
+    if mine:
+        progress = Progress(len(mine), "batches of reference log-probabilities")
+        scored = _score(load_reference(), pairs, (batches[number] for number in mine), ld_alpha)
+        for number, logps in zip(mine, scored, strict=True):
+            if writes:
+                records.append(number, {"logps": logps.astype("<f4").tobytes().hex()})
+            progress.update()
+        progress.close()
+    records.close()
     state.wait_for_everyone()
-    return logps
 
 
-@torch.no_grad()
+def _assemble(batches: Sequence[list[int]], parts: Path, path: Path) -> None:
+    """Write the parts, which together hold all batches, to `path`, atomically."""
+    logps = np.empty((sum(map(len, batches)), 2), dtype=np.float32)
+    for number, record in PartialRecords(parts, len(batches)).records():
+        logps[batches[number]] = np.frombuffer(bytes.fromhex(record["logps"]), dtype="<f4").reshape(-1, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_suffix(".writing")
+    with open(writing, "wb") as file:
+        np.save(file, logps, allow_pickle=False)
+    os.replace(writing, path)
+
+
 def reference_logps(
     model: PreTrainedModel,
     pairs: Sequence[Pair],
@@ -172,19 +218,27 @@ def reference_logps(
     Args:
         ld_alpha: weight of the tokens past the shorter response's length (LD-DPO, arXiv 2409.06411); None: 1.
     """
+    batches = list(_batches(pairs, tokens_per_row))
+    logps = np.empty((len(pairs), 2), dtype=np.float32)
+    for members, scored in zip(batches, _score(model, pairs, batches, ld_alpha), strict=True):
+        logps[members] = scored
+    return torch.from_numpy(logps).to(model.device)
+
+
+@torch.no_grad()
+def _score(
+    model: PreTrainedModel, pairs: Sequence[Pair], batches: Iterable[list[int]], ld_alpha: float | None
+) -> Iterator[np.ndarray]:
+    """Yield the summed log-probabilities of each batch of pairs, float32 (members, 2)."""
     token_logps = _packed if obstacle(model) is None else _one_by_one
-    logps = torch.empty(len(pairs), 2, device=model.device)
     training = model.training
     model.eval()
-    for members in _batches(pairs, tokens_per_row):
+    for members in batches:
         sequences = [(prompt, response) for prompt, *both in (pairs[i] for i in members) for response in both]
         scored = token_logps(model, sequences)
-        for i, chosen, rejected in zip(members, scored[::2], scored[1::2], strict=True):
-            shared = min(len(chosen), len(rejected))
-            logps[i, 0] = _weighted_sum(chosen, shared, ld_alpha)
-            logps[i, 1] = _weighted_sum(rejected, shared, ld_alpha)
+        sums = [_sums(chosen, rejected, ld_alpha) for chosen, rejected in zip(scored[::2], scored[1::2], strict=True)]
+        yield torch.stack(sums).float().cpu().numpy()
     model.train(training)
-    return logps
 
 
 def _packed(model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[Tensor]:
@@ -202,6 +256,12 @@ def _one_by_one(model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens
     return logps
 
 
+def _sums(chosen: Tensor, rejected: Tensor, ld_alpha: float | None) -> Tensor:
+    """The weighted sums of two responses' token log-probabilities, (2,)."""
+    shared = min(len(chosen), len(rejected))
+    return torch.stack([_weighted_sum(logps, shared, ld_alpha) for logps in (chosen, rejected)])
+
+
 def _weighted_sum(token_logps: Tensor, shared: int, ld_alpha: float | None) -> Tensor:
     if ld_alpha is None:
         return token_logps.sum()
@@ -211,7 +271,7 @@ def _weighted_sum(token_logps: Tensor, shared: int, ld_alpha: float | None) -> T
 def _batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[int]]:
     """Yield indices of pairs in groups of at most `tokens` tokens; pairs of one prompt side by side.
 
-    Holds 24 bytes a pair, not its tokens.
+    Holds 32 bytes a pair, not its tokens.
     """
     lengths, prompts, sizes = array("q"), array("Q"), array("q")
     for pair in pairs:
@@ -219,16 +279,15 @@ def _batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[int]]:
         digest = hashlib.blake2b(np.asarray(pair[0], dtype=np.int64).tobytes(), digest_size=8).digest()
         prompts.append(int.from_bytes(digest, "little"))
         sizes.append(sum(len(part) for part in pair))
-    members: list[int] = []
-    room = tokens
-    for i in map(int, np.lexsort((prompts, lengths))):
-        if members and sizes[i] > room:
-            yield members
-            members, room = [], tokens
-        members.append(i)
+    order = np.lexsort((prompts, lengths))
+    start, room = 0, tokens
+    for end, i in enumerate(order):
+        if end > start and sizes[i] > room:
+            yield order[start:end].tolist()
+            start, room = end, tokens
         room -= sizes[i]
-    if members:
-        yield members
+    if len(order):
+        yield order[start:].tolist()
 
 
 def _digest(pairs: Sequence[Pair], key: Sequence[str]) -> str:
