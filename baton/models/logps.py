@@ -62,8 +62,7 @@ def gathered(*parameters: Tensor | None):
     """
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
     sharded = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
     return GatheredParameters(sharded) if sharded else nullcontext()
