@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from baton.arguments import StageArguments
 from baton.fingerprint import difference, fingerprint
 from baton.parallel import data_parallel
-from baton.secrets import is_secret, without_credentials
+from baton.secrets import is_secret
 
 # Settings of TrainingArguments and of TRL's configurations that do not decide the result. Every other one does.
 EXECUTION_SETTINGS = frozenset(
@@ -53,7 +53,7 @@ def task_of(stage: str, arguments: StageArguments, settings: dict[str, Any]) -> 
         "stage": stage,
         "arguments": {name: value for name, value in values.items() if decides[name]},
         "settings": settings,
-        "execution": {name: without_credentials(value) for name, value in values.items() if not decides[name]},
+        "execution": {name: value for name, value in values.items() if not decides[name]},
     }
 
 
@@ -69,6 +69,12 @@ def trainer_settings(settings: dict[str, Any]) -> dict[str, Any]:
         if not shown:
             del decides["model_init_kwargs"]
     return decides | {"global_batch": global_batch(spelled)}
+
+
+def batch_split(settings: dict[str, Any]) -> dict[str, str]:
+    """How a batch is split, as a setting that decides: for losses that depend on what else is in a process's batch."""
+    name = "per_device_train_batch_size"
+    return {"batch_split": f"{spelling(settings.get(name, BATCH_SPLIT[name]))} on each of {data_parallel().size} processes"}
 
 
 def global_batch(settings: dict[str, Any]) -> int:

@@ -27,6 +27,7 @@ from baton.pairs import ChooseType, PairSettings
 from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
+from baton.task import batch_split
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, earlier_pairs, pairs_again, write_pairs
@@ -40,6 +41,10 @@ LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+
+
+# `aot` sorts the pairs of a process's batch, `bco_pair` keeps a mean over them, `sft` averages over their tokens.
+LOSSES_OVER_A_BATCH = {"aot", "aot_unpaired", "bco_pair", "sft"}
 
 
 class Arguments(LoraArguments):
@@ -83,9 +88,20 @@ def pair_settings(arguments: Arguments) -> PairSettings:
     return PairSettings(**{name: getattr(arguments, name) for name in names})
 
 
-def check_loss_types(loss_type: Any) -> None:
-    """Raise InputError for a loss, one or several in a list, that TRL does not have."""
-    for name in loss_type if isinstance(loss_type, list) else [loss_type]:
+def loss_types(settings: dict[str, Any]) -> list[Any]:
+    """The losses that the settings name, one or several in a list."""
+    named = settings.get("loss_type", "sigmoid")
+    return named if isinstance(named, list) else [named]
+
+
+def split_that_decides(settings: dict[str, Any]) -> dict[str, str]:
+    """How a batch is split, where a loss compares or averages over all pairs of a process's batch; else nothing."""
+    return batch_split(settings) if set(map(str, loss_types(settings))) & LOSSES_OVER_A_BATCH else {}
+
+
+def check_loss_types(settings: dict[str, Any]) -> None:
+    """Raise InputError for a loss that TRL does not have."""
+    for name in loss_types(settings):
         if name not in LOSS_TYPES:
             raise InputError(f"`loss_type`: {name!r} is not one of TRL's {', '.join(LOSS_TYPES)}")
 
@@ -99,7 +115,7 @@ def config_class() -> type:
 def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     """Raise InputError for what can be refused before anything is read or imported."""
     pair_settings(arguments)
-    check_loss_types(settings.get("loss_type", "sigmoid"))
+    check_loss_types(settings)
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     check_lora(arguments)
@@ -214,7 +230,7 @@ def main() -> None:
     pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
     earlier = earlier_pairs(pairs_path, arguments.history)
     inputs = inputs_of(arguments, reference, pairs_path, earlier)
-    stage = Stage.begin("dpo", arguments, output, inputs, settings, config_class)
+    stage = Stage.begin("dpo", arguments, output, inputs, settings | split_that_decides(settings), config_class)
     if stage is None:
         return
     check_processes()

@@ -24,11 +24,10 @@ from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
-from baton.parallel import data_parallel
 from baton.prompts import read_records
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
-from baton.task import BATCH_SPLIT
+from baton.task import batch_split
 from dpo_iteration.account import IN, Account
 from dpo_iteration.rows import Rows, log_rows
 
@@ -85,12 +84,6 @@ def check(arguments: Arguments) -> None:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     for model in (arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path):
         check_model_path(model)
-
-
-def batch_of_kl_term(settings: dict[str, Any]) -> dict[str, str]:
-    """The examples that KTO's KL term is estimated from at a time, and so how a batch is split, as a setting that decides."""
-    name = "per_device_train_batch_size"
-    return {"batch_of_kl_term": f"{settings.get(name, BATCH_SPLIT[name])} on {data_parallel().size} processes"}
 
 
 def write_examples(path: Path, arguments: Arguments) -> Account:
@@ -161,7 +154,8 @@ def main() -> None:
     inputs = {"model": arguments.model_name_or_path, "reference": reference, "data": source}
     inputs |= template_input(arguments.chat_template)
     output = Path(arguments.output_dir)
-    stage = Stage.begin("kto", arguments, output, inputs, settings | batch_of_kl_term(settings), config_class)
+    # KTO estimates its KL term within a process's batch.
+    stage = Stage.begin("kto", arguments, output, inputs, settings | batch_split(settings), config_class)
     if stage is None:
         return
     check_processes()

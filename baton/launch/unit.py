@@ -7,6 +7,7 @@ from pathlib import Path
 
 from baton import program
 from baton.errors import InputError
+from baton.secrets import is_secret
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ("inference", "training")
@@ -39,7 +40,14 @@ def uses_accelerate(unit: Unit) -> bool:
 
 
 def command_line(unit: Unit) -> list[str]:
-    """The words to execute. Raises InputError if the environment is missing."""
+    """The words to execute. Raises InputError if the environment is missing, or for a secret among the words."""
+    for word in unit.program:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and is_secret(flag[2:].replace("-", "_")):
+            raise InputError(
+                f"{unit.name}: {flag}: every user of a machine can read its command lines; give the secret in an environment "
+                "variable instead (HF_TOKEN, OPENAI_API_KEY, VLLM_API_KEY)"
+            )
     python = str(environment_folder(unit.environment) / "bin/python")
     if not uses_accelerate(unit):
         return [python, *unit.program]

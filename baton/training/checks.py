@@ -51,6 +51,11 @@ def check_amount(config: Any) -> None:
         raise InputError(f"`max_steps`: {config.max_steps} would train by epochs; give 1 or more, or leave it out")
     if config.max_steps == -1 and config.num_train_epochs <= 0:
         raise InputError(f"`num_train_epochs` must be above 0, got {config.num_train_epochs}")
+    if config.auto_find_batch_size:
+        raise InputError(
+            "`auto_find_batch_size` halves the global batch when memory runs out, and so trains something else: leave it out, "
+            "and give a smaller `per_device_train_batch_size` with more `gradient_accumulation_steps`"
+        )
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(config, name) < 1:
             raise InputError(f"`{name}` must be 1 or more, got {getattr(config, name)}")

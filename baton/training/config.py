@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from baton import program
 from baton.arguments import build_config
+from baton.errors import InputError
 from baton.parallel import data_parallel
 from baton.stage import Stage
 
@@ -20,6 +21,8 @@ def trainer_config(config_class: type, settings: dict[str, Any], own_names: Iter
     Unless set: no reports to outside services, no GPU where there is none, the last checkpoint kept.
     """
     settings = dict(settings)
+    if settings.get("chat_template_path"):
+        raise InputError("`chat_template_path`: give the file with --chat_template instead, which compares it by content")
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # the names that Transformers deprecates
         if name in settings:
             settings[name.replace("gradient", "activation")] = settings.pop(name)

@@ -16,7 +16,9 @@ from baton import fingerprint as fingerprints
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.fingerprint import cached_commit, difference, fingerprint
+from baton.launch.unit import Unit, command_line
 from baton.manifest import read_manifest
+from baton.servers.addresses import check_url
 from baton.stage import Stage
 from baton.task import spelling, trainer_settings
 
@@ -28,7 +30,6 @@ class Arguments(StageArguments):
     workers: int = option(1, "an argument of execution", changes_result=False)
     api_key: SecretStr | None = option(None, "a secret", changes_result=False)
     judge_password: str | None = option(None, "a secret without its type")
-    service: str | None = option(None, "an address", changes_result=False)
 
 
 def finish(output: Path, settings=None, inputs=None, arguments=None, config_class=None) -> bool:
@@ -119,10 +120,8 @@ def test_settings_that_are_compared_are_plain_json_whatever_they_hold(settings):
     assert not kept.keys() & {"report_to", "hub_token"}
 
 
-def test_no_secret_and_no_credential_reaches_a_manifest(tmp_path):
-    arguments = Arguments(
-        api_key=SecretStr("hush-1"), judge_password="hush-2", service="http:http://me:hush-3@127.0.0.1:5000/get_reward"
-    )
+def test_no_secret_reaches_a_manifest(tmp_path):
+    arguments = Arguments(api_key=SecretStr("hush-1"), judge_password="hush-2")
     settings = {"hub_token": "hush-4", "push_to_hub_token": "hush-5", "model_init_kwargs": {"token": "hush-6", "dtype": "auto"}}
     output = tmp_path / "out"
     stage = Stage.begin("test", arguments, output, {}, settings, no_config)
@@ -133,7 +132,6 @@ def test_no_secret_and_no_credential_reaches_a_manifest(tmp_path):
     assert len(written) == 2
     assert not any("hush" in text for text in written)
     assert read_manifest(output)["settings"]["model_init_kwargs"] == {"dtype": "auto"}
-    assert "127.0.0.1:5000" in written[1]
 
 
 def test_a_message_about_a_secret_does_not_show_it(tmp_path):
@@ -142,6 +140,19 @@ def test_a_message_about_a_secret_does_not_show_it(tmp_path):
         parse(Arguments, "", [str(tmp_path / "config.yaml")])
     assert "hush" not in str(refused.value)
     assert "judge_password" in str(refused.value)
+
+
+def test_an_address_with_a_password_is_refused_without_showing_it():
+    with pytest.raises(InputError, match="--url: an address with a user and a password") as refused:
+        check_url("http://me:hush@127.0.0.1:8000/v1", "--url")
+    assert "hush" not in str(refused.value)
+
+
+@pytest.mark.parametrize("words", [["--hub_token", "hush"], ["--hub_token=hush"], ["--", "--api-key", "hush"]])
+def test_no_secret_is_put_on_a_command_line_that_is_started(words):
+    with pytest.raises(InputError, match="give the secret in an environment variable instead") as refused:
+        command_line(Unit("train", "training", ("dpo_iteration/run_dpo.py", *words)))
+    assert "hush" not in str(refused.value)
 
 
 def weights(folder: Path, size: int) -> Path:

@@ -134,8 +134,8 @@ def test_reproducible_responses_do_not_depend_on_shards_resumes_or_neighbours(po
 
     # As if killed after two prompts, and gone on with two responses at a time.
     manifest = json.loads((tmp_path / "whole0.jsonl.manifest.json").read_text())
-    (tmp_path / "again0.jsonl.partial.manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "again0.jsonl.partial").write_bytes(b"[3,%b]\n[7,%b]\n" % (lines[3], lines[7]))
+    (tmp_path / "again.partial.manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "again.partial0-of-1").write_bytes(b"[3,%b]\n[7,%b]\n" % (lines[3], lines[7]))
     again = generate(policy, prompts, tmp_path / "again", *flags, "--max_num_seqs", 2)
     assert again.returncode == 0, again.stderr
     assert "going on where it stopped" in again.stderr
