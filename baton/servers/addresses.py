@@ -15,7 +15,7 @@ def check_url(url: str, argument: str) -> str:
     except httpx.InvalidURL as error:
         raise InputError(f"{argument} {url}: {error}") from None
     if parsed.userinfo:
-        raise InputError(f"{argument}: an address with a user and a password in it would be shown in logs; give a key with --api_key")
+        raise InputError(f"{argument}: an address with a user and a password would be shown in logs; give a key with --api_key")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InputError(f"{argument} {url}: expected an address that begins with http:// or https://")
     return url
