@@ -38,7 +38,7 @@ def difference(known: dict[str, Any], source: str | Path) -> str | None:
     path = Path(source)
     if path.exists():
         same = known.get("state") == _state(_files(path)) or known["hash"] == fingerprint(source)["hash"]
-        return None if same else f"the content of {source} is not what it was"
+        return None if same else f"the content of {source} has changed"
     name, _, before = known["hash"].partition("@")
     if name != str(source):
         return f"{source} is not {known['path']}"

@@ -65,7 +65,7 @@ class PairSettings:
 
 
 def candidates(count: int, settings: PairSettings) -> int:
-    """How many pairs `count` responses are asked for: each response is in at most one pair."""
+    """How many pairs are requested of `count` responses: each response is in at most one pair."""
     return min(settings.pairs_per_prompt, count // 2)
 
 

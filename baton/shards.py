@@ -18,7 +18,7 @@ from baton.errors import InputError
 from baton.locks import Lock
 from baton.manifest import in_progress, manifest_path, read_manifest, remove, write_manifest
 from baton.partial import part_files
-from baton.stage import RESUMES, STARTS, UP_TO_DATE, Stage, listed, refuse_own_input, remove_partial, replace_output, started
+from baton.stage import RESUMES, STARTS, UP_TO_DATE, Stage, refuse_own_input, remove_partial, replace_output, started
 from baton.task import differences, task_of
 
 log = logging.getLogger("baton")
@@ -93,8 +93,8 @@ def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path])
                 return up_to_date
             if other and part_files(shard.prefix):
                 raise InputError(
-                    f"{shard.output}: unfinished work with another {listed(other)}; go on with the same, or start afresh with "
-                    "--overwrite"
+                    f"{shard.output}: unfinished work of another task: {'; '.join(other)}; go on with the same arguments, or "
+                    "start afresh with --overwrite"
                 )
         _refuse_others_at_work(shard, any_number=bool(other))
         if not shard.lock.take():
@@ -122,7 +122,7 @@ def _finished(shard: Shard, in_progress_is_same: bool, differences_of: Differenc
         found = differences_of(manifest)
         if found and (index == shard.index or not in_progress_is_same):
             place = shard_path(shard.prefix, index)
-            raise InputError(f"{place}: finished with another {listed(found)}; --overwrite replaces it")
+            raise InputError(f"{place}: finished, of another task: {'; '.join(found)}; --overwrite replaces it")
         if not found:
             same[index] = manifest
     if same.get(shard.index, {}).get("shard") == [shard.index, shard.count]:

@@ -144,19 +144,15 @@ def plan_for(output: Path, overwrite: bool, differences_of: Callable[[dict[str, 
     if planned == STARTS and output.exists():
         raise InputError(f"{output}: exists, and no manifest says that this stage made it; --overwrite replaces it")
     if planned == REFUSES_FINISHED:
-        raise InputError(f"{output}: finished with another {listed(found[0])}; --overwrite replaces it")
+        raise InputError(f"{output}: finished, of another task: {'; '.join(found[0])}; --overwrite replaces it")
     if planned == REFUSES_UNFINISHED:
         if not part_files(output) and not output.exists():
             return STARTS
         raise InputError(
-            f"{output}: unfinished work with another {listed(found[1])}; go on with the same, or start afresh with --overwrite"
+            f"{output}: unfinished work of another task: {'; '.join(found[1])}; go on with the same arguments, or start afresh "
+            "with --overwrite"
         )
     return planned
-
-
-def listed(found: list[str]) -> str:
-    """Differences as one text."""
-    return "; another ".join(found)
 
 
 def refuse_own_input(output: Path, inputs: dict[str, str | Path]) -> None:

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server is asked for one prompt, and how its answer is read."""
+"""The request to an OpenAI-compatible server for one prompt, and how its answer is read."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -16,7 +16,7 @@ class GenerationArguments(StageArguments):
     dataset_key: str | None = option(None, "the key of the prompt; `prompt` or `context_messages` if not given")
     dataset_split: str = option("train", "the split of a hub dataset")
     dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
-    max_samples: int | None = option(None, "take at most so many prompts", ge=1)
+    max_samples: int | None = option(None, "take at most N prompts", ge=1)
     rollout_batch_size: int | None = option(None, "prompts per round, of a seeded shuffle; all if not given", ge=1)
     iter: int = option(0, "which round, from 0: takes prompts iter*rollout_batch_size onwards, wrapping around", ge=0)
     system_prompt: str | None = option(None, "a system message for conversations that have none")

@@ -63,7 +63,7 @@ class Sampler:
         self.llm, self.engine, self.arguments = llm, llm.llm_engine, arguments
         engine = self.engine
         self.context = engine.model_config.max_model_len
-        # Twice what can run at once, so that the engine never runs dry; a million prompts need not be held.
+        # Twice what can run at once, so that the engine always has work; a million prompts need not be held.
         self.ahead = 1 + math.ceil(2 * engine.vllm_config.scheduler_config.max_num_seqs / arguments.K)
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Any]]]:

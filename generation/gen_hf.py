@@ -37,7 +37,7 @@ NAMED_FAILURES = 20
 
 
 class Arguments(GenerationArguments):
-    output_dir: str = option(..., "the output (a file's name, in spite of the flag's)", changes_result=False)
+    output_dir: str = option(..., "the output FILE, such as data/gen_data.jsonl", changes_result=False)
     ports: list[int] = option([], "ports of servers on this machine", changes_result=False)
     url: list[str] = option([], "addresses of servers, such as http://host:8000/v1", changes_result=False)
     tokenizer: str | None = option(None, "the policy, for its tokenizer and chat template", changes_result=False)
@@ -48,7 +48,7 @@ class Arguments(GenerationArguments):
     max_retries: int = option(8, "attempts at a prompt after the first", ge=0, changes_result=False)
     patience: float = option(300, "seconds to wait while no server answers", ge=0, changes_result=False)
     drop_failed: bool = option(
-        False, "count prompts that a server refuses as drops; otherwise they stay to be done", changes_result=False
+        False, "count prompts that a server refuses as drops; otherwise the next call tries them again", changes_result=False
     )
 
 

@@ -34,7 +34,7 @@ class Arguments(GenerationArguments):
     tensor_parallel_size: int = option(1, "GPUs that share one copy of the model", ge=1, changes_result=False)
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory", gt=0, le=1, changes_result=False)
     max_num_seqs: int | None = option(
-        None, "responses in the making at once; the engine's own choice if not given", ge=1, changes_result=False
+        None, "responses sampled at once; the engine's own choice if not given", ge=1, changes_result=False
     )
     enforce_eager: bool | None = option(
         None, "do not compile the model; if not given, compile on GPUs alone", changes_result=False

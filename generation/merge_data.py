@@ -27,7 +27,7 @@ CHUNK = 1 << 16  # bytes copied at a time; writes of 256 KiB and more take sever
 
 class Arguments(StageArguments):
     base_path: str = option(..., "shard i is <base_path>i.jsonl", changes_result=False)
-    output_dir: str = option(..., "the merged file (a file's name, in spite of the flag's)", changes_result=False)
+    output_dir: str = option(..., "the merged FILE, such as data/gen_data.jsonl", changes_result=False)
     num_datasets: int = option(..., "how many shards", ge=1, changes_result=False)
 
 
@@ -85,7 +85,7 @@ def check_one_run(shards: list[Path], manifests: list[dict[str, Any] | None]) ->
     for index, (shard, manifest) in enumerate(zip(shards, manifests, strict=True)):
         if first is None or manifest is None:
             without = shards[0] if first is None else shard
-            raise InputError(f"{without}: has no manifest, others have: it is of another task; generate it again")
+            raise InputError(f"{without}: has no manifest, but other shards have one: generate it again")
         place = manifest.get("shard")
         if place != [index, len(shards)]:
             made = f"made as shard {place[0]} of {place[1]}" if place else "not made as a shard"

@@ -86,7 +86,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--api_key", help="what clients must send; $VLLM_API_KEY does the same, and no process list shows it")
     parser.add_argument("--timeout", type=positive, default=1800, help="seconds to wait until all are ready [%(default)s]")
     parser.add_argument("--tensor_parallel_size", type=positive, default=1, help="GPUs that share a model [%(default)s]")
-    parser.add_argument("--max_num_seqs", type=positive, default=200, help="responses in the making at once [%(default)s]")
+    parser.add_argument("--max_num_seqs", type=positive, default=200, help="responses sampled at once [%(default)s]")
     parser.add_argument("--gpu_memory_utilization", metavar="X", default="0.9", help="share of a GPU's memory [%(default)s]")
     parser.add_argument("--max_model_len", metavar="N", help="tokens of prompt and response [the model's context]")
     parser.add_argument("--dtype", help="of weights and arithmetic [the model's]")

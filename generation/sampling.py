@@ -1,4 +1,4 @@
-"""From prompt records to what an engine is asked, and from its answers back to records."""
+"""From prompt records to an engine's requests, and from its answers back to records."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,7 +84,7 @@ def write(sample: Callable[[Iterable[Task]], Iterator], tasks: Iterable[Task], p
 
 
 def generated(record: Record, completions: Sequence[Any]) -> Record:
-    """The prompt's record with its K responses; what an engine does not tell of all of them is left out."""
+    """The prompt's record with its K responses; what an engine does not give for all of them is left out."""
     record = {**record, "responses": [completion.text for completion in completions]}
     if all(completion.token_ids is not None for completion in completions):
         record["response_token_ids"] = [list(completion.token_ids) for completion in completions]

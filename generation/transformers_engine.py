@@ -1,4 +1,4 @@
-"""Sampling with transformers where vLLM cannot run: slow, for small models and odd machines."""
+"""Sampling with Transformers where vLLM cannot run: slow, for small models."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -8,7 +8,7 @@ from baton import program
 from baton.errors import InputError
 from generation.sampling import Completion, Task, prompt_seed, seed_from
 
-SEQUENCES = 32  # responses in the making at once, if --max_num_seqs does not say
+SEQUENCES = 32  # responses sampled at once, if --max_num_seqs does not say
 
 
 class Sampler:
@@ -76,7 +76,7 @@ def start(arguments: Any, tokenizer: Any, already_done: int) -> Sampler:
     from transformers import AutoModelForCausalLM
 
     if arguments.tensor_parallel_size > 1:
-        raise InputError("--backend hf knows no --tensor_parallel_size")
+        raise InputError("--backend hf does not support --tensor_parallel_size")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
     model.to(device).eval()

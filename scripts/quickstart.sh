@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole relay for real, on a machine with neither GPU nor model hub: a tiny chat model learns to write kinder film reviews.
+# A whole run on a machine with neither GPU nor model hub: a tiny chat model learns to write favourable film reviews.
 # usage: bash scripts/quickstart.sh [--run_dir DIR] [--seed N]
 #
 # Sets up both environments, makes the data and a base model, trains the SFT model and the reward model, and then runs

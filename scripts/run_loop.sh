@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Online iterative DPO, the whole relay: sample from the policy, score, pick pairs, train, and start again from the new policy.
+# Online iterative DPO, round after round: sample from the policy, score, pick pairs, train, and start again from the new policy.
 # usage: bash scripts/run_loop.sh RECIPE [--run_dir DIR]      for example: bash scripts/run_loop.sh configs/recipes/llama3-8b.env
 #
 # A recipe is a shell file of variables; configs/recipes/ has some, and llama3-8b.env says what each one means. The loop holds no
@@ -46,7 +46,7 @@ ROUNDS=${ROUNDS:-${#PROMPTS[@]}}
 
 mkdir -p "$run_dir"
 if [[ -f $run_dir/recipe.env ]] && ! cmp -s "$recipe" "$run_dir/recipe.env"; then
-  say "the recipe is not what it was when this run began:"
+  say "the recipe has changed since this run began:"
   diff "$run_dir/recipe.env" "$recipe" >&2 || true
 fi
 cp "$recipe" "$run_dir/recipe.env"

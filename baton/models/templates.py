@@ -71,7 +71,7 @@ def response_pieces(tokenizer: Any, messages: Messages, where: str) -> list[tupl
         if not opening.startswith(written) or not closing.startswith(opening):
             raise InputError(
                 f"{where}: the chat template writes message {turn + 1} differently once it is answered, so a response "
-                "cannot be told from its prompt; give another template with --chat_template"
+                "cannot be separated from its prompt; give another template with --chat_template"
             )
         pieces.append((_encode(tokenizer, opening[len(written) :]), False))
         pieces.append((_encode(tokenizer, closing[len(opening) :]), True))

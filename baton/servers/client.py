@@ -39,7 +39,7 @@ class Client:
             return retrying(self._once, itertools.count(next(self.calls)), body, read, name)
         except Unusable as error:
             raise InputError(
-                f"{name}: {error} ({self.tries} tries); what is scored so far is kept, run again to go on"
+                f"{name}: {error} ({self.tries} tries); what is scored so far is kept; run the same command again"
             ) from None
 
     def _once(self, turns: Iterator[int], body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:

@@ -56,7 +56,7 @@ def unsharded(config: Any) -> Iterator[None]:
 
 
 class DatasetPairs(Sequence[Pair]):
-    """The pairs in a datasets.Dataset's columns `prompt_ids` and `responses`, two names, read from disk when asked for.
+    """The pairs in a datasets.Dataset's columns `prompt_ids` and `responses`, two names, read from disk on access.
 
     One pair comes as lists, iteration gives int64 arrays.
     """

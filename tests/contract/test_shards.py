@@ -114,7 +114,7 @@ def test_a_shard_of_another_task_is_refused_and_leaves_word_of_it(tmp_path):
     work = Work(tmp_path)
     work.run_all(2)
     before = shards.shard_path(work.prefix, 1).read_bytes()
-    with pytest.raises(InputError, match=r"gen0\.jsonl: finished with another temperature \(1\.0, now 0\.5\)"):
+    with pytest.raises(InputError, match=r"gen0\.jsonl: finished, of another task: temperature \(1\.0, now 0\.5\)"):
         work.run(1, 2, temperature=0.5)
     refused = shards.refused_path(shards.shard_path(work.prefix, 1))
     assert "temperature (1.0, now 0.5)" in refused.read_text()
@@ -142,7 +142,7 @@ def test_overwriting_that_died_goes_on_without_the_flag(tmp_path):
     work.sampled.clear()
     assert work.run(0, 2, temperature=0.5)
     assert work.sampled == [3, 4, 5]
-    with pytest.raises(InputError, match=r"gen1\.jsonl: finished with another temperature"):
+    with pytest.raises(InputError, match=r"gen1\.jsonl: finished, of another task: temperature"):
         work.run(1, 2, temperature=0.5)
     assert work.run(1, 2, overwrite=True, temperature=0.5)
     assert work.output(2) == list(range(TOTAL))

@@ -159,7 +159,7 @@ def test_an_input_that_is_no_longer_given_is_refused_by_name(prompts, output):
     Stage.begin("mix", StageArguments(overwrite=True), output, inputs).finish(records_in=0, records_out=0)
     output.touch()
     assert Stage.begin("mix", arguments, output, inputs) is None
-    with pytest.raises(InputError, match=rf"another data2 \({prompts}, now none\)"):
+    with pytest.raises(InputError, match=rf"data2 \({prompts}, now none\)"):
         Stage.begin("mix", arguments, output, {"data": prompts})
 
 
@@ -167,7 +167,7 @@ def test_unfinished_work_is_not_continued_with_other_arguments(prompts, output):
     stop_at(start(prompts, output, "--wait_after", "9"), 9, signal.SIGKILL)
     code, log = run(prompts, output, "--K", "2")
     assert code == 2
-    assert "unfinished work with another K (1, now 2)" in log
+    assert "unfinished work of another task: K (1, now 2)" in log
     assert run(prompts, output, "--wait_after", "5")[0] == 0  # what does not change the result may differ
     assert_complete(output)
 
@@ -202,7 +202,7 @@ def test_overwriting_keeps_the_old_output_under_another_name_until_the_new_one_i
     assert not output.exists() and kept.read_bytes() == old
     code, log = run(prompts, output)
     assert code == 2
-    assert "unfinished work with another K (2, now 1)" in log
+    assert "unfinished work of another task: K (2, now 1)" in log
     assert run(prompts, output, "--K", "2")[0] == 0
     assert_complete(output)
     assert not kept.exists()

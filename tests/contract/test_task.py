@@ -78,7 +78,7 @@ OTHER_TASK = {
     "loss": ({"beta": 0.1}, {"beta": "0.2"}, r"beta \(0.1, now 0.2\)"),
     "a larger batch": ({}, {"gradient_accumulation_steps": 2}, r"global_batch \(8, now 16\)"),
     "precision": ({"bf16": True}, {"bf16": "false"}, "bf16"),
-    "several": ({"beta": 1, "seed": 1}, {"beta": 2, "seed": 2}, r"beta \(1, now 2\); another seed \(1, now 2\)"),
+    "several": ({"beta": 1, "seed": 1}, {"beta": 2, "seed": 2}, r"beta \(1, now 2\); seed \(1, now 2\)"),
     "the dtype of the weights": (
         {"model_init_kwargs": {"dtype": "float32"}}, {"model_init_kwargs": {"dtype": "bfloat16"}}, "model_init_kwargs",
     ),

@@ -241,7 +241,7 @@ def test_a_second_iteration_with_the_same_paths_is_not_merged_into_the_first_one
         assert refused.returncode == 2
     result = merge(tmp_path, 2)
     assert result.returncode == 2
-    assert re.search(r"gen_data0\.jsonl: .*refused .*prompts: the content of \S+ is not what it was", result.stderr)
+    assert re.search(r"gen_data0\.jsonl: .*refused .*prompts: the content of \S+ has changed", result.stderr)
     for index in (0, 1):
         succeed(*program("get_hf2.py", "--overwrite", dataset_name_or_path=second, local_index=index, **flags))
     assert "the content of" in merge(tmp_path, 2).stderr  # the merged file is the first iteration's

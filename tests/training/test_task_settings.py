@@ -64,5 +64,5 @@ def test_a_default_that_is_given_is_the_same_task_as_one_that_is_left_out(tmp_pa
     if same:
         assert Stage.begin("dpo", StageArguments(), output, {}, settings, lambda: DPOConfig) is None
     else:
-        with pytest.raises(InputError, match="finished with another"):
+        with pytest.raises(InputError, match="finished, of another task"):
             Stage.begin("dpo", StageArguments(), output, {}, settings, lambda: DPOConfig)
