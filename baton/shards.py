@@ -50,8 +50,8 @@ class Shard(Stage):
             super().finish(records_in=records_in, records_out=records_out, drops=drops, shard=place, **facts)
             manifests = shard_manifests(self.prefix)
             same = {index: manifest for index, manifest in manifests.items() if of_one_task(self.manifest, manifest) is None}
-            if finished_number(same) == self.count:
-                _delete_leftovers(self.prefix, [index for index in same if index >= self.count])
+            if finished_number(same) == self.count:  # what is beyond is of another number of shards, or of a task overwritten
+                _delete_leftovers(self.prefix, [index for index in manifests if index >= self.count])
 
 
 def begin(
@@ -115,20 +115,19 @@ def _finished(shard: Shard, in_progress_is_same: bool, differences_of: Differenc
 
     Raises InputError where this shard is of another task, or, unless this task is in progress, where another shard is.
     """
-    manifests, same = shard_manifests(shard.prefix), {}
+    manifests = shard_manifests(shard.prefix)
     if shard.output.exists() and shard.index not in manifests:
         raise InputError(f"{shard.output}: exists, and no manifest says that this stage made it; --overwrite replaces it")
-    for index, manifest in manifests.items():
-        found = differences_of(manifest)
-        if found and (index == shard.index or not in_progress_is_same):
-            place = shard_path(shard.prefix, index)
-            raise InputError(f"{place}: finished, of another task: {'; '.join(found)}; --overwrite replaces it")
-        if not found:
-            same[index] = manifest
+    other = {index: found for index, manifest in manifests.items() if (found := differences_of(manifest))}
+    same = {index: manifest for index, manifest in manifests.items() if index not in other}
     if same.get(shard.index, {}).get("shard") == [shard.index, shard.count]:
         return UP_TO_DATE
     if number := finished_number(same):
         return f"{UP_TO_DATE}: the task is finished in {number} shards"
+    in_the_way = [index for index in other if index == shard.index or not in_progress_is_same]
+    if in_the_way:
+        place, found = shard_path(shard.prefix, in_the_way[0]), other[in_the_way[0]]
+        raise InputError(f"{place}: finished, of another task: {'; '.join(found)}; --overwrite replaces it")
     others = {manifest["shard"][1] for manifest in same.values()} - {shard.count}
     if others and not in_progress_is_same:  # then there are no parts to go on from
         raise InputError(

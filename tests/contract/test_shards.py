@@ -134,6 +134,15 @@ def test_overwriting_replaces_a_task_shard_by_shard_and_keeps_the_work_of_the_ot
     assert not part_files(work.prefix)
 
 
+def test_a_task_that_replaced_one_of_more_shards_is_up_to_date_and_leaves_none_of_them(tmp_path):
+    work = Work(tmp_path)
+    work.run_all(5)
+    assert work.run_all(2, overwrite=True, temperature=0.5) == [True, True]
+    assert list(shards.shard_manifests(work.prefix)) == [0, 1]
+    assert work.run_all(2, temperature=0.5) == [False, False]
+    assert work.output(2) == list(range(TOTAL))
+
+
 def test_overwriting_that_died_goes_on_without_the_flag(tmp_path):
     work = Work(tmp_path)
     work.run_all(2)
