@@ -55,6 +55,18 @@ def test_the_output_is_the_input_in_order_with_ids_and_rewards(annotated):
     assert len({record["id"] for record in read(output)}) == 23
 
 
+@pytest.mark.parametrize("program", [REWARDS, LOGPS])
+def test_a_chat_template_that_has_changed_is_another_task(models, tmp_path, program):
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    model = {"reward_name_or_path": models / "rm"} if program == REWARDS else {"models": f"policy={models / 'lm'}"}
+    flags = {"dataset_name_or_path": write(tmp_path / "in.jsonl", generated(2)), "output_dir": tmp_path / "out.jsonl"}
+    run(program, chat_template=template, **flags, **model)
+    template.write_text(CHAT_TEMPLATE.replace("im_start", "im_end", 1))
+    log = run(program, code=2, chat_template=template, **flags, **model)
+    assert f"finished, of another task: chat_template: the content of {template} has changed" in log
+
+
 def test_rewards_are_those_of_the_model_called_on_each_conversation_alone(annotated, models):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -55,6 +55,27 @@ def test_sft_learns_and_leaves_a_model_with_its_manifest(task, tmp_path):
     assert other.returncode == 2 and "max_steps" in other.stderr
 
 
+TRAINING = ["sft/run_sft.py", "reward_model/run_rm.py", "dpo_iteration/run_dpo.py", "dpo_iteration/run_kto.py"]
+
+
+@pytest.mark.parametrize("program", TRAINING)
+def test_a_chat_template_that_has_changed_is_another_task(task, annotated, tmp_path, program):
+    data = {"sft/run_sft.py": task / "data/sft.jsonl", "reward_model/run_rm.py": task / "data/rm_train.jsonl"}
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    words = [
+        program, "--model_name_or_path", task / "base", "--dataset_name_or_path", data.get(program, annotated),
+        "--output_dir", tmp_path / "out", "--chat_template", template, "--max_steps", 0, *SHORT, "--max_length", 2000,
+    ]  # fmt: skip
+    begun = run_program(*words)
+    assert begun.returncode == 2 and "max_steps" in begun.stderr, begun.stderr  # begun, but ended before it trains
+    (tmp_path / "out.partial/checkpoint-1").mkdir(parents=True)
+    template.write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    changed = run_program(*words)
+    assert changed.returncode == 2
+    assert f"unfinished work of another task: chat_template: the content of {template} has changed" in changed.stderr
+
+
 def test_reward_model_reports_its_held_out_accuracy(task, tmp_path):
     done = run_program(
         "reward_model/run_rm.py", "--model_name_or_path", task / "base",
