@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from baton import arguments as settings
+from baton import shards
 from baton.drops import Drops
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
@@ -124,13 +125,13 @@ def offline_turn(sample: engine.Sampler, arguments: get_hf2.Arguments, folder: P
     """Tokens a second of the offline mode, from reading the prompts to the manifest."""
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     start = time.monotonic()
-    output, inputs = folder / "gen0.jsonl", {"prompts": arguments.dataset_name_or_path}
-    stage = Stage.begin("generate", arguments, output, inputs)
+    prefix, inputs = folder / "gen", {"prompts": arguments.dataset_name_or_path}
+    stage = shards.begin("generate", arguments, prefix, 0, 1, inputs)
     prompts = read_prompts(arguments)
-    partial, drops = PartialRecords(output, len(prompts)), Drops()
+    partial, drops = PartialRecords(prefix, len(prompts), part=stage.part), Drops()
     tasks = sampling.unfinished(tokenizer, prompts, (0, 1), partial, drops, sample.context)
     tokens = sampling.write(sample, tasks, partial)
-    stage.finish(records_in=len(prompts), records_out=partial.assemble(), drops=drops, tokens=tokens)
+    stage.finish(records_in=len(prompts), records_out=partial.assemble(stage.output), drops=drops, tokens=tokens)
     return tokens / (time.monotonic() - start)
 
 
