@@ -58,7 +58,7 @@ def main() -> None:
         "num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2, "activation_checkpointing": False,
         "bf16": False, "beta": 0.3,
     }  # fmt: skip
-    stage = Stage("dpo", output, {})
+    stage = Stage(output, {})
     config = trainer_config(DPOConfig, settings | fields, [], stage)
     trainer = PackedDPOTrainer(
         str(folder / "model"),
