@@ -15,7 +15,7 @@ from pathlib import Path
 from baton import program
 from baton.errors import InputError
 from baton.launch import gpus
-from baton.launch.words import parse_known, positive
+from baton.launch.words import new_parser, parse_known, positive
 from baton.servers import processes as servers
 
 log = logging.getLogger("baton")
@@ -70,14 +70,7 @@ def start(arguments: argparse.Namespace, vllm_options: list[str]) -> None:
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The arguments of this program, and those for vLLM, which stand after `--`. Raises InputError."""
     words, vllm_options = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    parser = argparse.ArgumentParser(
-        prog="register_server.sh",
-        usage="%(prog)s MODEL [options] [-- options of vLLM]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = new_parser("register_server.sh", __doc__, "%(prog)s MODEL [options] [-- options of vLLM]")
     parser.add_argument("--status", action="store_true", help="show the servers that were started here")
     parser.add_argument("--stop", action="store_true", help="end them")
     parser.add_argument("--num_servers", type=positive, metavar="N", help="[one per visible GPU or group of GPUs; 1 on CPU]")

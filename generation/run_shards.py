@@ -15,7 +15,7 @@ from baton import launch, program
 from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.unit import Unit
-from baton.launch.words import parse_known, positive
+from baton.launch.words import new_parser, parse_known, positive
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -49,13 +49,7 @@ def main() -> None:
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The arguments of this program, and the words for get_hf2.py. Raises InputError if something is missing or wrong."""
-    parser = argparse.ArgumentParser(
-        prog="test_gen.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = new_parser("test_gen.sh", __doc__)
     parser.add_argument("--output_dir", default="./data/gen_data", help="shard i is <output_dir>i.jsonl [%(default)s]")
     parser.add_argument("--my_world_size", type=positive, metavar="N", help="how many shards [one per GPU or group of GPUs]")
     parser.add_argument("--tensor_parallel_size", type=positive, default=1, help="GPUs that share a model [%(default)s]")

@@ -5,6 +5,18 @@ import argparse
 from baton.errors import InputError
 
 
+def new_parser(prog: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser of full flag names, whose description keeps its lines; `parse_known` reads with it."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=usage,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+
+
 def parse_known(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What `parser`, made with `exit_on_error=False`, reads from `words`, and the words that it has no flag for.
 
