@@ -198,7 +198,7 @@ def zero(stage):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_zero_checkpoint_of_two_processes_goes_on_in_one(stage, material, tmp_path):
-    fields = ("packed", "false", "weight_decay", 10)
+    fields = ("weight_decay", 10)
     codes, errors = training_run(material, tmp_path / "whole", (1, 4, 1), *fields)
     assert codes == [0], errors[-3000:]
     killed(material, tmp_path / "policy", (2, 2, 1), *GLOO, *fields, **zero(stage))
