@@ -34,6 +34,21 @@ def check_function(target: str) -> tuple[Path, str]:
     return Path(file), name
 
 
+def imported_beside(file: Path) -> list[Path]:
+    """The Python files in the folder of `file` that it imports, and those that they import; sorted, without `file` itself."""
+    found: set[Path] = set()
+    unread = [file]
+    while unread:
+        tree = ast.parse(unread.pop().read_text(encoding="utf-8"))
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        paths = {file.with_name(f"{name.partition('.')[0]}.py") for name in names}
+        new = {path for path in paths if path.is_file()} - found - {file}
+        found |= new
+        unread += new
+    return sorted(found)
+
+
 class FunctionReward:
     """`name(prompts, responses, records) -> list of numbers`. Call it with tasks: it yields each missing response's score.
 

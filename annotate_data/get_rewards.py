@@ -40,7 +40,7 @@ class Arguments(StageArguments):
     dataset_name_or_path: str = option(..., "responses to score: a file or a Hugging Face dataset", changes_result=False)
     output_dir: Path = option(..., "the output FILE, such as data/data_with_rewards.jsonl", changes_result=False)
     dataset_key: str | None = option(None, "key of the prompt (else `prompt` or `context_messages`)")
-    K: int | None = option(None, "responses of each prompt, checked when given", ge=1)
+    K: int | None = option(None, "responses of each prompt, checked when given", ge=1, changes_result=False)
     reward_name_or_path: str = option(
         "sfairXC/FsfairX-LLaMA3-RM-v0.1", "reward model, where no --scorer is given", changes_result=False
     )
@@ -85,7 +85,7 @@ def main() -> None:
     inputs: dict[str, str | Path] = {"dataset": arguments.dataset_name_or_path, **template_input(arguments.chat_template)}
     for scorer in wanted:
         inputs |= scorers.check(scorer, arguments)
-    settings = {"scorers": [f"{scorer.name}={scorer.kind}" for scorer in wanted]}
+    settings = {"scorers": [scorers.identity(scorer) for scorer in wanted]}
     stage = Stage.begin("annotate", arguments, arguments.output_dir, inputs, settings)
     if stage is None:
         if arguments.plot and rank() == 0 and not plot_path(arguments.output_dir).exists():

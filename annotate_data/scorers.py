@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from annotate_data.function_reward import check_function
+from annotate_data.function_reward import check_function, imported_beside
 from annotate_data.work import Scorer
 from baton.arguments import check_known
 from baton.errors import InputError
@@ -71,7 +71,8 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
         check_model_path(scorer.target)
         return {label: scorer.target}
     if scorer.kind == "function":
-        return {label: check_function(scorer.target)[0]}
+        file = check_function(scorer.target)[0]
+        return {label: file} | {f"{label}: {path.name}": path for path in imported_beside(file)}
     for url in scorer.target.split(","):
         check_url(url, "--scorer")
     if scorer.kind == "http":
@@ -81,6 +82,11 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
     if not (arguments.rubric or DEFAULT_RUBRIC).is_file():
         raise InputError(f"--rubric {arguments.rubric}: no such file")
     return {f"{label}: rubric": arguments.rubric or DEFAULT_RUBRIC}
+
+
+def identity(scorer: Wanted) -> str:
+    """What of a scorer is compared beside its inputs: its name, its kind, and of a file the function."""
+    return f"{scorer.name}={scorer.kind}" + (f":{check_function(scorer.target)[1]}" if scorer.kind == "function" else "")
 
 
 def maker(scorer: Wanted, arguments: Any) -> Callable[[], Scorer]:

@@ -39,6 +39,8 @@ def difference(known: dict[str, Any], source: str | Path) -> str | None:
     if path.exists():
         same = known.get("state") == _state(_files(path)) or known["hash"] == fingerprint(source)["hash"]
         return None if same else f"the content of {source} has changed"
+    if "state" in known:
+        return f"{source} is no longer there"
     name, _, before = known["hash"].partition("@")
     if name != str(source):
         return f"{source} is not {known['path']}"

@@ -28,11 +28,15 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
     """The manifest beside `output`, or None. Raises InputError if it is not JSON."""
     path = manifest_path(output)
     try:
-        return orjson.loads(path.read_bytes())
+        manifest = orjson.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON: {error}; --overwrite starts the stage afresh") from None
+        raise InputError(f"{path}: not JSON: {error}; move it away, or start the stage afresh with --overwrite") from None
+    parts = [manifest.get(name) for name in ("arguments", "inputs")] if isinstance(manifest, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or "stage" not in manifest:
+        raise InputError(f"{path}: not a manifest of a stage; move it away, or start the stage afresh with --overwrite")
+    return manifest
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:

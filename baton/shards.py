@@ -8,7 +8,8 @@ when the number changes before.
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from baton.arguments import StageArguments
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.locks import Lock
-from baton.manifest import in_progress, manifest_path, read_manifest, remove, write_manifest
+from baton.manifest import in_progress, manifest_path, put_aside, read_manifest, remove, write_manifest
 from baton.partial import part_files
 from baton.stage import RESUMES, STARTS, UP_TO_DATE, Stage, refuse_own_input, remove_partial, replace_output, started
 from baton.task import differences, task_of
 
 log = logging.getLogger("baton")
+
+
+ONLY_NUMBER = "only_number_of_shards"  # in the manifest in progress: the number that can go on, where others lack the parts
 
 
 class AtWork(InputError):
@@ -43,15 +47,28 @@ class Shard(Stage):
         """The ending of this shard's part."""
         return f"{self.index}-of-{self.count}"
 
+    @property
+    def assembled(self) -> Path:
+        """Where the shard's records are written in order, before `finish` gives them their name."""
+        return self.output.with_name(f"{self.output.name}.assembled")
+
     def finish(self, *, records_in: int, records_out: int, drops: Drops | None = None, **facts: Any) -> None:
-        """As `Stage.finish`; where this was the last shard to be finished, the parts of all are deleted."""
-        place = [self.index, self.count]
+        """As `Stage.finish`; where this was the last shard to be finished, the parts of all are deleted.
+
+        The manifest stands before its output: without it the output would be taken for one that no stage made, and with the
+        manifest of another number of shards for that shard. Until both are there, the parts are all that counts.
+        """
+        self._account(records_in, records_out, drops or Drops(), facts | {"shard": [self.index, self.count]})
         with Lock(_lock_path(self.prefix)):
-            super().finish(records_in=records_in, records_out=records_out, drops=drops, shard=place, **facts)
-            manifests = shard_manifests(self.prefix)
-            same = {index: manifest for index, manifest in manifests.items() if of_one_task(self.manifest, manifest) is None}
-            if finished_number(same) == self.count:  # what is beyond is of another number of shards, or of a task overwritten
-                _delete_leftovers(self.prefix, [index for index in manifests if index >= self.count])
+            remove(self.output)
+            write_manifest(self.output, self.manifest)
+            self.assembled.replace(self.output)
+            remove(put_aside(self.output))
+            self.lock.release()
+            same = _of_task(shard_manifests(self.prefix), self.manifest)
+            if finished_number(same) == self.count:
+                _delete_leftovers(self.prefix, self.count)
+        log.info("%s", self._in_words())
 
 
 def begin(
@@ -64,15 +81,9 @@ def begin(
     """
     shard = Shard(prefix, index, count, task_of(name, arguments, {}))
     shard.output.parent.mkdir(parents=True, exist_ok=True)
-    refused = refused_path(shard.output)
-    try:
+    with noting_refusal(prefix, index):
         planned = _plan_and_lock(shard, arguments.overwrite, inputs)
-    except AtWork:
-        raise
-    except InputError as error:
-        refused.write_text(f"{error}\n", encoding="utf-8")
-        raise
-    refused.unlink(missing_ok=True)
+    refused_path(shard.output).unlink(missing_ok=True)
     log.info("%s: %s", shard.output, planned)
     return None if planned.startswith(UP_TO_DATE) else shard
 
@@ -80,6 +91,8 @@ def begin(
 def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path]) -> str:
     """What is to be done; where it is something, the shard's lock is taken and its place made ready."""
     refuse_own_input(shard.output, inputs)
+    if in_progress(shard.prefix).is_dir():
+        raise InputError(f"{in_progress(shard.prefix)}: the folder of a training; choose another --output_dir for the shards")
     task = shard.manifest
 
     def differences_of(manifest: dict[str, Any]) -> list[str]:
@@ -89,7 +102,7 @@ def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path])
         begun = read_manifest(in_progress(shard.prefix))
         other = [] if begun is None else differences_of(begun)
         if not overwrite:
-            if up_to_date := _finished(shard, begun is not None and not other, differences_of):
+            if up_to_date := _finished(shard, None if other else begun, differences_of):
                 return up_to_date
             if other and part_files(shard.prefix):
                 raise InputError(
@@ -101,7 +114,8 @@ def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path])
             raise AtWork(f"{shard.output}: another process is working on it; wait for it or stop it")
         if begun is None or other:
             remove_partial(shard.prefix)
-            shard.manifest = started(task, inputs)
+            goes_on = not overwrite and any(not differences_of(known) for known in shard_manifests(shard.prefix).values())
+            shard.manifest = started(task, inputs) | {ONLY_NUMBER: shard.count if goes_on else None}
             write_manifest(in_progress(shard.prefix), shard.manifest)
         else:
             shard.manifest = begun
@@ -110,29 +124,35 @@ def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path])
         return RESUMES if begun and not other and not overwrite else STARTS
 
 
-def _finished(shard: Shard, in_progress_is_same: bool, differences_of: DifferencesOf) -> str | None:
-    """Says «up to date» of a shard, or of a whole task in another number of shards, that is finished; else None.
+def _finished(shard: Shard, begun: dict[str, Any] | None, differences_of: DifferencesOf) -> str | None:
+    """«up to date» of a shard, or of a whole task in another number of shards, that is finished; else None.
 
-    Raises InputError where this shard is of another task, or, unless this task is in progress, where another shard is.
+    `begun` is the manifest of this task in progress. Raises InputError where this shard is of another task, or, unless this
+    task is in progress, where another shard is; and where only another number of shards can go on.
     """
     manifests = shard_manifests(shard.prefix)
     if shard.output.exists() and shard.index not in manifests:
         raise InputError(f"{shard.output}: exists, and no manifest says that this stage made it; --overwrite replaces it")
     other = {index: found for index, manifest in manifests.items() if (found := differences_of(manifest))}
     same = {index: manifest for index, manifest in manifests.items() if index not in other}
+    number = finished_number(same)
+    if number and begun is not None:
+        _delete_leftovers(shard.prefix, number)  # a program was killed before it could
     if same.get(shard.index, {}).get("shard") == [shard.index, shard.count]:
         return UP_TO_DATE
-    if number := finished_number(same):
+    if number:
         return f"{UP_TO_DATE}: the task is finished in {number} shards"
-    in_the_way = [index for index in other if index == shard.index or not in_progress_is_same]
+    in_the_way = [index for index in other if index == shard.index or begun is None]
     if in_the_way:
         place, found = shard_path(shard.prefix, in_the_way[0]), other[in_the_way[0]]
         raise InputError(f"{place}: finished, of another task: {'; '.join(found)}; --overwrite replaces it")
-    others = {manifest["shard"][1] for manifest in same.values()} - {shard.count}
-    if others and not in_progress_is_same:  # then there are no parts to go on from
+    # Without parts, what is finished stands in shards of their number alone.
+    numbers = {manifest["shard"][1] for manifest in same.values()} if begun is None else {begun.get(ONLY_NUMBER)} - {None}
+    if numbers - {shard.count}:
+        number = min(numbers)
         raise InputError(
-            f"{shard.output}: the task is finished in part, in {min(others)} shards: run the missing ones with "
-            f"--my_world_size {min(others)}, or start afresh with --overwrite"
+            f"{shard.output}: the task is finished in part, in {number} shards: run the missing ones with "
+            f"--my_world_size {number}, or start afresh with --overwrite"
         )
     return None
 
@@ -159,11 +179,18 @@ def _clear_place(shard: Shard) -> None:
     replace_output(shard.output)
 
 
-def _delete_leftovers(prefix: Path, indices: list[int]) -> None:
-    """Of a finished task: delete the parts, the locks of killed programs, and the shards `indices` of a larger number."""
-    for index in indices:
-        remove(shard_path(prefix, index))
-        manifest_path(shard_path(prefix, index)).unlink()
+def _delete_leftovers(prefix: Path, count: int) -> None:
+    """Of a task finished in `count` shards: delete the parts, what killed programs left, and the shards beyond `count`.
+
+    Those are of a larger number of shards, or of a task that was overwritten.
+    """
+    for index in shard_manifests(prefix):
+        if index >= count:
+            remove(shard_path(prefix, index))
+            manifest_path(shard_path(prefix, index)).unlink()
+    for path in prefix.parent.iterdir():
+        if re.fullmatch(rf"{re.escape(prefix.name)}\d+\.jsonl\.assembled(\.sorting)?", path.name):
+            remove(path)
     for index, count in _locked_shards(prefix):
         lock = Lock(_lock_path(prefix, index, count))
         if lock.take():
@@ -181,6 +208,20 @@ def refused_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".refused")
 
 
+@contextmanager
+def noting_refusal(prefix: Path, index: int) -> Iterator[None]:
+    """Context in which an InputError leaves word of it beside a finished shard, so that this is not merged as the new one."""
+    try:
+        yield
+    except AtWork:
+        raise
+    except InputError as error:
+        shard = shard_path(prefix, index)
+        if shard.exists():
+            refused_path(shard).write_text(f"{error}\n", encoding="utf-8")
+        raise
+
+
 def shard_manifests(prefix: Path) -> dict[int, dict[str, Any]]:
     """The manifests of the finished shards at `prefix` by their index; files without one are left out."""
     found = {}
@@ -188,7 +229,8 @@ def shard_manifests(prefix: Path) -> dict[int, dict[str, Any]]:
         match = re.fullmatch(rf"{re.escape(prefix.name)}(\d+)\.jsonl\.manifest\.json", path.name)
         if match and shard_path(prefix, int(match[1])).exists():
             manifest = read_manifest(shard_path(prefix, int(match[1])))
-            if manifest is not None and "shard" in manifest:
+            # Of `gen` and `gen1`, gen10.jsonl is shard 10 of the one or shard 0 of the other.
+            if manifest is not None and manifest.get("shard", [None])[0] == int(match[1]):
                 found[int(match[1])] = manifest
     return dict(sorted(found.items()))
 
@@ -201,7 +243,12 @@ def finished_number(manifests: dict[int, dict[str, Any]]) -> int | None:
     return None
 
 
-def of_one_task(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+def _of_task(manifests: dict[int, dict[str, Any]], manifest: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Those of `manifests` that are of the task of `manifest`."""
+    return {index: other for index, other in manifests.items() if task_difference(manifest, other) is None}
+
+
+def task_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     """The first argument or input in which the tasks of two shards' manifests differ, as «name (other, not one)»; or None."""
     sides = []
     for manifest in (one, other):
@@ -223,4 +270,4 @@ def _locked_shards(prefix: Path) -> list[tuple[int, int]]:
 
 def _lock_path(prefix: Path, index: int | None = None, count: int | None = None) -> Path:
     ending = "" if index is None else f"{index}-of-{count}"
-    return prefix.with_name(f"{prefix.name}.partial.lock{ending}")
+    return prefix.with_name(f"{prefix.name}.shards.lock{ending}")

@@ -24,7 +24,8 @@ from baton.task import differences, fingerprints, task_of, trainer_settings
 
 log = logging.getLogger("baton")
 
-UP_TO_DATE, RESUMES, STARTS = "up to date", "going on where it stopped", "starting"
+UP_TO_DATE, COMPLETES = "up to date", "up to date: complete but for its name"
+RESUMES, STARTS = "going on where it stopped", "starting"
 REFUSES_FINISHED, REFUSES_UNFINISHED = "refuses to replace it", "refuses to mix with it"
 
 NOTHING, SAME, OTHER = "nothing", "the same task", "another task"
@@ -79,14 +80,8 @@ class Stage:
             planned = plan()  # another process may have finished the work before the lock was ours
         log.info("%s: %s", output, planned)
         if program.rank() == 0:
-            if planned == UP_TO_DATE:
-                remove_partial(output)
-                stage.lock.release()
-            elif planned == RESUMES:
-                stage.manifest = read_manifest(in_progress(output))
-            else:
-                stage._start_afresh(inputs)
-        return None if planned == UP_TO_DATE else stage
+            stage._carry_out(planned, inputs)
+        return None if planned in (UP_TO_DATE, COMPLETES) else stage
 
     @property
     def partial_folder(self) -> Path:
@@ -99,21 +94,46 @@ class Stage:
         `facts` (tokens, metrics, …) go into the manifest as they are; its seconds are those of this process.
         To be called by process 0 alone.
         """
-        drops = drops or Drops()
+        self._account(records_in, records_out, drops or Drops(), facts)
+        write_manifest(in_progress(self.output), self.manifest)  # after a death from here on, only `_complete` is left to do
+        self._complete()
+        log.info("%s", self._in_words())
+
+    def _account(self, records_in: int, records_out: int, drops: Drops, facts: dict[str, Any]) -> None:
+        """Put the account into the manifest. Raises RuntimeError where records are missing."""
         if records_in != records_out + drops.counts.total():
             raise RuntimeError(f"{self.output}: {records_in} records in, but {records_out} out and dropped: {drops}")
+        counts = {"in": records_in, "out": records_out, "dropped": dict(drops.counts)}
+        seconds = round(time.monotonic() - self.start, 2)
+        self.manifest |= {"counts": counts, "dropped": drops.names, "seconds": seconds, **facts}
+
+    def _in_words(self) -> str:
+        counts, seconds = self.manifest["counts"], self.manifest["seconds"]
+        dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
+        return f"{self.output}: {counts['in']} in, {counts['out']} out, dropped: {dropped}; {seconds:.1f} s"
+
+    def _complete(self) -> None:
+        """Give a complete output its name and its manifest. Any part of this may have been done before."""
         if self.partial_folder.is_dir():
             remove(self.output)
             self.partial_folder.replace(self.output)
-        seconds = round(time.monotonic() - self.start, 2)
-        counts = {"in": records_in, "out": records_out, "dropped": dict(drops.counts)}
-        self.manifest |= {"counts": counts, "dropped": drops.names, "seconds": seconds, **facts}
         write_manifest(self.output, self.manifest)
         remove(put_aside(self.output))
         remove_partial(self.output)
         if self.lock is not None:
             self.lock.release()
-        log.info("%s: %d in, %d out, dropped: %s; %.1f s", self.output, records_in, records_out, drops, seconds)
+
+    def _carry_out(self, planned: str, inputs: dict[str, str | Path]) -> None:
+        """Make the files ready for what is planned; to be called by process 0 alone."""
+        if planned == UP_TO_DATE:
+            remove_partial(self.output)
+            self.lock.release()
+        elif planned == STARTS:
+            self._start_afresh(inputs)
+        else:
+            self.manifest = read_manifest(in_progress(self.output))
+            if planned == COMPLETES:
+                self._complete()
 
     def _start_afresh(self, inputs: dict[str, str | Path]) -> None:
         """Write the manifest of work in progress, and put aside the output that was there before.
@@ -132,15 +152,18 @@ def plan_for(output: Path, overwrite: bool, differences_of: Callable[[dict[str, 
 
     `differences_of` says in what the task of a manifest differs from the one to be done.
     """
-    finished = read_manifest(output) if output.exists() else None
-    unfinished = read_manifest(in_progress(output))
     if overwrite:
-        if output.is_dir() and not finished and not unfinished:
+        manifests = (manifest_path(output), manifest_path(in_progress(output)))
+        if output.is_dir() and not any(manifest.exists() for manifest in manifests):
             raise InputError(f"{output}: a folder that no stage made; name another, or remove it yourself")
         return STARTS
+    finished = read_manifest(output) if output.exists() else None
+    unfinished = read_manifest(in_progress(output))
     found = [None if manifest is None else differences_of(manifest) for manifest in (finished, unfinished)]
     states = tuple(NOTHING if other is None else OTHER if other else SAME for other in found)
     planned = PLANS[states]
+    if planned == RESUMES and "counts" in unfinished and (output.exists() or in_progress(output).is_dir()):
+        return COMPLETES
     if planned == STARTS and output.exists():
         raise InputError(f"{output}: exists, and no manifest says that this stage made it; --overwrite replaces it")
     if planned == REFUSES_FINISHED:
@@ -158,8 +181,11 @@ def plan_for(output: Path, overwrite: bool, differences_of: Callable[[dict[str, 
 def refuse_own_input(output: Path, inputs: dict[str, str | Path]) -> None:
     """Raise InputError if an output would replace or hold one of the inputs."""
     for name, source in inputs.items():
-        if output.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+        target, given = output.resolve(), Path(source).resolve()
+        if target in (given, *given.parents):
             raise InputError(f"{output}: the output cannot replace or hold the input `{name}` ({source})")
+        if given.is_dir() and given in target.parents:
+            raise InputError(f"{output}: the output cannot lie in the input `{name}` ({source}), which it would change")
 
 
 def started(task: dict[str, Any], inputs: dict[str, str | Path]) -> dict[str, Any]:

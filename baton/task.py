@@ -39,6 +39,7 @@ EXECUTION_SETTINGS = frozenset(
 )
 # The best checkpoint can only be one that was saved.
 SAVING = {"save_strategy", "save_steps"}
+VERSION = 2  # of the manifest: those of another version say other things of a task
 # Their product with the number of data-parallel processes decides the result, and not how it is split.
 BATCH_SPLIT = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # with the trainers' defaults
 # Of `model_init_kwargs`: where and how a model is loaded.
@@ -50,6 +51,7 @@ def task_of(stage: str, arguments: StageArguments, settings: dict[str, Any]) -> 
     values = {name: value for name, value in arguments.model_dump(mode="json").items() if not _hides(arguments, name)}
     decides = {name: field.json_schema_extra["changes_result"] for name, field in type(arguments).model_fields.items()}
     return {
+        "version": VERSION,
         "stage": stage,
         "arguments": {name: value for name, value in values.items() if decides[name]},
         "settings": settings,
@@ -68,7 +70,9 @@ def trainer_settings(settings: dict[str, Any]) -> dict[str, Any]:
         decides["model_init_kwargs"] = shown
         if not shown:
             del decides["model_init_kwargs"]
-    return decides | {"global_batch": global_batch(spelled)}
+    # Where the last, incomplete batch is left out, its size decides how many steps there are.
+    split = batch_split(spelled) if spelled.get("dataloader_drop_last") else {}
+    return decides | split | {"global_batch": global_batch(spelled)}
 
 
 def batch_split(settings: dict[str, Any]) -> dict[str, str]:
@@ -120,12 +124,16 @@ def differences(
     `config_class` gives the trainer's configuration, whose defaults stand for settings that one side leaves out; it is called
     only where that is so.
     """
+    if manifest.get("version") != task["version"]:
+        return ["it was made by another version of Baton, whose tasks cannot be compared with this one's"]
     if manifest["stage"] != task["stage"]:
         return [f"stage ({manifest['stage']}, now {task['stage']})"]
     found = _changed(manifest["arguments"], task["arguments"], {})
     old, new = manifest.get("settings", {}), task["settings"]
     defaults = _defaults(config_class()) if config_class and old.keys() != new.keys() else {}
     found += _changed(old, new, defaults)
+    if old.get("global_batch") != new.get("global_batch"):
+        found.append(f"set gradient_accumulation_steps so that global_batch is {old.get('global_batch')} again")
     for name, source in inputs.items():
         known = manifest["inputs"].get(name)
         if known is None:

@@ -131,7 +131,7 @@ def offline_turn(sample: engine.Sampler, arguments: get_hf2.Arguments, folder: P
     partial, drops = PartialRecords(prefix, len(prompts), part=stage.part), Drops()
     tasks = sampling.unfinished(tokenizer, prompts, (0, 1), partial, drops, sample.context)
     tokens = sampling.write(sample, tasks, partial)
-    stage.finish(records_in=len(prompts), records_out=partial.assemble(stage.output), drops=drops, tokens=tokens)
+    stage.finish(records_in=len(prompts), records_out=partial.assemble(stage.assembled), drops=drops, tokens=tokens)
     return tokens / (time.monotonic() - start)
 
 

@@ -9,12 +9,14 @@ Shard i of --my_world_size is written to <output_dir>i.jsonl: the prompt's recor
 order. After a death any number of shards goes on: what one has sampled is not sampled again by another.
 """
 
+import sys
 from pathlib import Path
 from typing import Literal
 
 from baton import program, shards
 from baton.arguments import option, parse
 from baton.drops import Drops
+from baton.launch.words import new_parser, parse_known
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
@@ -43,14 +45,10 @@ class Arguments(GenerationArguments):
 
 def main() -> None:
     engine.prepare_environment()
-    arguments = parse(Arguments, __doc__ or "")
-    shard = arguments.local_index, arguments.my_world_size
-    shard_range(0, *shard)
-    check_model_path(arguments.model_name_or_path)
-    check(arguments)
-    inputs = {**prompt_inputs(arguments), "model": arguments.model_name_or_path}
-    prefix = Path(arguments.output_dir)
-
+    with shards.noting_refusal(*named_shard(sys.argv[1:])):
+        arguments = parse(Arguments, __doc__ or "")
+        inputs = checked_inputs(arguments)
+    prefix, shard = Path(arguments.output_dir), (arguments.local_index, arguments.my_world_size)
     stage = shards.begin("generate", arguments, prefix, *shard, inputs)
     if stage is None:
         return
@@ -60,9 +58,26 @@ def main() -> None:
     tokens = sum(sampling.count_tokens(record) for _, record in partial.records())
     if partial.done < len(span):
         tokens += generate(arguments, prompts, partial, drops)
-    written = partial.assemble(stage.output)
+    written = partial.assemble(stage.assembled)
     stage.finish(records_in=len(span), records_out=written, drops=drops, prompts=len(prompts), tokens=tokens)
     engine.leave()
+
+
+def named_shard(words: list[str]) -> tuple[Path, int]:
+    """Prefix and index of the shard that a command line names, even if its other words are refused."""
+    parser = new_parser("get_hf2.py", "")
+    parser.add_argument("--output_dir", default="")
+    parser.add_argument("--local_index", default="0")
+    named, _ = parse_known(parser, [word for word in words if word not in ("-h", "--help")])
+    return Path(named.output_dir), int(named.local_index) if named.local_index.isdigit() else 0
+
+
+def checked_inputs(arguments: Arguments) -> dict[str, str | Path]:
+    """What the shard is made from, by name. Raises InputError for arguments that cannot be."""
+    shard_range(0, arguments.local_index, arguments.my_world_size)
+    check_model_path(arguments.model_name_or_path)
+    check(arguments)
+    return {**prompt_inputs(arguments), "model": arguments.model_name_or_path}
 
 
 def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, drops: Drops) -> int:

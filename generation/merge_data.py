@@ -17,7 +17,7 @@ from baton.arguments import StageArguments, option, parse
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.manifest import in_progress, manifest_path, read_manifest
-from baton.shards import finished_number, of_one_task, refused_path, shard_manifests, shard_path
+from baton.shards import finished_number, refused_path, shard_manifests, shard_path, task_difference
 from baton.stage import Stage
 
 log = logging.getLogger("baton")
@@ -93,7 +93,7 @@ def check_one_run(shards: list[Path], manifests: list[dict[str, Any] | None]) ->
                 f"{shard}: {made}, taken for shard {index} of {len(shards)}; give the right --num_datasets, or generate the "
                 "shards again"
             )
-        if difference := of_one_task(first, manifest):
+        if difference := task_difference(first, manifest):
             raise InputError(f"{shard}: of another task than {shards[0]}: it has another {difference}")
     dropped = Counter()
     for manifest in manifests:

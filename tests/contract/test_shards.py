@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import orjson
 import pytest
@@ -16,7 +17,7 @@ from baton import shards
 from baton.arguments import StageArguments, option
 from baton.errors import InputError
 from baton.locks import Lock
-from baton.manifest import in_progress, manifest_path, read_manifest
+from baton.manifest import in_progress, manifest_path, read_manifest, write_manifest
 from baton.partial import PartialRecords, part_files, shard_range
 from tests.programs import ROOT
 
@@ -31,14 +32,40 @@ class Died(Exception):
     """Stands for the end of a program in the middle."""
 
 
+DEATHS = ("before finishing", "before the manifest", "before the name", "before the parts are deleted")
+
+
+@contextmanager
+def dying(where: str | None):
+    """Context in which `Shard.finish` ends at one of DEATHS."""
+
+    def write_and_die(output, manifest):
+        write_manifest(output, manifest)
+        raise Died
+
+    replaced = {
+        "before the manifest": ("write_manifest", Died),
+        "before the name": ("write_manifest", write_and_die),
+        "before the parts are deleted": ("_delete_leftovers", Died),
+    }.get(where)
+    if replaced is None:
+        yield
+        return
+    with patch.object(shards, replaced[0], side_effect=replaced[1]):
+        yield
+
+
 class Work:
     """Programs that sample shards of 13 records at `prefix`; `sampled` lists the positions in the order they were done."""
 
     def __init__(self, folder: Path):
         self.prefix, self.sampled = folder / "gen", []
 
-    def run(self, index: int, count: int, at_most: int | None = None, **arguments) -> bool:
-        """Run one program, which dies after `at_most` records; returns whether it had anything to do."""
+    def run(self, index: int, count: int, at_most: int | None = None, dies: str | None = None, **arguments) -> bool:
+        """Run one program; returns whether it had anything to do.
+
+        It dies after `at_most` records, or where `dies` says: at the place of DEATHS that finishing a shard passes.
+        """
         stage = shards.begin("sample", Arguments(**arguments), self.prefix, index, count, {})
         if stage is None:
             return False
@@ -50,8 +77,11 @@ class Work:
                     raise Died
                 partial.append(position, {"n": position, "by": f"{index} of {count}"})
                 self.sampled.append(position)
-            written = partial.assemble(stage.output)
-            stage.finish(records_in=len(span), records_out=written, prompts=TOTAL, tokens=0)
+            written = partial.assemble(stage.assembled)
+            if dies == "before finishing":
+                raise Died
+            with dying(dies):
+                stage.finish(records_in=len(span), records_out=written, prompts=TOTAL, tokens=0)
         finally:
             partial.close()
             stage.lock.release()
@@ -75,7 +105,8 @@ def test_killed_in_any_number_of_shards_and_finished_in_another_every_record_is_
         for count in data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)):
             for index in data.draw(st.permutations(range(count))):
                 with suppress(Died):
-                    work.run(index, count, at_most=data.draw(st.none() | st.integers(0, 4)))
+                    at_most, dies = data.draw(st.none() | st.integers(0, 4)), data.draw(st.none() | st.sampled_from(DEATHS))
+                    work.run(index, count, at_most, dies)
             finished_in = shards.finished_number(shards.shard_manifests(work.prefix))
             if finished_in:
                 break
@@ -198,6 +229,48 @@ def test_a_task_that_is_finished_in_part_without_parts_names_the_number_to_go_on
     work.sampled.clear()
     assert work.run_all(3) == [False, True, False]
     assert work.sampled == list(shard_range(TOTAL, 1, 3))
+
+
+@pytest.mark.parametrize("dies", DEATHS)
+def test_a_shard_that_died_while_it_was_finished_is_finished_by_the_same_command(tmp_path, dies):
+    work = Work(tmp_path)
+    for index in range(2):
+        with suppress(Died):
+            work.run(index, 2, dies=dies)
+    work.run_all(2)
+    assert sorted(work.sampled) == list(range(TOTAL))
+    assert work.output(2) == list(range(TOTAL))
+    assert not part_files(work.prefix) and not list(tmp_path.glob("*.refused")) and not list(tmp_path.glob("*assembled*"))
+
+
+def test_a_shard_redone_alone_without_parts_keeps_its_number(tmp_path):
+    work = Work(tmp_path)
+    work.run_all(3)
+    shards.shard_path(work.prefix, 1).unlink()
+    with suppress(Died):
+        work.run(1, 3, at_most=1)
+    with pytest.raises(InputError, match="in 3 shards: run the missing ones with --my_world_size 3"):
+        work.run(0, 2)
+    assert work.run_all(3) == [False, True, False]
+    assert sorted(work.sampled) == sorted([*range(TOTAL), *shard_range(TOTAL, 1, 3)])
+
+
+def test_prefixes_that_continue_each_other_in_digits_are_two_tasks(tmp_path):
+    one, ten = Work(tmp_path), Work(tmp_path)
+    ten.prefix = tmp_path / "gen1"
+    ten.run_all(3, temperature=0.5)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert one.run_all(2) == [True, True]
+    assert before.items() <= {path: path.read_bytes() for path in tmp_path.iterdir()}.items()
+    assert one.run_all(2) == [False, False] and ten.run_all(3, temperature=0.5) == [False] * 3
+
+
+def test_a_trainings_unfinished_work_is_never_taken_for_parts(tmp_path):
+    checkpoint = tmp_path / "gen.partial/checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"gen\.partial: the folder of a training; choose another --output_dir"):
+        Work(tmp_path).run(0, 1, overwrite=True)
+    assert checkpoint.exists()
 
 
 def test_a_lock_is_held_by_one_process_until_it_ends(tmp_path):

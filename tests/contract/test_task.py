@@ -235,6 +235,66 @@ def test_a_finished_stage_with_a_hub_model_asks_no_network(tmp_path):
     assert said == [["True", "True"], ["False", "False"]]
 
 
+def test_a_manifest_of_another_version_or_of_nothing_is_named(tmp_path):
+    assert finish(tmp_path / "out")
+    path = tmp_path / "out.manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    with pytest.raises(InputError, match="finished, of another task: it was made by another version of Baton"):
+        finish(tmp_path / "out")
+    for content in ("{}", "[]", "{"):
+        path.write_text(content)
+        with pytest.raises(InputError, match=r"out\.manifest\.json: not .*; move it away, or start .* with --overwrite"):
+            finish(tmp_path / "out")
+    assert finish(tmp_path / "out", arguments=Arguments(overwrite=True))
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_stage_that_died_when_only_names_were_left_to_change_is_complete(tmp_path, renamed):
+    output = tmp_path / "policy"
+    stage = Stage.begin("train", Arguments(), output, {})
+    stage.partial_folder.mkdir()
+    (stage.partial_folder / "model").write_text("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "_complete", lambda self: None)  # the program dies here
+        stage.finish(records_in=1, records_out=1, metrics={"loss": 0.5})
+    stage.lock.release()
+    if renamed:
+        stage.partial_folder.rename(output)
+    assert Stage.begin("train", Arguments(), output, {}) is None
+    assert (output / "model").read_text() == "weights"
+    assert read_manifest(output)["metrics"] == {"loss": 0.5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "policy.manifest.json"]
+
+
+def test_an_output_in_its_own_input_is_refused(tmp_path):
+    model = weights(tmp_path / "model", MIB)
+    with pytest.raises(InputError, match="the output cannot lie in the input `model`"):
+        finish(model / "out", inputs={"model": model})
+
+
+def test_what_is_not_split_evenly_counts_where_the_rest_is_dropped(tmp_path):
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
+    assert finish(tmp_path / "out", settings, config_class=no_config)
+    with pytest.raises(InputError, match="batch_split"):
+        other = settings | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+        finish(tmp_path / "out", other, config_class=no_config)
+
+
+def test_another_global_batch_says_what_restores_it(tmp_path):
+    assert finish(tmp_path / "out", {}, config_class=no_config)
+    with pytest.raises(InputError, match="set gradient_accumulation_steps so that global_batch is 8 again"):
+        finish(tmp_path / "out", {"per_device_train_batch_size": 4}, config_class=no_config)
+
+
+def test_an_input_that_is_gone_is_named(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("{}")
+    assert finish(tmp_path / "out", inputs={"data": source})
+    source.unlink()
+    with pytest.raises(InputError, match=r"data: .*in\.jsonl is no longer there"):
+        finish(tmp_path / "out", inputs={"data": source})
+
+
 def test_an_input_that_is_new_or_gone_is_named(tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages }}")
