@@ -10,6 +10,7 @@ and the server applies its own. Token ids and finish reasons of the responses ar
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from baton.stage import Stage
 from generation import sampling
 from generation.api import Service, ask
 from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
+
+log = logging.getLogger("baton")
 
 NAMED_FAILURES = 20
 
@@ -64,6 +67,8 @@ def main() -> None:
     if arguments.tokenizer:
         check_model_path(arguments.tokenizer)
         inputs["tokenizer"] = arguments.tokenizer
+    elif not arguments.model:
+        log.warning("give --tokenizer or --model: without both, the answers of another model count as the same task")
     output = Path(arguments.output_dir)
 
     stage = Stage.begin("generate through servers", arguments, output, inputs)

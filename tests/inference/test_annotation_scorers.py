@@ -249,6 +249,20 @@ def test_a_function_sees_prompt_response_and_record(tmp_path):
         assert record["rewards"] == [base + len(response) for response in record["responses"]]
 
 
+def test_another_function_of_a_file_or_a_changed_module_beside_it_is_another_task(tmp_path):
+    (tmp_path / "lengths.py").write_text("FACTOR = 1\n")
+    (tmp_path / "rules.py").write_text(
+        "from lengths import FACTOR\n\ndef longer(p, responses, r):\n    return [FACTOR * len(text) for text in responses]\n"
+        "\ndef shorter(p, responses, r):\n    return [-FACTOR * len(text) for text in responses]\n"
+    )
+    flags = {"dataset_name_or_path": write(tmp_path / "in.jsonl", generated(2)), "output_dir": tmp_path / "o.jsonl"}
+    run(REWARDS, scorer=f"function:{tmp_path}/rules.py:longer", **flags)
+    assert "function:longer" in run(REWARDS, code=2, scorer=f"function:{tmp_path}/rules.py:shorter", **flags)
+    (tmp_path / "lengths.py").write_text("FACTOR = 2\n")
+    log = run(REWARDS, code=2, scorer=f"function:{tmp_path}/rules.py:longer", **flags)
+    assert f"the content of {tmp_path}/lengths.py has changed" in log
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

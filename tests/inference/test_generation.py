@@ -242,6 +242,12 @@ def test_a_second_iteration_with_the_same_paths_is_not_merged_into_the_first_one
     result = merge(tmp_path, 2)
     assert result.returncode == 2
     assert re.search(r"gen_data0\.jsonl: .*refused .*prompts: the content of \S+ has changed", result.stderr)
+    for index in (0, 1):  # the first iteration's own lines, and then others that are refused before the task is known
+        succeed(*program("get_hf2.py", dataset_name_or_path=prompts, local_index=index, **flags))
+    assert "up to date" in merge(tmp_path, 2).stderr
+    for mistake in (["--model_name_or_path", "./nowhere"], ["--temperatur", "0.5"]):
+        assert run_program(*program("get_hf2.py", dataset_name_or_path=second, **flags), *mistake).returncode == 2
+        assert re.search(r"gen_data0\.jsonl: .*refused .*(nowhere|temperature)", merge(tmp_path, 2).stderr)
     for index in (0, 1):
         succeed(*program("get_hf2.py", "--overwrite", dataset_name_or_path=second, local_index=index, **flags))
     assert "the content of" in merge(tmp_path, 2).stderr  # the merged file is the first iteration's
