@@ -52,7 +52,7 @@ def check_launcher(config: Any) -> None:
     if config.mixed_precision != "no" and not (config.bf16 or config.fp16):
         raise InputError(
             f"the launcher's `mixed_precision: {config.mixed_precision}` would train in it in spite of `bf16: false` and "
-            "`fp16: false`: set `bf16: true` or `fp16: true`, or launch with `mixed_precision: \"no\"`"
+            '`fp16: false`: set `bf16: true` or `fp16: true`, or launch with `mixed_precision: "no"`'
         )
 
 
