@@ -30,6 +30,13 @@ def template_input(chat_template: str | Path | None) -> dict[str, str]:
     return {"chat_template": str(chat_template)}
 
 
+def refuse_input(path: Path, inputs: dict[str, str | Path], flag: str) -> None:
+    """Raise InputError where `path`, a file that a stage writes beside its output and `flag` names, is one of its inputs."""
+    for name, source in inputs.items():
+        if Path(source).resolve() == path.resolve():
+            raise InputError(f"{path}: cannot replace the input `{name}`; give another {flag}")
+
+
 def check_reward_model(path: str) -> None:
     """Raise InputError, without any heavy import, if a local model has not the one output of a reward model."""
     check_model_path(path)

@@ -25,7 +25,7 @@ from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
 from baton.pairs import ChooseType, PairSettings
 from baton.prompts import mixed_records, source_inputs, split_sources
-from baton.sources import check_model_path, template_input
+from baton.sources import check_model_path, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import batch_split
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
@@ -78,7 +78,11 @@ class Arguments(LoraArguments):
     seed: int = option(42, "seed of the training and of random pairs")
     forward: Literal["packed", "trl"] = option("packed", "packed rows that share prefixes, or TRL's own padded batches")
     tokens_per_row: int = option(
-        4096, "most tokens of a packed row; a step runs as many rows as its pairs fill", ge=1, changes_result=False
+        4096,
+        "most tokens of a packed row; a step runs as many rows as its pairs fill. It acts in one process alone: each of "
+        "several packs its whole batch into one row",
+        ge=1,
+        changes_result=False,
     )
 
 
@@ -138,9 +142,7 @@ def inputs_of(arguments: Arguments, reference: str, pairs_path: Path, earlier: l
     """What the run reads, by name, for the manifest. Raises InputError where the pairs would replace one of them."""
     inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path, "reference": reference}
     inputs |= source_inputs("data", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
-    for name, source in inputs.items():
-        if Path(source).resolve() == pairs_path.resolve():
-            raise InputError(f"{pairs_path}: the pairs cannot replace the input `{name}`; give another --pairs_path")
+    refuse_input(pairs_path, inputs, "--pairs_path")
     return inputs | {f"pairs of {path.parent.name}": path for path in earlier}
 
 
@@ -238,7 +240,7 @@ def main() -> None:
     if program.rank() == 0:
         chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))
 
-    from baton.training.checkpoints import train
+    from baton.training.checkpoints import clean, train
     from baton.training.config import log_training
     from dpo_iteration.checks import check_pairs
 
@@ -251,13 +253,11 @@ def main() -> None:
     check_pairs(len(dataset), config)
     trainer = make_trainer(arguments, config, tokenizer, dataset, reference, pairs_path.parent)
     log_training(trainer)
-
-    def export(folder: Path) -> None:
-        if arguments.merge_adapter:
-            merge_adapter(arguments.model_name_or_path, folder, config)
-
-    metrics = train(trainer, stage, export)
+    metrics = train(trainer, stage)
     if program.rank() == 0:
+        if arguments.merge_adapter:
+            merge_adapter(arguments.model_name_or_path, stage.partial_folder, config)
+        clean(stage)
         log.info("pairs: %s", in_words(account.counted))
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         stage.finish(**counts, pairs=account.facts, metrics=metrics)

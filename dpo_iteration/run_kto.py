@@ -25,7 +25,7 @@ from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
-from baton.sources import check_model_path, template_input
+from baton.sources import check_model_path, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import batch_split
 from dpo_iteration.account import IN, Account
@@ -62,7 +62,11 @@ class Arguments(StageArguments):
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     seed: int = option(42, "seed of the training and of the order of the examples")
     tokens_per_row: int = option(
-        4096, "most tokens of a packed row; a step runs as many rows as its examples fill", ge=1, changes_result=False
+        4096,
+        "most tokens of a packed row; a step runs as many rows as its examples fill. It acts in one process alone: each of "
+        "several packs its whole batch into one row",
+        ge=1,
+        changes_result=False,
     )
 
 
@@ -154,15 +158,16 @@ def main() -> None:
     inputs = {"model": arguments.model_name_or_path, "reference": reference, "data": source}
     inputs |= template_input(arguments.chat_template)
     output = Path(arguments.output_dir)
+    examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
+    refuse_input(examples_path, inputs, "--examples_path")
     # KTO estimates its KL term within a process's batch.
     stage = Stage.begin("kto", arguments, output, inputs, settings | batch_split(settings), config_class)
     if stage is None:
         return
     check_processes()
-    examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
     labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
 
-    from baton.training.checkpoints import train
+    from baton.training.checkpoints import clean, train
     from baton.training.config import log_training
     from dpo_iteration.kto import balance_advice
 
@@ -180,6 +185,7 @@ def main() -> None:
     log_training(trainer)
     metrics = train(trainer, stage)
     if program.rank() == 0:
+        clean(stage)
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         examples = {"desirable": desirable, "undesirable": undesirable, **account.facts}
         stage.finish(**counts, examples=examples, metrics=metrics)

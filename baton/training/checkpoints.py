@@ -4,7 +4,6 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,30 @@ log = logging.getLogger("baton")
 UNSHARDED, DEEPSPEED, ZERO_1_2, ZERO_3, FSDP = "no sharding", "DeepSpeed without ZeRO", "ZeRO-1 or ZeRO-2", "ZeRO-3", "FSDP"
 
 
-def train(trainer: Any, stage: Stage, export: Callable[[Path], None] = lambda folder: None) -> dict[str, float]:
-    """Train from the last whole checkpoint, or from the start; returns the training metrics.
+def train(trainer: Any, stage: Stage) -> dict[str, float]:
+    """Train from the last whole checkpoint, or from the start, and save the model; returns the training metrics.
 
-    At the end `<output>.partial` holds the model and the tokenizer and nothing else. `export` may change what is saved
-    there; process 0 calls it, before the checkpoints are deleted, so that a death in it costs no training.
+    The checkpoints stay until `clean`, so that a death in what a program does before that costs no training.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines())
     checkpoint = last_whole_checkpoint(stage.partial_folder)
     if checkpoint is not None:
         fit_layout(trainer, checkpoint)
+        state = _state_of(checkpoint)
+        if state["global_step"] >= state["max_steps"]:
+            # Transformers looks for the end after each step, so it would train one more where that is within an epoch.
+            trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.save_model(str(stage.partial_folder))
-    if program.rank() == 0:
-        export(stage.partial_folder)
-        for leftover in (*stage.partial_folder.glob("checkpoint-*"), stage.partial_folder / "rows"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        (stage.partial_folder / "training_args.bin").unlink(missing_ok=True)
     return metrics
+
+
+def clean(stage: Stage) -> None:
+    """Delete all but the model and the tokenizer from `<output>.partial`. To be called by process 0, last before `finish`."""
+    for leftover in (*stage.partial_folder.glob("checkpoint-*"), stage.partial_folder / "rows"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    (stage.partial_folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -50,13 +54,18 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
-            step = orjson.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"]
+            step = _state_of(checkpoint)["global_step"]
         except (FileNotFoundError, orjson.JSONDecodeError, KeyError):
             log.info("%s: half-written, passed over", checkpoint)
             continue
         log.info("going on from %s (step %d)", checkpoint, step)
         return checkpoint
     return None
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    """How far the training was when a checkpoint was written (Transformers' TrainerState)."""
+    return orjson.loads((checkpoint / "trainer_state.json").read_bytes())
 
 
 def fit_layout(trainer: Any, checkpoint: Path) -> None:

@@ -21,7 +21,9 @@ def check_settings(config: Any, sharding: Sharding, lora: LoraArguments | None =
         lora: of a program that can train an adapter.
     """
     check_precision(config, torch.cuda.get_device_capability(config.device) if config.device.type == "cuda" else None)
+    check_launcher(config)
     check_amount(config)
+    check_checkpoints(config)
     adapter = lora is not None and lora.use_peft
     half_weights = (config.model_init_kwargs or {}).get("dtype") == "float16"
     if config.fp16 and half_weights and not adapter and not sharding.deepspeed:
@@ -45,6 +47,15 @@ def check_precision(config: Any, capability: tuple[int, int] | None) -> None:
         raise InputError("`fp16` needs a GPU; on a CPU set `bf16: true`, or neither")
 
 
+def check_launcher(config: Any) -> None:
+    """Raise InputError where `accelerate launch` alone sets a precision, which would then train without being of the task."""
+    if config.mixed_precision != "no" and not (config.bf16 or config.fp16):
+        raise InputError(
+            f"the launcher's `mixed_precision: {config.mixed_precision}` would train in it in spite of `bf16: false` and "
+            '`fp16: false`: set `bf16: true` or `fp16: true`, or launch with `mixed_precision: "no"`'
+        )
+
+
 def check_amount(config: Any) -> None:
     """Raise InputError where a training of no steps, no epochs or empty batches is requested."""
     if config.max_steps < 1 and config.max_steps != -1:
@@ -59,6 +70,15 @@ def check_amount(config: Any) -> None:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if getattr(config, name) < 1:
             raise InputError(f"`{name}` must be 1 or more, got {getattr(config, name)}")
+
+
+def check_checkpoints(config: Any) -> None:
+    """Raise InputError where a killed run could not go on from its checkpoints."""
+    if config.save_only_model:
+        raise InputError(
+            "`save_only_model` leaves the optimizer out of the checkpoints, so that a killed run could not go on from them: "
+            "leave it out; the finished folder holds the model alone in any case"
+        )
 
 
 def check_adapter(lora: LoraArguments, config: Any, sharding: Sharding) -> None:

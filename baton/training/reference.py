@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import (
@@ -109,6 +110,8 @@ def dataset_reference_logps(
     """
     from baton.fingerprint import fingerprint
 
+    # Process 0's key counts, and so it alone reads the whole model, or asks the hub, for its fingerprint.
+    model = fingerprint(reference)["hash"] if program.rank() == 0 else ""
     precision = f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs} {quantization}"
     dtype = torch.float16 if config.fp16 else torch.bfloat16
     with unsharded(config), torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
@@ -116,7 +119,7 @@ def dataset_reference_logps(
             DatasetPairs(dataset, responses),
             lambda: load(reference, config, quantization),
             folder,
-            [fingerprint(reference)["hash"], precision],
+            [model, precision],
             parts_in=Path(config.output_dir),
             ld_alpha=getattr(config, "ld_alpha", None),
         )
@@ -139,17 +142,20 @@ def kept_reference_logps(
 
     Args:
         load_reference: called only where a batch is missing; the model on its device, the whole of it in each process.
-        key: what else decides the numbers: the reference model's fingerprint, the tokenizer's, the dtype.
+        key: what else decides the numbers: the reference model's fingerprint, the dtype; process 0's counts.
         parts_in: the folder of the parts, which no other run may use at the same time; default: `folder`.
         tokens_per_row, ld_alpha: as for `reference_logps`.
     Returns:
         float32 (pairs, 2): chosen, rejected.
     """
     state = PartialState()
-    path = Path(folder) / f"reference-logps-{_digest(pairs, [*key, f'ld_alpha={ld_alpha}'])}.npy"
+    decided = [None]
+    if state.is_main_process:  # the others may see another key or, on a shared file system, not yet the file
+        path = Path(folder) / f"reference-logps-{_digest(pairs, [*key, f'ld_alpha={ld_alpha}'])}.npy"
+        decided = [(path, path.exists())]
+    path, done = broadcast_object_list(decided)[0]
     parts = Path(parts_in or folder) / f"{path.stem}-{tokens_per_row}"
-    state.wait_for_everyone()
-    if not path.exists():
+    if not done:
         batches = list(_batches(pairs, tokens_per_row))
         _score_missing(batches, pairs, load_reference, parts, ld_alpha)
         if state.is_main_process:
@@ -193,9 +199,15 @@ def _score_missing(
 
 
 def _assemble(batches: Sequence[list[int]], parts: Path, path: Path) -> None:
-    """Write the parts, which together hold all batches, to `path`, atomically."""
+    """Write the parts, which together hold all batches, to `path`, atomically. Raises RuntimeError where they do not."""
+    records = PartialRecords(parts, len(batches))
+    if missing := len(batches) - records.done:
+        raise RuntimeError(
+            f"{parts}: {missing} of {len(batches)} batches of reference log-probabilities are missing from its parts; run the "
+            "same command again"
+        )
     logps = np.empty((sum(map(len, batches)), 2), dtype=np.float32)
-    for number, record in PartialRecords(parts, len(batches)).records():
+    for number, record in records.records():
         logps[batches[number]] = np.frombuffer(bytes.fromhex(record["logps"]), dtype="<f4").reshape(-1, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_suffix(".writing")

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node N reference_processes.py FOLDER RUN [BATCHES]
 
 FOLDER holds `model/` and `rows.json`. Process R writes the number of batches that it computed to `RUN-R.computed`. With
-BATCHES, each process kills itself when it has so many of its own on disk.
+BATCHES, each process kills itself when it has so many of its own on disk. Processes see different keys, as where one of them
+gets another answer from the hub.
 """
 
 import json
@@ -42,7 +43,8 @@ def main() -> None:
         model.model.register_forward_pre_hook(count)
         return model
 
-    logps = kept_reference_logps(pairs, load, folder / "kept", ["model"], folder / "parts", TOKENS_PER_ROW)
+    key = [f"the model as process {program.rank()} sees it"]
+    logps = kept_reference_logps(pairs, load, folder / "kept", key, folder / "parts", TOKENS_PER_ROW)
     np.save(folder / f"{run}-{program.rank()}.npy", logps)
 
 

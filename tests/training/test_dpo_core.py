@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerF
 from trl import DPOConfig
 
 from baton.errors import InputError
-from baton.training.reference import kept_reference_logps, reference_logps
+from baton.partial import PartialRecords
+from baton.training.reference import _assemble, kept_reference_logps, reference_logps
 from dpo_iteration.run_dpo import LOSS_TYPES
 from dpo_iteration.trainer import PackedDPOTrainer
 from tests.models.tiny_models import VOCABULARY, model_of, pairs_of, random_pairs
@@ -309,6 +310,15 @@ def test_reference_logps_are_computed_once_and_again_only_for_another_key_or_dat
     assert len(loads) == 4
     assert len(list(tmp_path.glob("*.npy"))) == 4
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_reference_logps_are_not_assembled_where_batches_are_missing(tmp_path):
+    parts = PartialRecords(tmp_path / "parts", 3)
+    parts.append(1, {"logps": np.zeros((2, 2), "<f4").tobytes().hex()})
+    parts.close()
+    with pytest.raises(RuntimeError, match="parts: 2 of 3 batches of reference log-probabilities are missing"):
+        _assemble([[0], [1, 2], [3]], tmp_path / "parts", tmp_path / "kept.npy")
+    assert not (tmp_path / "kept.npy").exists()
 
 
 # Several processes

@@ -178,6 +178,15 @@ def kto(task, data, output, *more):
     )  # fmt: skip
 
 
+def test_the_examples_cannot_replace_an_input(task, annotated, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(annotated.read_bytes())
+    refused = kto(task, data, tmp_path / "policy", "--examples_path", tmp_path / "." / "data.jsonl")
+    assert refused.returncode == 2, refused.stderr
+    assert f"{data}: cannot replace the input `data`; give another --examples_path" in refused.stderr
+    assert data.read_bytes() == annotated.read_bytes()
+
+
 def test_kto_raises_the_desirable_and_accounts_for_every_response(task, annotated, tmp_path):
     words = ["--desirable_above", 1.02, "--undesirable_below", 0.06]
     done = kto(task, annotated, tmp_path / "policy", *words)

@@ -14,8 +14,10 @@ from baton import jsonl
 from baton.arguments import build_config, read_yaml
 from baton.drops import Drops
 from baton.pairs import PairSettings
+from baton.training.checks import check_settings
+from baton.training.memory import Sharding
 from dpo_iteration.choose import choose_pairs
-from tests.programs import ROOT, read_jsonl, run_program, write_jsonl
+from tests.programs import ROOT, read_jsonl, run_program, start, write_jsonl
 
 SMALL = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--logging_steps", 1]
 SHORT = ["--max_length", 128, "--per_device_train_batch_size", 8, *SMALL]
@@ -86,6 +88,30 @@ def test_reward_model_reports_its_held_out_accuracy(task, tmp_path):
     held_out = json.loads((tmp_path / "rm.manifest.json").read_text())["held_out"]
     assert 0 <= held_out["accuracy"] <= 1 and held_out["pairs"] == 40
     assert ("little better than chance" in done.stderr) == (held_out["accuracy"] < 0.6)
+
+
+def test_a_death_in_the_held_out_evaluation_costs_no_training(task, tmp_path):
+    words = [
+        "reward_model/run_rm.py", "--model_name_or_path", task / "base",
+        "--dataset_name_or_path", task / "data/rm_test.jsonl", "--eval_dataset_name_or_path", task / "data/rm_train.jsonl",
+        "--output_dir", tmp_path / "rm", "--max_steps", 2, "--lr_scheduler_type", "constant", "--learning_rate", 1e-3,
+        "--per_device_eval_batch_size", 1, *SHORT,
+    ]  # fmt: skip
+    killed, errors = start(*words, output=str(tmp_path)), tmp_path / "stderr"
+    while not errors.exists() or "evaluating on 200 held-out pairs" not in errors.read_text():
+        killed.join(0.05)
+        assert killed.exitcode is None, errors.read_text()
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and not (tmp_path / "rm").exists()
+    trained = load_file(tmp_path / "rm.partial/model.safetensors")
+
+    resumed = run_program(*words)
+    assert resumed.returncode == 0 and "(step 2)" in resumed.stderr, resumed.stderr
+    assert "grad_norm" not in resumed.stderr and "held out: accuracy" in resumed.stderr
+    evaluated = load_file(tmp_path / "rm/model.safetensors")
+    assert trained.keys() == evaluated.keys() and all((trained[name] == evaluated[name]).all() for name in trained)
+    assert not list(tmp_path.glob("rm/checkpoint-*")) and not (tmp_path / "rm/rows").exists()
 
 
 def test_dpo_prefers_the_chosen_and_accounts_for_every_prompt(task, annotated, tmp_path):
@@ -245,10 +271,12 @@ def test_every_launch_configuration_is_documented():
     assert [path.name for path in LAUNCH_CONFIGS if f"configs/{path.name}" not in page] == []
 
 
-def test_published_training_configuration_is_one_that_the_programs_accept():
+@pytest.mark.parametrize("launch", LAUNCH_CONFIGS, ids=lambda path: path.stem)
+def test_published_training_configuration_is_one_that_the_programs_accept(launch, monkeypatch):
     from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", read_yaml(launch)["mixed_precision"])
     for name, config_class in (("training", DPOConfig), ("kto", KTOConfig), ("sft", SFTConfig), ("rm", RewardConfig)):
         settings = read_yaml(Path(ROOT / f"configs/{name}.yaml"))
         fields = {field: value for field, value in settings.items() if field in config_class.__dataclass_fields__}
-        build_config(config_class, fields | {"use_cpu": True})
+        check_settings(build_config(config_class, fields | {"use_cpu": True}), Sharding())

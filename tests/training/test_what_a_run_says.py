@@ -43,6 +43,7 @@ def arguments_of(**settings):
         ({}, {"max_steps": 0}, {}, "`max_steps`: 0 would train by epochs"),
         ({}, {"num_train_epochs": 0}, {}, "`num_train_epochs` must be above 0"),
         ({}, {"per_device_train_batch_size": 0}, {}, "`per_device_train_batch_size` must be 1 or more"),
+        ({}, {"save_only_model": True}, {}, "`save_only_model` leaves the optimizer out"),
         ({}, {"eval_strategy": "steps", "eval_steps": 5}, {}, "`eval_strategy`: run_dpo.py has no held-out pairs"),
         ({}, {"sync_ref_model": True}, {}, "`sync_ref_model` changes the reference"),
         ({"use_peft": True, "forward": "trl"}, {"sync_ref_model": True}, {}, "`sync_ref_model` does not go with `use_peft`"),
@@ -66,6 +67,17 @@ def test_bf16_is_refused_where_the_gpu_only_imitates_it():
     check_precision(config_of(bf16=True), None)
     with pytest.raises(InputError, match=r"compute capability 7\.5.*set `fp16: true`"):
         check_precision(config_of(bf16=True), (7, 5))
+
+
+@pytest.mark.parametrize("launched", ["bf16", "fp16", "fp8"])
+def test_a_precision_that_the_launcher_alone_sets_is_refused(launched, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(InputError, match=f"`mixed_precision: {launched}` would train in it in spite of `bf16: false`"):
+        check_training(arguments_of(), config_of(), Sharding())
+    check_training(arguments_of(), config_of(bf16=True), Sharding())
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    check_training(arguments_of(), config_of(bf16=True), Sharding())
+    check_training(arguments_of(), config_of(), Sharding())
 
 
 def test_fewer_pairs_than_a_batch_are_refused_where_they_would_be_repeated_or_dropped():
