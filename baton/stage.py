@@ -9,7 +9,7 @@ stage.finish(records_in=n, records_out=m, drops=drops, tokens=t)
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,21 @@ class Stage:
         """Where a stage whose output is a folder works: `<output>.partial`."""
         return in_progress(self.output)
 
-    def finish(self, *, records_in: int, records_out: int, drops: Drops | None = None, **facts: Any) -> None:
+    def finish(
+        self,
+        *,
+        records_in: int,
+        records_out: int,
+        drops: Drops | None = None,
+        scratch: Sequence[str] = (),
+        **facts: Any,
+    ) -> None:
         """Give a partial folder its final name, write the manifest, log the account.
 
-        `facts` (tokens, metrics, …) go into the manifest as they are; its seconds are those of this process.
-        To be called by process 0 alone.
+        What matches `scratch` in the partial folder is deleted. `facts` (tokens, metrics, …) go into the manifest as they are;
+        its seconds are those of this process. To be called by process 0 alone.
         """
-        self._account(records_in, records_out, drops or Drops(), facts)
+        self._account(records_in, records_out, drops or Drops(), facts | {"scratch": list(scratch)})
         write_manifest(in_progress(self.output), self.manifest)  # after a death from here on, only `_complete` is left to do
         self._complete()
         log.info("%s", self._in_words())
@@ -114,7 +122,10 @@ class Stage:
 
     def _complete(self) -> None:
         """Give a complete output its name and its manifest. Any part of this may have been done before."""
+        scratch = self.manifest.pop("scratch", [])
         if self.partial_folder.is_dir():
+            for path in [path for pattern in scratch for path in self.partial_folder.glob(pattern)]:
+                remove(path)
             remove(self.output)
             self.partial_folder.replace(self.output)
         write_manifest(self.output, self.manifest)

@@ -163,7 +163,7 @@ def main() -> None:
 
     from trl import RewardTrainer
 
-    from baton.training.checkpoints import clean, train
+    from baton.training.checkpoints import SCRATCH, train
     from baton.training.config import log_training
 
     config = checked_config(arguments, settings, stage)
@@ -183,10 +183,10 @@ def main() -> None:
     quality = held_out_metrics(trainer.evaluate())
     if program.rank() == 0:
         log_quality(quality)
-        clean(stage)
         records_in = count if held_out else count - len(held_out_rows) - held_out_drops.counts.total()
         held_out_facts = quality | {"pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}
-        stage.finish(records_in=records_in, records_out=len(rows), drops=drops, held_out=held_out_facts, metrics=metrics)
+        counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}
+        stage.finish(**counts, held_out=held_out_facts, metrics=metrics, scratch=SCRATCH)
 
 
 if __name__ == "__main__":

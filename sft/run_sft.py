@@ -106,7 +106,7 @@ def main() -> None:
 
     from trl import SFTTrainer
 
-    from baton.training.checkpoints import clean, train
+    from baton.training.checkpoints import SCRATCH, train
     from baton.training.config import log_training
     from baton.training.rows import rows_on_disk
 
@@ -118,8 +118,7 @@ def main() -> None:
     log_training(trainer)
     metrics = train(trainer, stage)
     if program.rank() == 0:
-        clean(stage)
-        stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics)
+        stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics, scratch=SCRATCH)
 
 
 if __name__ == "__main__":

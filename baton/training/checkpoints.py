@@ -18,13 +18,16 @@ from baton.training.progress import ProgressLines
 
 log = logging.getLogger("baton")
 
+# What of `<output>.partial` is not the model or the tokenizer; for `Stage.finish`.
+SCRATCH = ("checkpoint-*", "rows", "training_args.bin")
+
 UNSHARDED, DEEPSPEED, ZERO_1_2, ZERO_3, FSDP = "no sharding", "DeepSpeed without ZeRO", "ZeRO-1 or ZeRO-2", "ZeRO-3", "FSDP"
 
 
 def train(trainer: Any, stage: Stage) -> dict[str, float]:
     """Train from the last whole checkpoint, or from the start, and save the model; returns the training metrics.
 
-    The checkpoints stay until `clean`, so that a death in what a program does before that costs no training.
+    The checkpoints stay until `Stage.finish`, so that a death in what a program does before that costs no training.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines())
@@ -38,13 +41,6 @@ def train(trainer: Any, stage: Stage) -> dict[str, float]:
     metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.save_model(str(stage.partial_folder))
     return metrics
-
-
-def clean(stage: Stage) -> None:
-    """Delete all but the model and the tokenizer from `<output>.partial`. To be called by process 0, last before `finish`."""
-    for leftover in (*stage.partial_folder.glob("checkpoint-*"), stage.partial_folder / "rows"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    (stage.partial_folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

@@ -254,15 +254,17 @@ def test_a_stage_that_died_when_only_names_were_left_to_change_is_complete(tmp_p
     stage = Stage.begin("train", Arguments(), output, {})
     stage.partial_folder.mkdir()
     (stage.partial_folder / "model").write_text("weights")
+    (stage.partial_folder / "checkpoint-1").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "_complete", lambda self: None)  # the program dies here
-        stage.finish(records_in=1, records_out=1, metrics={"loss": 0.5})
+        stage.finish(records_in=1, records_out=1, metrics={"loss": 0.5}, scratch=["checkpoint-*"])
     stage.lock.release()
     if renamed:
+        (stage.partial_folder / "checkpoint-1").rmdir()
         stage.partial_folder.rename(output)
     assert Stage.begin("train", Arguments(), output, {}) is None
-    assert (output / "model").read_text() == "weights"
-    assert read_manifest(output)["metrics"] == {"loss": 0.5}
+    assert [path.read_text() for path in output.iterdir()] == ["weights"]
+    assert read_manifest(output)["metrics"] == {"loss": 0.5} and "scratch" not in read_manifest(output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "policy.manifest.json"]
 
 

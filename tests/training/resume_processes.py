@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from baton import program
 from baton.stage import Stage
-from baton.training.checkpoints import clean, train
+from baton.training.checkpoints import train
 from baton.training.config import log_training, trainer_config
 from dpo_iteration.trainer import PackedDPOTrainer
 
@@ -78,8 +78,6 @@ def main() -> None:
     trainer.add_callback(steps)
     log_training(trainer)
     train(trainer, stage)
-    if program.rank() == 0:
-        clean(stage)
 
 
 if __name__ == "__main__":
