@@ -1,6 +1,7 @@
 """Rewards of a Python function, called in worker processes with a time limit: a rule, a unit test, a verifier."""
 
 import ast
+import os
 import subprocess
 import sys
 import threading
@@ -72,9 +73,8 @@ class FunctionReward:
                 stop(self.idle.get())
 
     def start(self) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, str(WORKER), str(self.file), self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        command = [sys.executable, str(WORKER), str(self.file), self.name, str(os.getpid())]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def score(self, task: Task) -> list[Score]:
         """The scores of one record. Raises InputError, naming its id, if the function raises or gives no list of numbers."""

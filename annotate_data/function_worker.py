@@ -1,6 +1,8 @@
 """A worker process of a scorer function: one JSON line in for each record, one out with its rewards or its error.
 
-python function_worker.py FILE NAME
+python function_worker.py FILE NAME PARENT_PID
+
+It ends with the process that started it, however that one ends.
 """
 
 import importlib.util
@@ -10,17 +12,23 @@ import traceback
 
 import orjson
 
+from baton.program import die_with_parent
+
 
 def load(file: str, name: str):
     """The function `name` of the Python file `file`."""
     spec = importlib.util.spec_from_file_location("scorer_function", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look up the module of their class while it is executed
     sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # so that it can import the files beside it
     spec.loader.exec_module(module)
     return getattr(module, name)
 
 
 def main() -> None:
+    die_with_parent()
+    if os.getppid() != int(sys.argv[3]):  # it died before
+        return
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what the function prints is log, not an answer
     function = load(sys.argv[1], sys.argv[2])

@@ -7,6 +7,7 @@ a key that nobody knows, or a value of the wrong type or range, is an InputError
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -70,10 +71,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file)") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-99-99 is no date
+        raise InputError(f"{path}{_where(error)}") from None
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise InputError(f"{path}: expected a mapping of settings by name, got {type(settings).__name__}")
     return settings
@@ -133,6 +134,15 @@ def _read_settings(
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     return settings | vars(flags) | _loose_flags(unknown)
+
+
+def _where(error: Exception) -> str:
+    """Line, column and problem of a YAML error, without the text there, which may hold a secret."""
+    mark = getattr(error, "problem_mark", None)
+    place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or "a character or a value that is not allowed"
+    problem = re.sub(r"(tag|handle|alias|anchor) ['\"].*", r"\1", problem, flags=re.DOTALL)  # their names are text of the file
+    return f"{place}: not YAML: {problem}"
 
 
 def _validate(model: type[A], settings: dict[str, Any]) -> A:

@@ -20,6 +20,8 @@ from baton.servers import processes as servers
 
 log = logging.getLogger("baton")
 
+LAST_PORT = 65535
+
 
 def main() -> None:
     arguments, vllm_options = parse(sys.argv[1:])
@@ -42,6 +44,9 @@ def start(arguments: argparse.Namespace, vllm_options: list[str]) -> None:
         raise InputError(f"{count} servers of {size} GPUs each, but there are {len(visible)} GPUs")
     if not visible and size > 1:
         raise InputError(f"--tensor_parallel_size {size}, but there is no GPU")
+    ports = range(arguments.port, arguments.port + count)
+    if ports[-1] > LAST_PORT:
+        raise InputError(f"--port {arguments.port}: {count} servers would need port {ports[-1]}; the last one is {LAST_PORT}")
 
     options = ["--tensor-parallel-size", str(size), "--disable-uvicorn-access-log"]
     options += ["--max-num-seqs", str(arguments.max_num_seqs), "--gpu-memory-utilization", arguments.gpu_memory_utilization]
@@ -54,15 +59,10 @@ def start(arguments: argparse.Namespace, vllm_options: list[str]) -> None:
         options += servers.CPU_OPTIONS
         variables |= servers.cpu_variables(count)
 
-    started = []
-    for index in range(count):
-        place = servers.Place(arguments.host, arguments.port + index)
-        if not servers.runs_already(place, model):
-            started.append(place.port)
-            servers.start(place, model, [*options, *vllm_options], size if visible else 0, index, variables)
+    places = [servers.Place(arguments.host, port) for port in ports]
+    started = servers.start_missing(places, model, [*options, *vllm_options], size if visible else 0, variables)
     if started:
         log.info("%s: servers to start: %d; it may take minutes; logs: %s/PORT.log", model, len(started), servers.folder())
-    ports = range(arguments.port, arguments.port + count)
     for server in servers.wait_until_ready(ports, started, arguments.timeout):
         print(servers.describe(server), flush=True)
 

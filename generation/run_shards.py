@@ -3,8 +3,9 @@
     bash scripts/test_gen.sh --model_name_or_path MODEL --dataset_name_or_path PROMPTS --output_dir ./data/gen_data [--K 4 ...]
 
 writes <output_dir>.jsonl (--output_dir is the beginning of a file's name). With more shards than GPUs, a GPU that is free takes
-the next shard. Flags that are not listed below go to generation/get_hf2.py; its --help explains them. Each shard logs to
-<output_dir>i.log. After any failure, run the same command again: it goes on where it stopped.
+the next shard. Flags that are not listed below go to generation/get_hf2.py; its --help explains them. A YAML file of settings
+may stand first; flags override it. Each shard logs to <output_dir>i.log. After any failure, run the same command again: it goes
+on where it stopped.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from baton import launch, program
+from baton.arguments import read_yaml
 from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.unit import Unit
@@ -56,6 +58,10 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--overwrite", nargs="?", const="true", help="sample and merge afresh where an output already exists")
     parser.add_argument("--model", help="the same as --model_name_or_path")
     parser.add_argument("--prompts", help="the same as --dataset_name_or_path")
+    if words and not words[0].startswith("-"):
+        settings = read_yaml(Path(words[0]))
+        names = ("output_dir", "my_world_size", "tensor_parallel_size", "overwrite")
+        parser.set_defaults(**{name: str(settings[name]) for name in names if settings.get(name) is not None})
     arguments, rest = parse_known(parser, words)
     if any(word.partition("=")[0] == "--local_index" for word in rest):
         raise InputError("--local_index: leave it out, this program runs every shard")

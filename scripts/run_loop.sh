@@ -34,6 +34,9 @@ export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$NAME}
 run_dir=$RUN_DIR
 # shellcheck source=/dev/null
 source "$recipe"
+# These become words of command lines, which every user of the machine can read; printf has none of its own.
+printf '%s\0' "${GENERATE_ARGS[@]}" "${REWARD_ARGS[@]}" "${DPO_ARGS[@]}" |
+  in_env inference python -m baton.launch refuse-secrets --name "$recipe" || exit
 for variable in INITIAL_POLICY REWARD_MODEL PROMPTS; do
   [[ -n ${!variable:-} ]] || die "$recipe: sets no $variable"
 done

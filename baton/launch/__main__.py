@@ -1,9 +1,11 @@
-"""The shell's way to baton.launch: run one program, or print the GPUs.
+"""The shell's way to baton.launch: run one program, print the GPUs, or refuse secrets.
 
     python -m baton.launch run --name NAME --environment training [--log FILE] [--gpus N] PROGRAM [ARGUMENT ...]
     python -m baton.launch gpus
+    python -m baton.launch refuse-secrets --name NAME
 
-`run` ends with the program's exit code. On several GPUs, `accelerate launch` starts a process for each.
+`run` ends with the program's exit code. On several GPUs, `accelerate launch` starts a process for each. `refuse-secrets` reads
+words, each ended by a zero byte, from stdin, and ends with exit code 2 if one of them holds a secret.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 from baton import launch, program
 from baton.errors import InputError
 from baton.launch import gpus
-from baton.launch.unit import ENVIRONMENTS, Unit
+from baton.launch.unit import ENVIRONMENTS, Unit, refuse_secrets
 from baton.launch.words import positive
 
 
@@ -24,6 +26,8 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("gpus", help="print the GPUs that may be used")
+    check = commands.add_parser("refuse-secrets", help="check the words on stdin before they are on a command line")
+    check.add_argument("--name", required=True, help="stands in messages")
     run = commands.add_parser("run", help="run a program to its end", allow_abbrev=False)
     run.add_argument("--name", required=True, help="stands in messages")
     run.add_argument("--environment", required=True, choices=ENVIRONMENTS)
@@ -37,6 +41,9 @@ def main() -> None:
     launch.check_launcher()
     if arguments.command == "gpus":
         print(*gpus.visible())
+        return
+    if arguments.command == "refuse-secrets":
+        refuse_secrets(arguments.name, sys.stdin.read().split("\0"))
         return
     if not arguments.program:
         raise InputError(f"{arguments.name}: which program?")

@@ -1,13 +1,13 @@
 """A unit of work: a program, the environment that runs it, its GPUs and its log; and the command line that it comes to."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from baton import program
 from baton.errors import InputError
-from baton.secrets import is_secret
+from baton.secrets import secret_among
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ("inference", "training")
@@ -41,19 +41,22 @@ def uses_accelerate(unit: Unit) -> bool:
 
 def command_line(unit: Unit) -> list[str]:
     """The words to execute. Raises InputError if the environment is missing, or for a secret among the words."""
-    for word in unit.program:
-        flag = word.partition("=")[0]
-        if flag.startswith("--") and is_secret(flag[2:].replace("-", "_")):
-            raise InputError(
-                f"{unit.name}: {flag}: every user of a machine can read its command lines; give the secret in an environment "
-                "variable instead (HF_TOKEN, OPENAI_API_KEY, VLLM_API_KEY)"
-            )
+    refuse_secrets(unit.name, unit.program)
     python = str(environment_folder(unit.environment) / "bin/python")
     if not uses_accelerate(unit):
         return [python, *unit.program]
     # On a CPU --multi_gpu stands for several processes, and a variable says that they use no GPU: see `variables`.
     kind = ["--config_file", unit.accelerate_config] if unit.gpus and unit.accelerate_config else ["--multi_gpu"]
     return [python, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(unit.processes), *unit.program]
+
+
+def refuse_secrets(name: str, words: Iterable[str]) -> None:
+    """Raise InputError, with the name of who has them, for a secret among words of a command line."""
+    if secret := secret_among(words):
+        raise InputError(
+            f"{name}: {secret}: every user of a machine can read its command lines; give the secret in an environment "
+            "variable instead (HF_TOKEN, OPENAI_API_KEY, VLLM_API_KEY)"
+        )
 
 
 def variables(unit: Unit) -> dict[str, str]:

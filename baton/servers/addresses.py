@@ -6,16 +6,19 @@ import httpx
 import orjson
 
 from baton.errors import InputError
+from baton.secrets import is_secret
 
 
 def check_url(url: str, argument: str) -> str:
-    """`url` as it is. Raises InputError naming `argument` if it is no http(s) address."""
+    """`url` as it is. Raises InputError naming `argument` if it is no http(s) address, or holds a secret."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise InputError(f"{argument} {url}: {error}") from None
     if parsed.userinfo:
         raise InputError(f"{argument}: an address with a user and a password would be shown in logs; give a key with --api_key")
+    if secret := next((name for name in parsed.params if is_secret(name)), None):
+        raise InputError(f"{argument}: `{secret}` in an address would be shown in logs; give a key with --api_key")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InputError(f"{argument} {url}: expected an address that begins with http:// or https://")
     return url

@@ -14,6 +14,7 @@ from baton import launch
 from baton.errors import InputError, UnitFailed
 from baton.launch import Process, Unit, processes
 from baton.launch.unit import ROOT
+from baton.locks import Lock
 
 TAIL_LINES = 15
 POLL_SECONDS = 0.5
@@ -105,6 +106,22 @@ def runs_already(place: Place, model: str) -> bool:
     if is_ready(place):
         raise InputError(f"port {place.port} is taken by a server that was not started here; choose another --port")
     return False
+
+
+def start_missing(
+    places: Sequence[Place], model: str, options: Sequence[str], gpus: int, variables: Mapping[str, str]
+) -> list[int]:
+    """Start a server at each place where none runs yet, each on so many GPUs; returns the ports of those that were started.
+
+    All places are checked before the first server starts. Calls at the same time, which wait for each other, start one once.
+    Raises InputError if a port serves another model, or is taken by another program.
+    """
+    folder().mkdir(parents=True, exist_ok=True)
+    with Lock(folder() / "lock"):
+        missing = [(slot, place) for slot, place in enumerate(places) if not runs_already(place, model)]
+        for slot, place in missing:
+            start(place, model, options, gpus, slot, variables)
+    return [place.port for _, place in missing]
 
 
 def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int, variables: Mapping[str, str]) -> Server:

@@ -138,6 +138,24 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('K: 1\nhub_token: "hf_HUSH', ":2:20: not YAML: found unexpected end of stream"),
+        ("hub_token: hf_HUSH: x", ":1:19: not YAML: mapping values are not allowed here"),
+        ("hub_token: *HUSH", ":1:12: not YAML: found undefined alias"),
+        ("hub_token: !HUSH 1", ":1:12: not YAML: could not determine a constructor for the tag"),
+        ("hub_token: !!int HUSH", ": not YAML: a character or a value that is not allowed"),
+        ("K: @1", ":1:4: not YAML: found character '@' that cannot start any token"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_named_with_the_place_and_none_of_its_text(tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        read(str(tmp_path / "config.yaml"))
+    assert str(error.value) == f"{tmp_path / 'config.yaml'}{message}"
+
+
 def test_an_absent_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(InputError, match=r"absent\.yaml: no such file"):
         read("absent.yaml")

@@ -18,6 +18,7 @@ from baton.errors import InputError
 from baton.fingerprint import cached_commit, difference, fingerprint
 from baton.launch.unit import Unit, command_line
 from baton.manifest import read_manifest
+from baton.secrets import is_secret
 from baton.servers.addresses import check_url
 from baton.stage import Stage
 from baton.task import spelling, trainer_settings
@@ -148,7 +149,29 @@ def test_an_address_with_a_password_is_refused_without_showing_it():
     assert "hush" not in str(refused.value)
 
 
-@pytest.mark.parametrize("words", [["--hub_token", "hush"], ["--hub_token=hush"], ["--", "--api-key", "hush"]])
+@pytest.mark.parametrize("name", ["api_key", "access-token", "hf_token"])
+def test_an_address_with_a_secret_in_its_query_is_refused_without_showing_it(name):
+    with pytest.raises(InputError, match=f"--url: `{name}` in an address would be shown") as refused:
+        check_url(f"http://127.0.0.1:8000/v1?a=1&{name}=hush", "--url")
+    assert "hush" not in str(refused.value)
+
+
+def test_a_token_is_a_secret_unless_it_is_a_tokenizers():
+    assert all(map(is_secret, ["token", "hf_token", "auth-token", "access_token", "use_auth_token", "HF_TOKEN"]))
+    kinds = "pad eos bos unk mask sep cls image".split()
+    assert not any(map(is_secret, [*(f"{kind}_token" for kind in kinds), "max_new_tokens", "tokenizer"]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--hub_token", "hush"],
+        ["--hub_token=hush"],
+        ["--", "--api-key", "hush"],
+        ["--model_init_kwargs", '{"inner": {"token": "hush"}}'],
+        ["--model_init_kwargs={'hf_token':'hush'}"],
+    ],
+)
 def test_no_secret_is_put_on_a_command_line_that_is_started(words):
     with pytest.raises(InputError, match="give the secret in an environment variable instead") as refused:
         command_line(Unit("train", "training", ("dpo_iteration/run_dpo.py", *words)))

@@ -115,9 +115,12 @@ def test_failed_stage_stops_the_loop_with_its_message(run_dir, tmp_path):
         (RECIPE + "REFERENCE=first\n", "REFERENCE is initial or previous"),
         (RECIPE + "ROUNDS=5\n", "5 ROUNDS, but PROMPTS names 2 sets"),
         (RECIPE + "GPUS=64\n", "GPUS=64, but there are"),
+        (RECIPE + "REWARD_ARGS=(--api_key hush)\n", "bad.env: --api_key: every user of a machine can read its command lines"),
+        (RECIPE + "DPO_ARGS+=(--model_init_kwargs '{\"token\": \"hush\"}')\n", 'bad.env: "token": every user of a machine'),
     ],
 )
 def test_recipe_that_cannot_run_is_refused_at_once(tmp_path, recipe, message):
     (tmp_path / "bad.env").write_text(recipe)
     done = shell("bash", "scripts/run_loop.sh", tmp_path / "bad.env", "--run_dir", tmp_path / "run")
     assert done.returncode == 2 and message in done.stderr
+    assert "hush" not in done.stderr and not (tmp_path / "run").exists()

@@ -1,7 +1,10 @@
 """Scorers beside the plain reward model: equal rewards through vLLM and HTTP; functions, pairs, judges; their failures."""
 
 import json
+import os
 import re
+import select
+import signal
 import socket
 import subprocess
 import threading
@@ -27,6 +30,7 @@ from tests.inference.annotation_task import (
     run,
     write,
 )
+from tests.programs import start
 
 REWARDS = "get_rewards.py"
 
@@ -286,6 +290,30 @@ def test_a_function_that_takes_too_long_loses_its_record_alone(tmp_path):
     log = run(REWARDS, code=3, dataset_name_or_path=source, output_dir=out, scorer=scorer, timeout=2, workers=1)
     assert [record["id"] for record in read(out)] == ["quick", "quick too"]
     assert "dropped slow" in log
+
+
+def test_a_function_may_stand_beside_a_dataclass_with_annotations_as_text(tmp_path):
+    lines = ["from __future__ import annotations", "from dataclasses import dataclass", "@dataclass", "class Rule:"]
+    lines += ["    bonus: float", "def rule(prompts, responses, records):", "    return [Rule(1.5).bonus for _ in responses]"]
+    (tmp_path / "rules.py").write_text("\n".join(lines))
+    source, out = write(tmp_path / "in.jsonl", [GOOD]), tmp_path / "o.jsonl"
+    run(REWARDS, dataset_name_or_path=source, output_dir=out, scorer=f"function:{tmp_path / 'rules.py'}:rule")
+    assert rewards_in(out) == [1.5, 1.5]
+
+
+def test_kill_9_of_the_program_ends_its_function_workers(tmp_path):
+    os.mkfifo(tmp_path / "pids")
+    body = f"open({str(tmp_path / 'pids')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    source, scorer = write(tmp_path / "in.jsonl", [GOOD]), function_file(tmp_path, body)
+    values = {"dataset_name_or_path": source, "output_dir": tmp_path / "o.jsonl", "scorer": scorer, "workers": 1}
+    program = start(*command(REWARDS, **values)[1:], env=environment())
+    worker = os.pidfd_open(int((tmp_path / "pids").read_text()))
+    program.kill()
+    ended, _, _ = select.select([worker], [], [], 30)
+    if not ended:
+        signal.pidfd_send_signal(worker, signal.SIGKILL)
+    os.close(worker)
+    assert ended, "the worker lives on"
 
 
 def test_several_scorers_are_weighed(annotated, models, tmp_path):

@@ -532,6 +532,20 @@ def test_a_failed_shard_fails_the_script_with_its_log(policy, tmp_path):
     assert not (tmp_path / "gen_data.jsonl").exists()
 
 
+def test_the_scripts_settings_may_stand_in_the_yaml_file_and_flags_override_them(tmp_path):
+    config, prompts = tmp_path / "config.yaml", write(tmp_path / "prompts.jsonl", ["a", "b"])
+    lines = [f"dataset_name_or_path: {prompts}", "model_name_or_path: ./nowhere/model", f"output_dir: {tmp_path / 'responses'}"]
+    config.write_text("\n".join([*lines, "my_world_size: 3", "tensor_parallel_size: 1", "overwrite: true"]))
+    result = run(["bash", str(ROOT / "scripts/test_gen.sh"), str(config)])
+    assert result.returncode == 2
+    assert f"shard 0 of 3: failed with exit code 2; the end of {tmp_path / 'responses0.log'}:" in result.stderr
+    result = run(["bash", str(ROOT / "scripts/test_gen.sh"), str(config), "--my_world_size", "2"])
+    assert "shard 0 of 2: failed" in result.stderr
+    config.write_text("my_world_size: none\n")
+    result = run(["bash", str(ROOT / "scripts/test_gen.sh"), str(config)])
+    assert result.returncode == 2 and "--my_world_size must be a positive number, not 'none'" in result.stderr
+
+
 def test_a_template_from_a_file_replaces_the_models_own(policy, tmp_path):
     from baton.models.templates import load_tokenizer, prompt_token_ids
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,14 +102,23 @@ def two_free_ports() -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def pair(policy, tmp_path_factory):
     servers = Pair(policy, tmp_path_factory.mktemp("servers"))
-    result = servers.start()
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(servers.start, (2, 2)))  # at once: see the first test
     try:
-        assert result.returncode == 0, result.stderr
+        assert results[0].returncode == 0 or results[1].returncode == 0, results[0].stderr + results[1].stderr
+        servers.results = results
         yield servers
     finally:
         stopped = servers.register("--stop")
         assert stopped.returncode == 0, stopped.stderr
         assert "no servers" in servers.register("--status").stdout
+
+
+def test_two_calls_at_once_start_each_server_once_and_both_wait_for_it(pair):
+    assert [result.returncode for result in pair.results] == [0, 0]
+    started = [result.stderr.count("servers to start: 2;") for result in pair.results]
+    assert sorted(started) == [0, 1]
+    assert sorted(path.name for path in pair.folder.glob("*.pid")) == [f"{port}.pid" for port in pair.ports]
 
 
 def test_a_second_call_finds_the_servers_running_and_status_shows_them(pair):
@@ -231,6 +241,8 @@ def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path):
         (["some/model", "--max_num_seqs", "many"], "--max_num_seqs must be a positive number, not 'many'"),
         (["some/model", "--port"], "--port needs a value"),
         (["some/model", "other/model"], "one model at a time"),
+        (["some/model", "--port", "99999"], "--port 99999: 1 servers would need port 99999; the last one is 65535"),
+        (["some/model", "--port", "65535", "--num_servers", "2"], "2 servers would need port 65536"),
     ],
 )
 def test_register_server_refuses_bad_arguments(tmp_path, arguments, message):
@@ -238,6 +250,17 @@ def test_register_server_refuses_bad_arguments(tmp_path, arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_where_one_port_is_taken_no_server_is_started(tmp_path):
+    servers = Pair(tmp_path, tmp_path / "servers")
+    (tmp_path / "config.json").write_text("{}")
+    with MisbehavingServer() as other:
+        result = servers.register(tmp_path, "--num_servers", 2, "--port", other.port - 1)
+    started = servers.register("--stop").stdout
+    assert result.returncode == 2
+    assert f"port {other.port} is taken by a server that was not started here" in result.stderr
+    assert started == "stopped: none\n"
 
 
 def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
