@@ -174,7 +174,7 @@ def test_dpo_mixes_files_and_the_pairs_of_earlier_rounds_and_shows_what_it_train
 
     jsonl.write(rounds[0], read_jsonl(rounds[0])[1:])
     again = run_program(*words)
-    assert again.returncode == 2 and "another pairs of round1: the content of" in again.stderr
+    assert again.returncode == 2 and "pairs of round1: the content of" in again.stderr
 
 
 def altered(source, target, change):
