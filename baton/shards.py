@@ -216,8 +216,7 @@ def noting_refusal(prefix: Path, index: int) -> Iterator[None]:
     except AtWork:
         raise
     except InputError as error:
-        shard = shard_path(prefix, index)
-        if shard.exists():
+        if prefix.name and (shard := shard_path(prefix, index)).exists():
             refused_path(shard).write_text(f"{error}\n", encoding="utf-8")
         raise
 

@@ -16,6 +16,7 @@ from typing import Literal
 from baton import program, shards
 from baton.arguments import option, parse
 from baton.drops import Drops
+from baton.errors import InputError
 from baton.launch.words import new_parser, parse_known
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords, shard_range
@@ -75,6 +76,8 @@ def named_shard(words: list[str]) -> tuple[Path, int]:
 def checked_inputs(arguments: Arguments) -> dict[str, str | Path]:
     """What the shard is made from, by name. Raises InputError for arguments that cannot be."""
     shard_range(0, arguments.local_index, arguments.my_world_size)
+    if not Path(arguments.output_dir).name or arguments.output_dir.endswith("/"):
+        raise InputError(f"--output_dir {arguments.output_dir}: give the beginning of file names, such as data/gen_data")
     check_model_path(arguments.model_name_or_path)
     check(arguments)
     return {**prompt_inputs(arguments), "model": arguments.model_name_or_path}

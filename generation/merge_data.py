@@ -33,10 +33,10 @@ class Arguments(StageArguments):
 
 def main() -> None:
     arguments = parse(Arguments, __doc__ or "")
-    prefix, output = Path(arguments.base_path), Path(arguments.output_dir)
-    shards = [shard_path(prefix, index) for index in range(number_of_shards(prefix, arguments.num_datasets))]
+    base, output = arguments.base_path, Path(arguments.output_dir)
+    shards = [Path(f"{base}{index}.jsonl") for index in range(number_of_shards(base, arguments.num_datasets))]
     for shard in shards:
-        check_there(prefix, shard)
+        check_there(base, shard)
     manifests = [read_manifest(shard) for shard in shards]
     facts = check_one_run(shards, manifests)
 
@@ -47,10 +47,12 @@ def main() -> None:
     stage.finish(records_in=lines, records_out=lines, drops=Drops(), **facts)
 
 
-def number_of_shards(prefix: Path, requested: int) -> int:
+def number_of_shards(base: str, requested: int) -> int:
     """How many shards to merge: `requested`, or the number in which the task was finished where that is another."""
-    manifests = shard_manifests(prefix)
-    number = finished_number(manifests)
+    if base.endswith("/"):  # 0.jsonl, 1.jsonl, … in a folder are of another toolkit
+        return requested
+    prefix = Path(base)
+    number = finished_number(shard_manifests(prefix))
     if number is None or number == requested:
         return requested
     if any(refused_path(shard_path(prefix, index)).exists() for index in range(max(number, requested))):
@@ -59,7 +61,7 @@ def number_of_shards(prefix: Path, requested: int) -> int:
     return number
 
 
-def check_there(prefix: Path, shard: Path) -> None:
+def check_there(base: str, shard: Path) -> None:
     """Raise InputError if a shard is missing or unfinished, or if the last program that was to make it refused to."""
     refused = refused_path(shard)
     if refused.exists():
@@ -68,7 +70,7 @@ def check_there(prefix: Path, shard: Path) -> None:
             f"{refused.read_text(encoding='utf-8').strip()}"
         )
     if not shard.is_file():
-        if manifest_path(in_progress(prefix)).exists():
+        if not base.endswith("/") and manifest_path(in_progress(Path(base))).exists():
             raise InputError(f"{shard}: unfinished; run its get_hf2.py again (same arguments) to complete it")
         raise InputError(f"{shard}: missing; generate this shard, or give the right --base_path and --num_datasets")
 

@@ -364,6 +364,7 @@ BAD_FLAGS = {
     "no such prompts": (["--dataset_name_or_path", "./nowhere.jsonl"], r"nowhere\.jsonl: no such file"),
     "unknown split setting": (["--dataset_slit", "test"], "did you mean `dataset_split`"),
     "no such template": (["--chat_template", "./nowhere.jinja"], r"--chat_template ./nowhere\.jinja"),
+    "a folder for a prefix": (["--output_dir", "./"], "--output_dir ./: give the beginning of file names"),
     "no such dtype": (["--dtype", "int4"], "`dtype`.*float32"),
 }
 
@@ -513,6 +514,14 @@ def test_shards_of_another_toolkit_are_merged_as_they_are(tmp_path):
     result = merge(tmp_path, 3)
     assert result.returncode == 0, result.stderr
     assert [record["prompt"] for record in read(tmp_path / "gen_data.json")] == ["a", "c"]
+
+
+def test_shards_of_another_toolkit_in_a_folder_of_their_own_are_merged(tmp_path):
+    for index in range(2):
+        (tmp_path / f"{index}.jsonl").write_text('{"prompt": "a", "responses": ["b"]}\n')
+    merged = program("merge_data.py", base_path=f"{tmp_path}/", output_dir=tmp_path / "all.jsonl", num_datasets=2)
+    succeed(*merged)
+    assert len(read(tmp_path / "all.jsonl")) == 2
 
 
 def test_a_full_disk_while_merging_leaves_no_output_and_the_next_merge_is_whole(shards, run_of_eight):
