@@ -193,7 +193,7 @@ def test_the_accounts_of_stages_are_added_up_over_shards(tmp_path):
         },
     }
     for number, (name, manifest) in enumerate(manifests.items()):
-        facts = {"started": f"2026-01-01T00:00:0{number}+0000", "seconds": 1.5}
+        facts = {"started": f"2026-01-01T00:00:0{number}+0000", "seconds": 1.5, "arguments": {}, "inputs": {}}
         (tmp_path / "round1" / f"{name}.manifest.json").write_bytes(orjson.dumps(manifest | facts))
     unfinished = {"stage": "dpo", "arguments": {}, "inputs": {}, "started": "2026-01-01T00:00:09+0000"}
     (tmp_path / "round1" / "policy.partial.manifest.json").write_bytes(orjson.dumps(unfinished))
