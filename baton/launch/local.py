@@ -133,8 +133,9 @@ def _report(ended: Running) -> list[tuple[str, int]]:
     name, code = ended.unit.name, ended.process.returncode
     tail = _tail(ended)
     if code == 0:
-        last = tail[-1].split(" INFO ", 1)[-1] if tail else ""
-        log.info("%s: %.0f s%s", name, time.monotonic() - ended.began, f", {last}" if last else "")
+        if ended.unit.log is not None:  # else what it says last has just been shown
+            last = tail[-1].split(" INFO ", 1)[-1] if tail else ""
+            log.info("%s: %.0f s%s", name, time.monotonic() - ended.began, f", {last}" if last else "")
         return []
     code = 128 - code if code < 0 else code  # ended by a signal: as a shell counts
     if ended.failure.exists():
