@@ -58,7 +58,7 @@ class Shard(Stage):
         The manifest stands before its output: without it the output would be taken for one that no stage made, and with the
         manifest of another number of shards for that shard. Until both are there, the parts are all that counts.
         """
-        self._account(records_in, records_out, drops or Drops(), facts | {"shard": [self.index, self.count]})
+        account = self._account(records_in, records_out, drops or Drops(), facts | {"shard": [self.index, self.count]})
         with Lock(_lock_path(self.prefix)):
             remove(self.output)
             write_manifest(self.output, self.manifest)
@@ -68,7 +68,7 @@ class Shard(Stage):
             same = _of_task(shard_manifests(self.prefix), self.manifest)
             if finished_number(same) == self.count:
                 _delete_leftovers(self.prefix, self.count)
-        log.info("%s", self._in_words())
+        log.info("%s", account)
 
 
 def begin(

@@ -102,23 +102,19 @@ class Stage:
         What matches `scratch` in the partial folder is deleted. `facts` (tokens, metrics, …) go into the manifest as they are;
         its seconds are those of this process. To be called by process 0 alone.
         """
-        self._account(records_in, records_out, drops or Drops(), facts | {"scratch": list(scratch)})
+        account = self._account(records_in, records_out, drops or Drops(), facts | {"scratch": list(scratch)})
         write_manifest(in_progress(self.output), self.manifest)  # after a death from here on, only `_complete` is left to do
         self._complete()
-        log.info("%s", self._in_words())
+        log.info("%s", account)
 
-    def _account(self, records_in: int, records_out: int, drops: Drops, facts: dict[str, Any]) -> None:
-        """Put the account into the manifest. Raises RuntimeError where records are missing."""
+    def _account(self, records_in: int, records_out: int, drops: Drops, facts: dict[str, Any]) -> str:
+        """Put the account into the manifest; returns it as a line of the log. Raises RuntimeError where records are missing."""
         if records_in != records_out + drops.counts.total():
             raise RuntimeError(f"{self.output}: {records_in} records in, but {records_out} out and dropped: {drops}")
         counts = {"in": records_in, "out": records_out, "dropped": dict(drops.counts)}
         seconds = round(time.monotonic() - self.start, 2)
         self.manifest |= {"counts": counts, "dropped": drops.names, "seconds": seconds, **facts}
-
-    def _in_words(self) -> str:
-        counts, seconds = self.manifest["counts"], self.manifest["seconds"]
-        dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
-        return f"{self.output}: {counts['in']} in, {counts['out']} out, dropped: {dropped}; {seconds:.1f} s"
+        return f"{self.output}: {records_in} in, {records_out} out, dropped: {drops}; {seconds:.1f} s"
 
     def _complete(self) -> None:
         """Give a complete output its name and its manifest. Any part of this may have been done before."""
