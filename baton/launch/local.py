@@ -21,7 +21,6 @@ from baton.launch.unit import Unit
 log = logging.getLogger("baton")
 
 CHILD = Path(__file__).with_name("child.py")
-TAIL_LINES = 15
 
 
 @dataclass
@@ -131,7 +130,7 @@ def _devices(slot: list[str]) -> dict[str, str]:
 def _report(ended: Running) -> list[tuple[str, int]]:
     """Say how a unit ended; its message and exit code if it failed."""
     name, code = ended.unit.name, ended.process.returncode
-    tail = _tail(ended)
+    tail = unit.end_of_log(ended.unit.log, ended.log_start) if ended.unit.log else []
     if code == 0:
         if ended.unit.log is not None:  # else what it says last has just been shown
             last = tail[-1].split(" INFO ", 1)[-1] if tail else ""
@@ -142,13 +141,4 @@ def _report(ended: Running) -> list[tuple[str, int]]:
         number, _, message = ended.failure.read_text(encoding="utf-8").partition("\n")
         code, tail = int(number or code), message.splitlines() or tail
     where = f"; the end of {ended.unit.log}:" if ended.unit.log else ""
-    return [("\n".join([f"{name}: failed with exit code {code}{where}", *tail[-TAIL_LINES:]]), code)]
-
-
-def _tail(ended: Running) -> list[str]:
-    """The last lines that a unit wrote to its log."""
-    if ended.unit.log is None:
-        return []
-    with ended.unit.log.open("rb") as file:
-        file.seek(ended.log_start)
-        return [line.decode(errors="replace").rstrip("\n") for line in deque(file, TAIL_LINES)]
+    return [("\n".join([f"{name}: failed with exit code {code}{where}", *tail[-unit.TAIL_LINES :]]), code)]

@@ -1,6 +1,7 @@
 """A unit of work: a program, the environment that runs it, its GPUs and its log; and the command line that it comes to."""
 
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from baton.secrets import secret_among
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ("inference", "training")
+TAIL_LINES = 15  # of a log that a failure shows
 PROCESSES = "BATON_PROCESSES"  # the variable that tells a program how many processes it should see
 
 
@@ -77,6 +79,15 @@ def variables(unit: Unit) -> dict[str, str]:
     if unit.processes > 1 and not unit.gpus:
         values["ACCELERATE_USE_CPU"] = "true"
     return values | dict(unit.variables)
+
+
+def end_of_log(log: Path, start: int = 0) -> list[str]:
+    """The last lines of a log, of what was written from byte `start` on; none where there is no log."""
+    if not log.exists():
+        return []
+    with log.open("rb") as file:
+        file.seek(start)
+        return [line.decode(errors="replace").rstrip("\n") for line in deque(file, TAIL_LINES)]
 
 
 def environment_folder(name: str) -> Path:

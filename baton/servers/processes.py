@@ -13,10 +13,9 @@ from typing import NamedTuple
 from baton import launch
 from baton.errors import InputError, UnitFailed
 from baton.launch import Process, Unit, processes
-from baton.launch.unit import ROOT
+from baton.launch.unit import ROOT, end_of_log
 from baton.locks import Lock
 
-TAIL_LINES = 15
 POLL_SECONDS = 0.5
 
 # On a CPU each engine is one process: as two, the one would spin while the other works. Statistics, which bare vLLM does not
@@ -178,7 +177,7 @@ def stop(servers: Iterable[Server]) -> None:
 
 def _give_up(port: int, reason: str, started: Sequence[int]) -> None:
     log = _file(port, "log")
-    tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if log.exists() else []
+    tail = end_of_log(log)
     stop(server for other in started if (server := find(other)))
     raise UnitFailed("\n".join([f"port {port}: {reason}; the end of {log}:", *tail]), 1)
 
