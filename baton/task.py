@@ -65,11 +65,11 @@ def trainer_settings(settings: dict[str, Any]) -> dict[str, Any]:
     kept = SAVING if spelled.get("load_best_model_at_end") else set()
     left_out = (EXECUTION_SETTINGS - kept) | BATCH_SPLIT.keys()
     decides = {name: value for name, value in spelled.items() if name not in left_out and not is_secret(name)}
-    if isinstance(model := decides.get("model_init_kwargs"), dict):
-        shown = {name: value for name, value in model.items() if name not in EXECUTION_MODEL_SETTINGS and not is_secret(name)}
-        decides["model_init_kwargs"] = shown
-        if not shown:
-            del decides["model_init_kwargs"]
+    model = decides.pop("model_init_kwargs", None)
+    if isinstance(model, dict):
+        model = {name: value for name, value in model.items() if name not in EXECUTION_MODEL_SETTINGS and not is_secret(name)}
+    if model:
+        decides["model_init_kwargs"] = model
     # Where the last, incomplete batch is left out, its size decides how many steps there are.
     split = batch_split(spelled) if spelled.get("dataloader_drop_last") else {}
     return decides | split | {"global_batch": global_batch(spelled)}

@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from baton import program
+from baton.fingerprint import fingerprint
 from baton.models.attention import NAME
 from baton.models.forward import TOKENS_PER_ROW, attention, obstacle, score
 from baton.models.trees import Tokens
@@ -108,8 +109,6 @@ def dataset_reference_logps(
     Returns:
         float32 (rows, 2).
     """
-    from baton.fingerprint import fingerprint
-
     # Process 0's key counts, and so it alone reads the whole model, or asks the hub, for its fingerprint.
     model = fingerprint(reference)["hash"] if program.rank() == 0 else ""
     precision = f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs} {quantization}"
