@@ -3,6 +3,7 @@
 import copy
 import random
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -44,6 +45,15 @@ FAMILIES = {
     "gemma3": Gemma3TextConfig(**SHAPE, **WINDOW, query_pre_attn_scalar=8),
     "mistral": MistralConfig(**SHAPE, sliding_window=5),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are slower on several threads, much slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def model_of(family: str):

@@ -26,17 +26,9 @@ from baton.partial import PartialRecords
 from baton.training.reference import _assemble, kept_reference_logps, reference_logps
 from dpo_iteration.run_dpo import LOSS_TYPES
 from dpo_iteration.trainer import PackedDPOTrainer
-from tests.models.tiny_models import VOCABULARY, model_of, pairs_of, random_pairs
+from tests.models.tiny_models import VOCABULARY, model_of, one_thread, pairs_of, random_pairs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower on several threads, much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+__all__ = ["one_thread"]  # a fixture
 
 # Losses against TRL's own
 
