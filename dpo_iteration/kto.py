@@ -12,6 +12,7 @@ from trl import KTOConfig, KTOTrainer
 
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, share_prefixes
+from baton.training.checks import check_packing
 from baton.training.reference import dataset_reference_logps
 
 log = logging.getLogger("baton")
@@ -100,12 +101,20 @@ class PackedKTOTrainer(KTOTrainer):
 
     Args:
         tokens_per_row: most tokens of one packed row.
+        check_first_batch: compare the first batch's packed log-probabilities with those of the model's own forward
+            pass; None: on a GPU, whose kernels no test has seen.
+    Raises:
+        InputError: `train()`: the first batch's log-probabilities differ.
     """
 
-    def __init__(self, model: Any, *, tokens_per_row: int = TOKENS_PER_ROW, **kwargs: Any):
+    def __init__(
+        self, model: Any, *, tokens_per_row: int = TOKENS_PER_ROW, check_first_batch: bool | None = None, **kwargs: Any
+    ):
         super().__init__(model, **kwargs)
+        self._check_next_batch = self.accelerator.device.type == "cuda" if check_first_batch is None else check_first_batch
         if reason := obstacle(self.model):
             log.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(self.model).__name__, reason)
+            self._check_next_batch = False
         else:
             share_prefixes(self.model, tokens_per_row)
 
@@ -114,3 +123,9 @@ class PackedKTOTrainer(KTOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self._check_next_batch:
+            self._check_next_batch = False
+            check_packing(self, model, inputs, "KTO has no other forward pass: use another GPU, driver or version of torch")
+        return super()._compute_loss(model, inputs, return_outputs)

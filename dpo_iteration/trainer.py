@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
 from baton.models.trees import distinct_tokens
+from baton.training.checks import check_packing
 from baton.training.metrics import LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 from dpo_iteration.margin import check_margin, offset_term, with_margin
 
@@ -39,8 +40,11 @@ class PackedDPOTrainer(DPOTrainer):
         margin_scale: the `sigmoid` loss becomes -log sigmoid(beta * logratio difference - margin_scale *
             margin).
         packed: False for TRL's own forward pass on the same rows, for comparison.
+        check_first_batch: compare the first batch's packed log-probabilities with those of the model's own forward
+            pass; None: on a GPU, whose kernels no test has seen.
     Raises:
-        InputError: `margin_scale` with a loss that has no such offset, or without margins.
+        InputError: `margin_scale` with a loss that has no such offset, or without margins; `train()`: the first batch's
+            log-probabilities differ.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class PackedDPOTrainer(DPOTrainer):
         tokens_per_row: int | None = TOKENS_PER_ROW,
         margin_scale: float = 0.0,
         packed: bool = True,
+        check_first_batch: bool | None = None,
         **kwargs,
     ):
         self._tokens_per_row = tokens_per_row
@@ -69,6 +74,8 @@ class PackedDPOTrainer(DPOTrainer):
         if margin_scale:
             self.data_collator = with_margin(self.data_collator)
         self._replace_forward()
+        wanted = self.accelerator.device.type == "cuda" if check_first_batch is None else check_first_batch
+        self._check_next_batch = wanted and self._token_counts is not None
         adapted = is_peft_model(self.model)
         weights = weights_of(self.model.get_base_model() if adapted else self.model)
         self._line = LineOfMetrics(weights, passes=2 if adapted else 3, peak=peak_flops(self.accelerator.device))
@@ -115,6 +122,9 @@ class PackedDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def _compute_loss(self, model, inputs, return_outputs):
+        if self._check_next_batch:
+            self._check_next_batch = False
+            check_packing(self, model, inputs, "Train with `--forward trl`: padded batches and the model's own attention")
         if self._margin_scale:
             result = self._loss_with_margin(model, inputs, return_outputs)
         else:

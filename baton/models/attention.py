@@ -2,8 +2,13 @@
 
 Registered with transformers as the attention implementation `shared_prefix`; every model that goes through
 transformers' attention interface passes its keyword arguments on to it, the row's `Layout` among them. On a
-GPU it is FlexAttention with a block mask; elsewhere it goes tree by tree and block by block, which computes
-hardly a pair of tokens that do not see each other.
+GPU it is FlexAttention with a block mask (`by_blocks`); elsewhere it goes tree by tree and block by block, which
+computes hardly a pair of tokens that do not see each other (`by_trees`).
+
+What of the GPU's path runs on a CPU, and so in every test: the block mask, and FlexAttention's compiled forward pass
+without gradients. What does not: the Triton kernels, their limits (shared memory, heads wider than 256), and the whole
+backward pass. For those there is `agreement.py`, which a training on a GPU runs before its first step, and
+tests/models/test_flex.py, which also runs on a GPU where there is one, gradients included.
 """
 
 import functools
@@ -12,13 +17,23 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
 from baton.models.blockwise import causal_attention, for_each_head
 from baton.models.trees import Layout
 
 NAME = "shared_prefix"
+
+# Tokens of a block of FlexAttention's mask. Rows are padded to a multiple of it on a GPU (`padded_length`).
+FLEX_BLOCK = 128
+
+# Triton multiplies matrices of at least this width, so narrower heads get zeros.
+LEAST_HEAD_DIM = 16
+
+# FlexAttention is compiled once for each combination of dtype, head shape, soft cap and gradients on or off; beyond this
+# many, torch raises an error. (Its default is 8, and then it computes length x length scores.)
+MOST_COMPILATIONS = 64
 
 
 def shared_prefix_attention(
@@ -51,14 +66,24 @@ def shared_prefix_attention(
     if layout is None:
         raise ValueError(f"the {NAME!r} attention needs the layout of a packed row; use model.forward(fused_lm_head=True)")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda:
-        output = _flex(query, key, value, layout, scaling, sliding_window, softcap)
+    if query.is_cuda and not dropout:  # FlexAttention has no dropout
+        output = by_blocks(query, key, value, layout, scaling, sliding_window, softcap)
     else:
-        output = _tree_by_tree(query, key, value, layout, scaling, dropout, sliding_window, softcap)
+        output = by_trees(query, key, value, layout, scaling, dropout, sliding_window, softcap)
     return output.transpose(1, 2), None
 
 
-def _tree_by_tree(query, key, value, layout, scaling, dropout, window, softcap) -> Tensor:
+def by_trees(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The attention, (1, heads, T, D), one prompt or response at a time; arguments as in `shared_prefix_attention`."""
     key, value = for_each_head(key, value, query.shape[1] // key.shape[1])
     attend = functools.partial(_attend, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
     lengths = [length for prompt, responses in layout.trees for length in (prompt, *responses)]
@@ -99,28 +124,41 @@ def _unseen(queries: int, keys: int, window: int | None, device: torch.device) -
     return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
-def _flex(query, key, value, layout, scaling, window, softcap) -> Tensor:
-    length = query.shape[2]
+def by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """The attention, (1, heads, T, D), by FlexAttention; arguments as in `shared_prefix_attention`.
+
+    On a CPU it has no gradients, and needs a C++ compiler.
+    """
+    length, head_dim = query.shape[2:]
     if (window, length) not in layout.masks:
         layout.masks[window, length] = block_mask(layout, length, window, query.device)
-    groups = query.shape[1] // key.shape[1]
-    if groups.bit_count() > 1:  # FlexAttention shares keys among a power of two of query heads only
-        key, value = for_each_head(key, value, groups)
-    score_mod = None if softcap is None else _softcap(softcap)
-    return _compiled_flex()(
-        query,
-        key,
-        value,
-        score_mod=score_mod,
-        block_mask=layout.masks[window, length],
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    # Under autocast the rotary embedding leaves queries and keys in float32; FlexAttention takes one dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if head_dim < LEAST_HEAD_DIM:
+        query, key, value = (F.pad(states, (0, LEAST_HEAD_DIM - head_dim)) for states in (query, key, value))
+    for states in (query, key, value):
+        # Else torch takes a number of blocks that happens to be one of these for the same thing, and compiles again.
+        torch._dynamo.mark_static(states, (0, 1, 3))
+    # Numbers that vary would become arguments of the kernel; FlexAttention refuses a soft cap that is one.
+    with torch._dynamo.config.patch(specialize_float=True):
+        output = _compiled_flex()(
+            query,
+            key,
+            value,
+            score_mod=None if softcap is None else _softcap(softcap),
+            block_mask=layout.masks[window, length],
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return output[..., :head_dim]
 
 
 @functools.cache
 def _compiled_flex():
-    return torch.compile(flex_attention, dynamic=True)
+    # fullgraph: to fall back on uncompiled code would take length x length memory without a word.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, recompile_limit=MOST_COMPILATIONS)
 
 
 @functools.cache
@@ -128,24 +166,96 @@ def _softcap(softcap: float):
     return lambda score, batch, head, q, k: softcap * torch.tanh(score / softcap)
 
 
+def padded_length(length: int) -> int:
+    """How long FlexAttention wants a row of `length` tokens: whole blocks, and two at least.
+
+    torch compiles another kernel for sizes of 1.
+    """
+    return max(-(-length // FLEX_BLOCK), 2) * FLEX_BLOCK
+
+
 def block_mask(layout: Layout, length: int, window: int | None, device: torch.device) -> BlockMask:
-    """FlexAttention's mask of a row of `length` tokens: same tree, earlier, and prompt or same response."""
-    tree, branch, position = (torch.full((length,), -1, dtype=torch.int32) for _ in range(3))
-    start = 0
-    for index, (prompt, responses) in enumerate(layout.trees):
-        for number, size in enumerate((prompt, *responses)):
-            offset = prompt if number else 0
-            tree[start : start + size] = index
-            branch[start : start + size] = number
-            position[start : start + size] = torch.arange(offset, offset + size)
-            start += size
-    tree, branch, position = tree.to(device), branch.to(device), position.to(device)
+    """FlexAttention's mask of a row of `length` tokens, padding included.
+
+    Takes time and memory for `length` tokens and for each pair of blocks, not for each pair of tokens. What a token
+    sees is in tensors, not in the code of `sees`, so that all layouts and windows share one compiled kernel.
+    """
+    bounds = visible_keys(layout, length, window)
+    touched, covered = (_blocks_of(bounds, length, whole) for whole in (False, True))
+    full = covered == FLEX_BLOCK  # all queries of the block see all its keys
+    partial = (touched > 0) & ~full
+    bounds = bounds.to(device)
+    torch._dynamo.mark_static(bounds, 0)
 
     def sees(batch, head, q, k):
-        seen = (tree[q] == tree[k]) & (q >= k) & ((branch[k] == 0) | (branch[q] == branch[k]))
-        return seen if window is None else seen & (position[q] - position[k] < window)
+        return ((k >= bounds[0, q]) & (k < bounds[1, q])) | ((k >= bounds[2, q]) & (k <= q))
 
-    return create_block_mask(sees, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
+    return BlockMask.from_kv_blocks(
+        *_listed(partial, device),
+        *_listed(full, device),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
+
+
+def visible_keys(layout: Layout, length: int, window: int | None) -> Tensor:
+    """The keys that each token of a row sees, as two intervals, on the CPU: int32 (3, length).
+
+    Token q sees the keys from `[0, q]` up to but not including `[1, q]`, of its prompt, and those from `[2, q]` to q,
+    of what it is part of itself. The two do not touch; where they would, the second is all. Padding, which nobody
+    reads, sees the padding before it and itself: every token sees some key, so none has a softmax of nothing.
+    """
+    sizes, prompts, roots = [], [], []  # of prompts, responses and the padding: tokens, tokens of its prompt, where that begins
+    root = 0
+    for prompt, responses in layout.trees:
+        sizes += [prompt, *responses]
+        prompts += [0] + [prompt] * len(responses)
+        roots += [root] * (1 + len(responses))
+        root += prompt + sum(responses)
+    size = torch.tensor([*sizes, length - root])
+    start = size.cumsum(0) - size
+    prompt, prompt_from, own_from = (
+        part.repeat_interleave(size) for part in (torch.tensor([*prompts, 0]), torch.tensor([*roots, root]), start)
+    )  # (length,) each
+    token = torch.arange(length)
+    prompt_to = prompt_from + prompt
+    if window is not None:
+        out_of_window = prompt + token - own_from - window + 1  # this many positions, from the prompt's first on
+        prompt_from = prompt_from + out_of_window.clamp(min=0).minimum(prompt)
+        own_from = own_from.maximum(token - window + 1)
+    joined = prompt_to == own_from
+    own_from = torch.where(joined, prompt_from, own_from)
+    prompt_to = torch.where(joined, prompt_from, prompt_to)
+    return torch.stack([prompt_from, prompt_to, own_from]).int()
+
+
+def _blocks_of(bounds: Tensor, length: int, whole: bool) -> Tensor:
+    """How many queries of each block see some key, or the `whole`, of each block of keys: int64 (blocks, blocks).
+
+    A query that sees keys of a block in both of its intervals counts twice. (It never sees all keys of it that way.)
+    """
+    prompt_from, prompt_to, own_from = bounds.long()
+    token = torch.arange(length)
+    blocks = -(-length // FLEX_BLOCK)
+    count = 0
+    for first, end in ((prompt_from, prompt_to), (own_from, token + 1)):
+        first_block = -(-first // FLEX_BLOCK) if whole else first // FLEX_BLOCK
+        end_block = end // FLEX_BLOCK if whole else -(-end // FLEX_BLOCK)
+        some = (first < end) & (first_block < end_block)
+        row = token[some] // FLEX_BLOCK * (blocks + 1)
+        starts, ends = (
+            torch.bincount(row + block[some], minlength=blocks * (blocks + 1)) for block in (first_block, end_block)
+        )
+        count = count + (starts - ends).view(blocks, blocks + 1).cumsum(1)[:, :-1]
+    return count
+
+
+def _listed(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of bool (blocks, blocks), how many are chosen in each row, int32 (1, 1, blocks), and which, those first."""
+    numbers = chosen.sum(dim=1, dtype=torch.int32)
+    indices = chosen.int().argsort(dim=1, descending=True, stable=True).int()
+    return numbers[None, None].to(device), indices[None, None].to(device)
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -16,13 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from baton.models.attention import NAME
+from baton.models.attention import NAME, padded_length
 from baton.models.logps import TokenScores, token_scores
 from baton.models.trees import Place, Row, Tokens, distinct_tokens, pack
 from baton.parallel import data_parallel
-
-# FlexAttention works in blocks of this many tokens, so rows are padded to a multiple of it on a GPU.
-FLEX_BLOCK = 128
 
 # Tokens of one row: enough for full-speed matrix products, few enough for a CPU's caches. GPUs like more.
 TOKENS_PER_ROW = 4096
@@ -172,7 +169,7 @@ def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
 
 
 def _padding(row: Row, device: torch.device) -> int:
-    return -row.layout.length % FLEX_BLOCK if device.type == "cuda" else 0
+    return padded_length(row.layout.length) - row.layout.length if device.type == "cuda" else 0
 
 
 def _logit_scale(config) -> float:

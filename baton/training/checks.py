@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from baton.errors import InputError
+from baton.models.agreement import check_batch
 from baton.training.adapters import LoraArguments
 from baton.training.memory import Sharding
 
@@ -89,3 +90,21 @@ def check_adapter(lora: LoraArguments, config: Any, sharding: Sharding) -> None:
         raise InputError(
             "`load_in_4bit` does not go with ZeRO-3 or FSDP, which cannot spread 4-bit weights: use configs/ddp.yaml"
         )
+
+
+def check_packing(trainer: Any, model: torch.nn.Module, inputs: dict[str, torch.Tensor], remedy: str) -> None:
+    """Raise InputError where the packed log-probabilities of a batch are not those of the model's own forward pass.
+
+    Takes one forward pass of the batch and one of each sequence, without gradients; all processes take part.
+
+    Args:
+        trainer: a Trainer of packed rows; `model` is its model as its steps use it.
+        inputs: the batch: `input_ids`, `attention_mask`, `completion_mask`.
+        remedy: ends the message: what to do.
+    """
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = mixed.get(trainer.accelerator.mixed_precision, trainer.model.dtype)
+    training = model.training
+    model.eval()
+    check_batch(model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"], dtype, remedy)
+    model.train(training)

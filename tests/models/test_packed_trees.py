@@ -1,12 +1,11 @@
-"""The packed forward pass gives each sequence's numbers alone: log-probabilities, gradients, attention, other scores."""
+"""The packed forward pass gives each sequence's numbers alone: log-probabilities, gradients, other scores."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
 
-from baton.models.attention import NAME, block_mask, shared_prefix_attention
+from baton.models.attention import NAME
 from baton.models.forward import attention, score, share_prefixes
 from baton.models.logps import token_scores
 from baton.models.trees import pack
@@ -138,43 +137,6 @@ def test_chunked_scores_equal_the_full_softmax(softcap, scale, with_bias):
     gradients = torch.autograd.grad((scores.log_probs * upstream).sum(), inputs)
     for gradient, wanted in zip(gradients, torch.autograd.grad((logps * upstream).sum(), inputs), strict=True):
         torch.testing.assert_close(gradient, wanted)
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=4),
-    st.none() | st.integers(1, 6),
-    st.integers(0, 3),
-)
-@settings(max_examples=30)
-def test_the_flex_mask_lets_a_token_see_its_own_past_and_nothing_else(trees, window, padding):
-    sequences = [([3 + t] * prompt, [3 + t] * (r + 1)) for t, (prompt, sizes) in enumerate(trees) for r in sizes or [0]]
-    (row,), _ = pack(sequences, None)
-    owner = []  # (tree, response or None for the prompt, position) of every token
-    for tree, (prompt, sizes) in enumerate(row.layout.trees):
-        owner += [(tree, None, position) for position in range(prompt)]
-        owner += [(tree, r, prompt + i) for r, size in enumerate(sizes) for i in range(size)]
-    mask = block_mask(row.layout, len(owner) + padding, window, torch.device("cpu")).mask_mod
-    for q, (tree, response, position) in enumerate(owner):
-        for k, (other_tree, other_response, other_position) in enumerate(owner):
-            in_past = tree == other_tree and other_position <= position and other_response in (None, response)
-            in_window = window is None or position - other_position < window
-            assert bool(mask(0, 0, torch.tensor(q), torch.tensor(k))) == (in_past and in_window)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("heads", [4, 6])
-def test_both_kinds_of_attention_agree(heads, window):
-    torch.manual_seed(0)
-    sequences = [([3] * 30, [4] * 150), ([3] * 30, [5] * 9), ([6] * 5, [7] * 40)]
-    (row,), _ = pack(sequences, None)
-    length = 256  # the row and some padding
-    query, key, value = (torch.randn(1, count, length, 16) for count in (heads, 2, 2))
-    blocks, _ = shared_prefix_attention(None, query, key, value, layout=row.layout, sliding_window=window)
-    mask = block_mask(row.layout, length, window, torch.device("cpu"))
-    flex = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
-    used = row.layout.length
-    torch.testing.assert_close(blocks[:, :used], flex.transpose(1, 2)[:, :used])
 
 
 def test_generation_and_plain_calls_are_untouched():

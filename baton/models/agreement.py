@@ -1,0 +1,110 @@
+"""Whether packed log-probabilities are those of the model's own forward pass: what a training on a GPU checks first.
+
+On a CPU the packed attention is tested. The kernels of a GPU are compiled there, for each model, GPU and version of torch
+anew, so a training computes its first batch both ways and stops where they differ by more than rounding.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from baton.errors import InputError
+from baton.models.forward import sequences_of
+from baton.models.trees import Tokens
+
+log = logging.getLogger("baton")
+
+# Of a response, this many tokens are compared, evenly spaced: with 256,000 tokens in the vocabulary their logits are 256 MB.
+MOST_POSITIONS = 256
+
+
+class Limits(NamedTuple):
+    """What rounding explains at most, in nats: the mean and the greatest difference of a token."""
+
+    mean: float
+    greatest: float
+
+
+# Both passes round differently at each layer. Measured against the model's own attention (CPU, 2026-11-25, tests/models'
+# families and a mixture of experts, weights in the dtype and under autocast; SmolLM2-135M, 30 layers, 1760 tokens of real
+# chats): bfloat16 0.036 nats on average, 0.43 at most; float32 1e-5 and 2e-4. A token that sees other trees, or
+# not its prompt, or one token too few of its window: 0.19 to 3.2 on average, 1.8 to 21 at most. The limits stand between.
+# float16 has three more bits than bfloat16, and so has TF32, in which a GPU may compute float32.
+LIMITS = {torch.bfloat16: Limits(0.12, 3.0), torch.float16: Limits(0.03, 0.5), torch.float32: Limits(0.03, 0.5)}
+
+
+def check_batch(
+    model: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype, remedy: str
+) -> None:
+    """`check_packed` of a right-padded batch as TRL's collators make it, int64 (B, L) each.
+
+    Args:
+        model: in evaluation mode; its forward pass replaced by `forward.share_prefixes`, whatever wraps it since.
+    """
+    labels = input_ids.masked_fill(completion_mask == 0, -100)
+    with torch.no_grad():
+        scores = model(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True
+        )
+    packed = [logps[row != -100] for logps, row in zip(scores.log_probs, labels[:, 1:], strict=True)]
+    check_packed(model, sequences_of(input_ids, attention_mask, labels), packed, dtype, remedy)
+
+
+@torch.no_grad()
+def check_packed(
+    model: Callable[..., Any],
+    sequences: Sequence[tuple[Tokens, Tokens]],
+    packed: Sequence[Tensor],
+    dtype: torch.dtype,
+    remedy: str,
+) -> None:
+    """Compare packed log-probabilities with those of the model's own forward pass, one sequence at a time; log the difference.
+
+    Every process of a run must call it, and all end alike: a sharded model needs as many forward passes in each.
+
+    Args:
+        model: a causal language model in evaluation mode, with its own attention, or what wraps one.
+        sequences: `(prompt, response)` token ids.
+        packed: of each, the log-probabilities of the response's tokens in nats, (response,).
+        dtype: in which the matrix products are computed.
+        remedy: ends the message: what to do.
+    Raises:
+        InputError: they differ by more than rounding, in this process or another.
+    """
+    device = packed[0].device
+    differences = [_difference(model, *both) for both in zip(sequences, packed, strict=True)]
+    passes = _over_processes(torch.tensor(float(len(sequences)), device=device), "MAX")
+    for _ in range(int(passes) - len(sequences)):
+        _difference(model, sequences[0], packed[0])
+    difference = torch.cat(differences)
+    mean = _over_processes(difference.sum(), "SUM") / _over_processes(torch.ones_like(difference).sum(), "SUM")
+    greatest = _over_processes(difference.max() if len(difference) else difference.sum(), "MAX")
+    limits = LIMITS.get(dtype, LIMITS[torch.float32])
+    found = (
+        f"packed log-probabilities differ from the model's own by {mean:.2g} nats a token on average, {greatest:.2g} at most; "
+        f"rounding in {str(dtype).removeprefix('torch.')} explains {limits.mean:g} and {limits.greatest:g}"
+    )
+    if not (mean <= limits.mean and greatest <= limits.greatest):  # this way round: not-a-number is no agreement
+        raise InputError(f"{found}. {remedy}")
+    log.info("first batch: %s", found)
+
+
+def _difference(model: Callable[..., Any], sequence: tuple[Tokens, Tokens], packed: Tensor) -> Tensor:
+    """How far the packed log-probabilities of some of a response's tokens are from the model's own, float32 (tokens,)."""
+    prompt, response = sequence
+    count = min(len(response), MOST_POSITIONS)
+    chosen = torch.linspace(0, max(len(response) - 1, 0), count, device=packed.device).round().long()
+    ids = torch.tensor([[*prompt, *response]], device=packed.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=chosen + len(prompt) - 1).logits[0].float()
+    own = logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt) + chosen, None]).squeeze(1)
+    return (packed[chosen].float() - own).abs()
+
+
+def _over_processes(value: Tensor, operation: str) -> Tensor:
+    """The sum or the greatest of all processes' values; the value itself where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, operation))
+    return value
