@@ -6,8 +6,8 @@ GPU it is FlexAttention with a block mask (`by_blocks`); elsewhere it goes tree 
 computes hardly a pair of tokens that do not see each other (`by_trees`).
 
 What of the GPU's path runs on a CPU, and so in every test: the block mask, and FlexAttention's compiled forward pass
-without gradients. What does not: the Triton kernels, their limits (shared memory, heads wider than 256), and the whole
-backward pass. For those there is `agreement.py`, which a training on a GPU runs before its first step, and
+without gradients. What does not: the Triton kernels, their limits (shared memory), and the whole backward pass. For
+those there is `agreement.py`, which a training on a GPU runs before its first step, for the forward pass, and
 tests/models/test_flex.py, which also runs on a GPU where there is one, gradients included.
 """
 

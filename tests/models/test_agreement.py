@@ -64,7 +64,7 @@ def test_a_window_one_token_short_is_refused(monkeypatch):
 
 def test_numbers_that_are_none_are_refused():
     packed = [torch.full((len(response),), torch.nan) for _, response in SEQUENCES]
-    with pytest.raises(InputError, match="by nan nats"):
+    with pytest.raises(InputError, match="by inf nats"):
         check_packed(model_of("llama"), SEQUENCES, packed, torch.float32, "")
 
 

@@ -1,9 +1,11 @@
 """Run under torchrun by test_dpo_core.py: the packed forward pass in several processes against one, on CPU.
 
-    torchrun --nproc_per_node N dpo_processes.py {ddp,fully_shard} FOLDER
+    torchrun --nproc_per_node N dpo_processes.py {ddp,fully_shard,agreement} FOLDER
 
 FOLDER holds `model/`, `tokenizer/` and `rows.json`. `ddp` trains and process 0 writes the losses to
-`losses-N.json`; `fully_shard` ends with an error where a sharded gradient differs from the unsharded one.
+`losses-N.json`; `fully_shard` ends with an error where a sharded gradient differs from the unsharded one; `agreement`
+checks a sharded model's packing, then again with an attention that is wrong in process 1 alone, and writes each process's
+exit code to `code-RANK`.
 """
 
 import copy
@@ -20,7 +22,11 @@ from trl import DPOConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from baton import program
+from baton.models import attention
+from baton.models.agreement import check_batch
 from baton.models.forward import share_prefixes
+from baton.models.trees import Layout
 from dpo_iteration.trainer import PackedDPOTrainer
 
 PAIRS_PER_STEP = 4
@@ -75,7 +81,37 @@ def sharded(model, rows: list[dict]) -> None:
     torch.distributed.destroy_process_group()
 
 
+def agreement(folder: Path, model, rows: list[dict]) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    share_prefixes(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.eval())
+    input_ids, attention_mask, labels = batch_of(rows[:3] if rank == 0 else rows[3:8])
+
+    def check() -> None:
+        check_batch(model, input_ids, attention_mask, (labels != -100).long(), torch.float32, "")
+
+    check()
+    if rank == 1:
+        by_trees = attention.by_trees
+        attention.by_trees = lambda *a: by_trees(*a[:3], Layout([(a[3].length, [])]), *a[4:])
+    try:
+        program.run(check)
+    except SystemExit as ended:
+        (folder / f"code-{rank}").write_text(str(ended.code))
+    torch.distributed.destroy_process_group()
+
+
 def summed_logps(model, rows: list[dict]) -> torch.Tensor:
+    input_ids, attention_mask, labels = batch_of(rows)
+    scores = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+    return scores.log_probs.sum()
+
+
+def batch_of(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels` of the chosen responses, int64 (rows, length)."""
     sequences = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids, attention_mask = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
@@ -85,8 +121,7 @@ def summed_logps(model, rows: list[dict]) -> torch.Tensor:
         input_ids[i, :end] = torch.tensor([*prompt, *response])
         labels[i, len(prompt) : end] = torch.tensor(response)
         attention_mask[i, :end] = 1
-    scores = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
-    return scores.log_probs.sum()
+    return input_ids, attention_mask, labels
 
 
 def main() -> None:
@@ -95,6 +130,8 @@ def main() -> None:
     rows = json.loads((folder / "rows.json").read_text())
     if mode == "ddp":
         ddp(folder, model, rows)
+    elif mode == "agreement":
+        agreement(folder, model, rows)
     else:
         sharded(model, rows)
 

@@ -22,6 +22,9 @@ from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerF
 from trl import DPOConfig
 
 from baton.errors import InputError
+from baton.models import attention
+from baton.models.attention import by_trees
+from baton.models.trees import Layout
 from baton.partial import PartialRecords
 from baton.training.reference import _assemble, kept_reference_logps, reference_logps
 from dpo_iteration.run_dpo import LOSS_TYPES
@@ -42,7 +45,9 @@ def tokenizer():
     )  # fmt: skip
 
 
-def trainer_of(model, rows, tokenizer, folder, packed=True, margin_scale=0.0, tokens_per_row=4096, lora=False, **config):
+def trainer_of(
+    model, rows, tokenizer, folder, packed=True, margin_scale=0.0, tokens_per_row=4096, lora=False, check=None, **config
+):
     arguments = {
         "gradient_checkpointing": False,
         "bf16": False,
@@ -62,6 +67,7 @@ def trainer_of(model, rows, tokenizer, folder, packed=True, margin_scale=0.0, to
         packed=packed,
         margin_scale=margin_scale,
         tokens_per_row=tokens_per_row,
+        check_first_batch=check,
     )
 
 
@@ -254,6 +260,23 @@ def test_a_margin_scale_without_margins_is_refused(tokenizer, tmp_path):
         trainer_of(model_of("llama"), rows, tokenizer, tmp_path, margin_scale=1.0)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_training_stops_at_a_first_batch_whose_packed_numbers_are_not_the_models_own(
+    lora, tokenizer, tmp_path, monkeypatch, caplog
+):
+    def train(**more):
+        settings = {"per_device_train_batch_size": 4, "max_steps": 2, "bf16": True, "lora": lora, **more}
+        trainer_of(model_of("llama"), random_pairs(8), tokenizer, tmp_path, **settings).train()
+
+    with caplog.at_level(logging.INFO):
+        train(check=True)
+    assert caplog.text.count("first batch: packed log-probabilities differ") == 1
+    monkeypatch.setattr(attention, "by_trees", lambda *a: by_trees(*a[:3], Layout([(a[3].length, [])]), *a[4:]))
+    with pytest.raises(InputError, match="rounding in bfloat16 explains .*`--forward trl`"):
+        train(check=True)
+    train()  # on a CPU, where the packed attention is tested, nothing is compared
+
+
 def test_an_architecture_that_cannot_be_packed_is_padded_and_says_so(tokenizer, tmp_path, caplog):
     rows = random_pairs(4)
     with caplog.at_level(logging.WARNING, logger="dpo_iteration.trainer"):
@@ -356,3 +379,8 @@ def test_two_processes_train_as_one(run_folder):
 
 def test_sharded_gradients_are_those_of_the_whole_model(run_folder):
     run_processes("fully_shard", 2, run_folder)
+
+
+def test_packed_numbers_that_are_wrong_in_one_process_end_all_with_exit_code_2(run_folder):
+    run_processes("agreement", 2, run_folder)
+    assert [(run_folder / f"code-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]

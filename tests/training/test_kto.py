@@ -16,9 +16,13 @@ from trl import KTOConfig, KTOTrainer
 
 from baton.drops import Drops
 from baton.errors import InputError
+from baton.models import attention
+from baton.models.attention import by_trees
 from baton.models.templates import load_tokenizer
+from baton.models.trees import Layout
 from dpo_iteration.kto import PackedKTOTrainer, balance_advice, check_config, in_training_order, with_reference_logps
 from dpo_iteration.rows import Rows
+from tests.models.tiny_models import model_of, random_pairs
 from tests.programs import read_jsonl, run_program
 
 MAX_LENGTH = 16
@@ -167,6 +171,23 @@ def test_loss_gradients_and_metrics_are_those_of_trl(task, tmp_path, loss_type):
     assert our_loss == pytest.approx(loss, rel=1e-4)
     assert gradients.norm() > 0 and (our_gradients - gradients).norm() <= 1e-4 * gradients.norm()
     assert our_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5) and "rewards/margins" in metrics
+
+
+def test_a_training_stops_at_a_first_batch_whose_packed_numbers_are_not_the_models_own(task, tmp_path, monkeypatch):
+    rows = [
+        {"prompt_ids": pair["prompt_ids"], "completion_ids": pair["chosen_ids"], "label": number % 2 == 0, "ref_logps": -9.0}
+        for number, pair in enumerate(random_pairs(8))
+    ]
+    config = config_of(tmp_path, loss_type="apo_zero_unpaired", precompute_ref_log_probs=True, max_steps=1)
+
+    def train():
+        settings = {"train_dataset": Dataset.from_list(rows), "processing_class": load_tokenizer(str(task / "base"))}
+        PackedKTOTrainer(model_of("llama"), args=config, check_first_batch=True, **settings).train()
+
+    train()
+    monkeypatch.setattr(attention, "by_trees", lambda *a: by_trees(*a[:3], Layout([(a[3].length, [])]), *a[4:]))
+    with pytest.raises(InputError, match="rounding in float32 explains .* KTO has no other forward pass"):
+        train()
 
 
 def kto(task, data, output, *more):
