@@ -38,7 +38,12 @@ LIMITS = {torch.bfloat16: Limits(0.12, 3.0), torch.float16: Limits(0.03, 0.5), t
 
 
 def check_batch(
-    model: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, dtype: torch.dtype, remedy: str
+    model: Callable[..., Any],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    dtype: torch.dtype,
+    remedy: str,
 ) -> None:
     """`check_packed` of a right-padded batch as TRL's collators make it, int64 (B, L) each.
 
@@ -47,9 +52,7 @@ def check_batch(
     """
     labels = input_ids.masked_fill(completion_mask == 0, -100)
     with torch.no_grad():
-        scores = model(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True
-        )
+        scores = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
     packed = [logps[row != -100] for logps, row in zip(scores.log_probs, labels[:, 1:], strict=True)]
     check_packed(model, sequences_of(input_ids, attention_mask, labels), packed, dtype, remedy)
 

@@ -99,8 +99,10 @@ def both(layout, device, heads, dtype, window=None, softcap=None, width=16):
     """Queries, keys and values, and the attention by blocks and by trees of a padded row; with gradients on a GPU alone."""
     torch.manual_seed(0)
     length = padded_length(layout.length)
-    # As models lay them out in memory
-    inputs = [torch.randn(1, length, count, width).to(device, dtype).transpose(1, 2) for count in (heads, 2, 2)]
+    inputs = []
+    for count in (heads, 2, 2):
+        projected = torch.randn(1, length, count * width).to(device, dtype)  # as models lay them out in memory
+        inputs.append(projected.view(1, length, count, width).transpose(1, 2))
     for states in inputs:
         states.requires_grad_(device.type == "cuda")
     blocks = by_blocks(*inputs, layout, width**-0.5, window, softcap)

@@ -272,7 +272,7 @@ def test_a_training_stops_at_a_first_batch_whose_packed_numbers_are_not_the_mode
         train(check=True)
     assert caplog.text.count("first batch: packed log-probabilities differ") == 1
     monkeypatch.setattr(attention, "by_trees", lambda *a: by_trees(*a[:3], Layout([(a[3].length, [])]), *a[4:]))
-    with pytest.raises(InputError, match="rounding in bfloat16 explains .*`--forward trl`"):
+    with pytest.raises(InputError, match=r"rounding in bfloat16 explains .*`--forward trl`"):
         train(check=True)
     train()  # on a CPU, where the packed attention is tested, nothing is compared
 

@@ -186,7 +186,7 @@ def test_a_training_stops_at_a_first_batch_whose_packed_numbers_are_not_the_mode
 
     train()
     monkeypatch.setattr(attention, "by_trees", lambda *a: by_trees(*a[:3], Layout([(a[3].length, [])]), *a[4:]))
-    with pytest.raises(InputError, match="rounding in float32 explains .* KTO has no other forward pass"):
+    with pytest.raises(InputError, match=r"rounding in float32 explains .* KTO has no other forward pass"):
         train()
 
 
