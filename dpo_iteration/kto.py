@@ -13,6 +13,7 @@ from trl import KTOConfig, KTOTrainer
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, share_prefixes
 from baton.training.reference import dataset_reference_logps
+from baton.training.sharding import KeepsFloat32
 
 log = logging.getLogger("baton")
 
@@ -93,7 +94,7 @@ def with_reference_logps(rows: Dataset, reference: str, config: KTOConfig, folde
     return rows.add_column("ref_logps", logps[:, 0]).add_column("ref_KL_logps", logps[:, 1])
 
 
-class PackedKTOTrainer(KTOTrainer):
+class PackedKTOTrainer(KeepsFloat32, KTOTrainer):
     """`trl.KTOTrainer` on rows that are already tokenised, packed without padding where the architecture allows it.
 
     Takes what `trl.KTOTrainer` takes, with `precompute_ref_log_probs`, and the rows of `with_reference_logps`.
