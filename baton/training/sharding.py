@@ -106,7 +106,7 @@ def spread_by_fsdp(load: Callable[[], PreTrainedModel], config: Any) -> PreTrain
 def keep_outputs(fsdp_plugin: Any) -> None:
     """Keep what models return in the dtype that they computed it in: Accelerate has FSDP round it to the half dtype.
 
-    A sum of log-probabilities loses whole nats by that.
+    Log-probabilities that are to be summed lose too much by that.
     """
     policy = fsdp_plugin.mixed_precision_policy
     if fsdp_plugin.fsdp_version == 2 and policy is not None:
@@ -163,7 +163,7 @@ def _environment(**variables: str) -> Iterator[None]:
 class KeepsFloat32:
     """A trainer whose batches keep the numbers that they come with, for a class before Transformers' Trainer.
 
-    Under DeepSpeed that one converts them to the weights' dtype: in bfloat16 the log-probabilities of the reference lose whole nats.
+    Under DeepSpeed that one converts them to the weights' dtype, and bfloat16 rounds a log-probability of -200 by half a nat.
     """
 
     def _prepare_input(self, data: Any) -> Any:

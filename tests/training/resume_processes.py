@@ -26,6 +26,7 @@ from baton.training.checkpoints import train
 from baton.training.config import log_training, trainer_config
 from dpo_iteration.trainer import PackedDPOTrainer
 
+
 class Steps(TrainerCallback):
     """Writes the steps down and ends the process in the middle."""
 
