@@ -198,7 +198,7 @@ def _score_missing(
 def _score_turns(
     model: nn.Module, pairs: Sequence[Pair], batches: Sequence[list[int]], missing: Sequence[int], ld_alpha: float | None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield number and summed log-probabilities of each of this process's share of the `missing` batches; then free the model."""
+    """Yield number and summed log-probabilities of this process's share of the `missing` batches; then free the model."""
     turns = list(_turns(missing, batches, *data_parallel(), in_step=sharding.is_sharded(model)))
     scored = _score(model, pairs, ((batches[turn.batch], turn.passes) for turn in turns), ld_alpha)
     for turn, logps in zip(turns, scored, strict=True):

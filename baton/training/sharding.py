@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState, init_empty_weights
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
@@ -76,16 +76,17 @@ def autocast(config: Any):
 def spread_by_fsdp(load: Callable[[], PreTrainedModel], config: Any) -> PreTrainedModel:
     """A model without gradients, spread over the processes and computing as Accelerate prepares a policy for FSDP.
 
-    Only the first process of a machine reads the weights, into RAM; the others get their shards from process 0.
+    Process 0 alone holds the weights, in RAM, and the others get their shards from it.
 
     Args:
         load: loads the model on the CPU.
         config: a TrainingArguments, for its precision, device and FSDP settings.
     """
     given = config.fsdp_plugin_args or {}
-    # Transformers' signs that all but the first process of a machine are to leave the weights on the meta device.
-    with _environment(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
+    first = PartialState().is_main_process
+    with nullcontext() if first else init_empty_weights(include_buffers=False):
         model = load().requires_grad_(False)
+    with _environment(FSDP_CPU_RAM_EFFICIENT_LOADING="true"):  # the plugin sets it, for what is loaded later
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
             state_dict_type="FULL_STATE_DICT",
@@ -98,7 +99,7 @@ def spread_by_fsdp(load: Callable[[], PreTrainedModel], config: Any) -> PreTrain
     # What `fsdp2_prepare_model` reads of an Accelerator. "no" leaves weights without gradients in the dtype they have.
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", device=config.device,
-        is_main_process=PartialState().is_main_process,
+        is_main_process=first,
     )  # fmt: skip
     return fsdp2_prepare_model(accelerator, model)
 

@@ -74,8 +74,10 @@ def fsdp(material: Path, folder: Path) -> dict:
         for bf16 in (False, True)
     )
 
-    def read(name: str):
-        return AutoModelForCausalLM.from_pretrained(material / name, dtype="float32")
+    def read(name: str, whole: bool = False):
+        model = AutoModelForCausalLM.from_pretrained(material / name, dtype="float32")
+        assert whole or all(weight.is_meta for weight in model.parameters()) == (program.rank() > 0)
+        return model
 
     def kept(key: str, name: str, config) -> list:
         load = partial(sharding.spread_by_fsdp, partial(read, name), config)
@@ -88,7 +90,7 @@ def fsdp(material: Path, folder: Path) -> dict:
         dtype = "bfloat16" if config.bf16 else "float32"
         found[f"{name} {dtype}"] = kept(f"{name} {dtype}", name, config)
     with torch.no_grad():
-        policy = read("model")
+        policy = read("model", whole=True)
         share_prefixes(policy)
         policy = prepared(policy, half=True)
         found["policy bfloat16"] = torch.stack([summed_logps(policy, rows, name) for name in COLUMNS], dim=1).tolist()
