@@ -81,6 +81,13 @@ def batch_split(settings: dict[str, Any]) -> dict[str, str]:
     return {"batch_split": f"{spelling(settings.get(name, BATCH_SPLIT[name]))} on each of {data_parallel().size} processes"}
 
 
+def batch_together(settings: dict[str, Any]) -> dict[str, int]:
+    """How many rows all processes compute at a time, as a setting that decides: for losses that average over those."""
+    name = "per_device_train_batch_size"
+    size = spelling(settings.get(name, BATCH_SPLIT[name]))
+    return {"batch_together": size * data_parallel().size if isinstance(size, int) else size}
+
+
 def global_batch(settings: dict[str, Any]) -> int:
     """Rows of one optimizer step over all processes. What is no number is left for the trainer's configuration to refuse."""
     size = data_parallel().size

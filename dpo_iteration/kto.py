@@ -12,8 +12,10 @@ from trl import KTOConfig, KTOTrainer
 
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, share_prefixes
+from baton.parallel import data_parallel
 from baton.training.checks import check_packing
 from baton.training.reference import dataset_reference_logps
+from baton.training.sharding import KeepsFloat32
 
 log = logging.getLogger("baton")
 
@@ -65,13 +67,14 @@ def in_training_order(rows: Dataset, config: KTOConfig, max_length: int) -> Iter
     """Yield rows (`prompt_ids`, `completion_ids`, `label`) in random order, with the `KL_completion_ids` that KTO needs.
 
     Random, since the trainer takes rows as they come, and most files have the responses to a prompt side by side. KTO
-    estimates its KL term from prompts with responses to other prompts: each row of a batch gets the response of the row
-    before it, the first that of the last, as in TRL. Where that answers the same prompt, it is the nearest row before that
-    does not, and where the whole batch answers one prompt, a row of the first batches. It is cut so that prompt and response
-    have at most `max_length` tokens. Raises InputError if all prompts are the same.
+    estimates its KL term from prompts with responses to other prompts, as one mean over what all processes compute at a time.
+    Each row of such a batch gets the response of the row before it, the first that of the last, as in TRL. Where that answers
+    the same prompt, it is the nearest row before that does not, and where the whole batch answers one prompt, a row of the
+    first batches. It is cut so that prompt and response have at most `max_length` tokens. Raises InputError if all prompts are
+    the same.
     """
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    size = config.per_device_train_batch_size
+    size = config.per_device_train_batch_size * data_parallel().size
     for start in range(0, len(order), size):
         columns = rows[order[start : start + size].tolist()]
         batch = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -94,7 +97,7 @@ def with_reference_logps(rows: Dataset, reference: str, config: KTOConfig, folde
     return rows.add_column("ref_logps", logps[:, 0]).add_column("ref_KL_logps", logps[:, 1])
 
 
-class PackedKTOTrainer(KTOTrainer):
+class PackedKTOTrainer(KeepsFloat32, KTOTrainer):
     """`trl.KTOTrainer` on rows that are already tokenised, packed without padding where the architecture allows it.
 
     Takes what `trl.KTOTrainer` takes, with `precompute_ref_log_probs`, and the rows of `with_reference_logps`.

@@ -193,7 +193,7 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
 
     Logs the memory that this takes, before anything is loaded.
     """
-    from baton.training.memory import check_memory, estimate, largest_batch, outline, sharding_of
+    from baton.training.memory import check_memory, estimate, estimate_reference, largest_batch, outline, sharding_of
     from baton.training.reference import dataset_reference_logps, load
     from dpo_iteration.trainer import PackedDPOTrainer
 
@@ -201,11 +201,12 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
     # With an adapter, TRL's own forward pass gets the reference by switching the adapter off.
     in_memory = not packed and not (adapter and reference == arguments.model_name_or_path)
+    outlined, in_4_bit = outline(arguments.model_name_or_path, adapter), quantization is not None
     needs = estimate(
-        outline(arguments.model_name_or_path, adapter), config, sharding_of(config), largest_batch(dataset, config, packed),
-        in_4_bit=quantization is not None, reference=in_memory,
-    )  # fmt: skip
-    check_memory(needs, config)
+        outlined, config, sharding_of(config), largest_batch(dataset, config, packed), in_4_bit=in_4_bit, reference=in_memory
+    )
+    first = estimate_reference(outlined, config, sharding_of(config), in_4_bit=in_4_bit) if packed else None
+    check_memory(needs, config, first)
     if packed:
         columns = ("chosen_ids", "rejected_ids")
         logps = dataset_reference_logps(dataset, columns, reference, config, folder, quantization)

@@ -27,7 +27,7 @@ from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
 from baton.sources import check_model_path, refuse_input, template_input
 from baton.stage import Stage
-from baton.task import batch_split
+from baton.task import batch_together
 from dpo_iteration.account import IN, Account
 from dpo_iteration.rows import Rows, log_rows
 
@@ -160,8 +160,8 @@ def main() -> None:
     output = Path(arguments.output_dir)
     examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
     refuse_input(examples_path, inputs, "--examples_path")
-    # KTO estimates its KL term within a process's batch.
-    stage = Stage.begin("kto", arguments, output, inputs, settings | batch_split(settings), config_class)
+    # KTO's KL term is a mean over the examples that all processes compute at a time.
+    stage = Stage.begin("kto", arguments, output, inputs, settings | batch_together(settings), config_class)
     if stage is None:
         return
     check_processes()

@@ -18,6 +18,7 @@ from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_p
 from baton.models.trees import distinct_tokens
 from baton.training.checks import check_packing
 from baton.training.metrics import LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
+from baton.training.sharding import KeepsFloat32
 from dpo_iteration.margin import check_margin, offset_term, with_margin
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
 
 
-class PackedDPOTrainer(DPOTrainer):
+class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
     """`trl.DPOTrainer` on packed rows of prefix-sharing trees.
 
     Takes what `trl.DPOTrainer` takes, and rows that are already tokenised: `prompt_ids`, `chosen_ids`,

@@ -52,10 +52,19 @@ def _become(words, env, output):
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv, sys.path[0] = words, str(Path(words[0]).parent.resolve())
+    without_compiled_exchange()
     try:
         runpy.run_path(words[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing's own end leaves them out
+
+
+def without_compiled_exchange():
+    """Keep DeepSpeed on a CPU from compiling for minutes what exchanges tensors between processes; Gloo does that as well."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def succeed(*words):

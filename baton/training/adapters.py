@@ -73,7 +73,7 @@ def merge_adapter(model: str, folder: Path, config: Any) -> None:
     from peft import PeftModel
     from trl.trainer.utils import create_model_from_path
 
-    from baton.training.reference import unsharded
+    from baton.training.sharding import unsharded
 
     with unsharded(config):
         base = create_model_from_path(model, **{**(config.model_init_kwargs or {}), "device_map": None})

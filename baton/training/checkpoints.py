@@ -15,6 +15,7 @@ from baton import program
 from baton.errors import InputError
 from baton.stage import Stage
 from baton.training.progress import ProgressLines
+from baton.training.sharding import keep_outputs
 
 log = logging.getLogger("baton")
 
@@ -29,6 +30,8 @@ def train(trainer: Any, stage: Stage) -> dict[str, float]:
 
     The checkpoints stay until `Stage.finish`, so that a death in what a program does before that costs no training.
     """
+    if trainer.is_fsdp_enabled:
+        keep_outputs(trainer.accelerator.state.fsdp_plugin)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines())
     checkpoint = last_whole_checkpoint(stage.partial_folder)

@@ -7,7 +7,7 @@ GPU's context, together often some GiB. So the estimate distinguishes a 20 GiB m
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from transformers.utils import strtobool
 
 from baton.errors import InputError
+from baton.models.forward import TOKENS_PER_ROW
 from baton.models.logps import CHUNK_BYTES
 from baton.parallel import data_parallel
 
@@ -118,9 +119,30 @@ def estimate(
     }
     needs = {name: spread(size, name, sharding) for name, size in whole.items()}
     if reference:
-        needs["reference"] = (frozen or trained) * loaded_weight_bytes(config)
+        needs["reference"] = reference_bytes(model, config, sharding)
     needs["activations"] = activations(model, config, tokens, computing_bytes(config)) + head_gradient_bytes(model, adapter)
     return offload(needs, sharding)
+
+
+def estimate_reference(model: nn.Module, config: Any, sharding: Sharding, *, in_4_bit: bool = False) -> dict[str, float]:
+    """As `estimate`, for the reference alone, which computes its log-probabilities before the policy is loaded.
+
+    `model` is the `outline` of the policy: the reference is taken to be of its size.
+    """
+    size = reference_bytes(model, config, sharding, in_4_bit)
+    text = model.config.get_text_config()
+    computed = TOKENS_PER_ROW * layer_elements(text) * computing_bytes(config)  # without gradients one layer's are kept
+    return offload({"weights": size, "activations": computed + head_bytes(config)}, replace(sharding, offload_optimizer=False))
+
+
+def reference_bytes(model: nn.Module, config: Any, sharding: Sharding, in_4_bit: bool = False) -> float:
+    """Bytes of one process's share of the reference, of as many weights as the policy has without its adapter."""
+    weights = count_weights(model, trained=False) or count_weights(model, trained=True)
+    if in_4_bit:
+        return frozen_bytes(model, weights, config, sharding, in_4_bit)
+    loaded_in_shards = sharding.deepspeed and sharding.stage == 3  # at once in the half dtype
+    size = computing_bytes(config) if loaded_in_shards else loaded_weight_bytes(config)
+    return spread(weights * size, "weights", sharding)
 
 
 def count_weights(model: nn.Module, *, trained: bool) -> int:
@@ -196,23 +218,39 @@ def activations(model: nn.Module, config: Any, tokens: int, element: int) -> flo
     """
     text = model.config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
-    layer = 10 * hidden + 4 * (getattr(text, "intermediate_size", None) or 4 * hidden)
+    layer = layer_elements(text)
     kept = layers * hidden + layer if config.activation_checkpointing else layers * layer
-    return tokens * kept * element + 3 * CHUNK_BYTES.get(config.device.type, CHUNK_BYTES["cuda"])
+    return tokens * kept * element + head_bytes(config)
 
 
-def check_memory(needs: dict[str, float], config: Any) -> None:
-    """Log an `estimate` as one line, and a warning where the device or the RAM has less than that."""
+def layer_elements(text: Any) -> int:
+    """Elements that one layer of a text model's configuration computes for a token: 10 hidden and 4 intermediate sizes."""
+    return 10 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+
+
+def head_bytes(config: Any) -> int:
+    """Bytes of the logits' copies at the head."""
+    return 3 * CHUNK_BYTES.get(config.device.type, CHUNK_BYTES["cuda"])
+
+
+def check_memory(needs: dict[str, float], config: Any, before: dict[str, float] | None = None) -> None:
+    """Log an `estimate` as one line, and a warning where the device or the RAM has less than that.
+
+    `before` is what is in memory before training and not while it trains: an `estimate_reference`. The larger one counts.
+    """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, which share its RAM
-    on_device = sum(size for name, size in needs.items() if name != "offloaded")
-    in_ram = needs["offloaded"] * processes
+    phases = [needs, before] if before else [needs]
+    on_device = max(sum(phase.values()) - phase["offloaded"] for phase in phases)
+    in_ram = max(phase["offloaded"] for phase in phases) * processes
     free_ram = psutil.virtual_memory().available
     if config.device.type == "cuda":
         free = torch.cuda.mem_get_info(config.device)[0]
         places = [(f"{config.device}", on_device, free), ("the machine's RAM", in_ram, free_ram)]
     else:
         places = [("the machine's RAM", on_device * processes + in_ram, free_ram)]
-    parts = " + ".join(f"{gib(size)} {name}" for name, size in needs.items() if size)
+    parts = ", or before that for the reference: ".join(
+        " + ".join(f"{gib(size)} {name}" for name, size in phase.items() if size) for phase in phases
+    )
     log.info("memory, estimated for each process: %s; free: %s", parts, ", ".join(f"{gib(f)} of {p}" for p, _, f in places))
     for place, wanted, free in places:
         if wanted > free:

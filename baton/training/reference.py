@@ -4,26 +4,23 @@ The file is named by a hash of everything that decides its numbers, so that late
 find it and another reference model, tokenizer or data set does not.
 """
 
+import gc
 import hashlib
 import logging
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import (
-    is_deepspeed_zero3_enabled,
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
 
 from baton import program
 from baton.fingerprint import fingerprint
@@ -33,28 +30,13 @@ from baton.models.trees import Tokens
 from baton.parallel import data_parallel, model_parallel_size
 from baton.partial import PartialRecords, part_files
 from baton.progress import Progress
+from baton.training import sharding
+from baton.training.memory import sharding_of
 
 log = logging.getLogger("baton")
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
-
-
-@contextmanager
-def unsharded(config: Any) -> Iterator[None]:
-    """Context in which a model that is not trained loads whole, and is taken to be whole, in a run under ZeRO-3 as well.
-
-    `config` is a TrainingArguments; while it is alive, Transformers shards every model that it loads.
-    """
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    sharding = getattr(config, "hf_deepspeed_config", None) or config.deepspeed_plugin.dschf
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(sharding)
 
 
 class DatasetPairs(Sequence[Pair]):
@@ -82,10 +64,10 @@ class DatasetPairs(Sequence[Pair]):
 
 
 def load(model: str, config: Any, quantization: Any = None) -> PreTrainedModel:
-    """A causal language model as TRL loads it, all of it on this process's device.
+    """A causal language model as TRL loads it, on this process's device: the whole of it, or under ZeRO-3 and FSDP its shards.
 
     Args:
-        config: a DPOConfig or KTOConfig, for its `model_init_kwargs` and device.
+        config: a DPOConfig or KTOConfig, for its `model_init_kwargs`, device and sharding.
         quantization: a BitsAndBytesConfig.
     """
     from trl.trainer.utils import create_model_from_path  # the rest of this file also runs where TRL is not installed
@@ -93,15 +75,24 @@ def load(model: str, config: Any, quantization: Any = None) -> PreTrainedModel:
     settings = dict(config.model_init_kwargs or {})
     if quantization is not None:
         settings["quantization_config"] = quantization
-    if config.device.type == "cuda":
+    if sharding_of(config).stage == 3:
+        settings["device_map"] = None
+    elif config.device.type == "cuda":
         settings["device_map"] = {"": config.device}  # TRL's default spreads a model over all GPUs
-    return create_model_from_path(model, **settings).to(config.device)
+    read = partial(create_model_from_path, model, **settings)
+    return sharding.spread_by_fsdp(read, config) if sharding.uses_fsdp(config) else read().to(config.device)
+
+
+def load_as_policy(model: str, config: Any, quantization: Any = None) -> nn.Module:
+    """`load`, so that under DeepSpeed as well its forward pass computes in the precision of the policy's."""
+    loaded = load(model, config, quantization)
+    return loaded if config.deepspeed_plugin is None else sharding.with_engine(loaded, config)
 
 
 def dataset_reference_logps(
     dataset: Any, responses: tuple[str, str], reference: str, config: Any, folder: Path, quantization: Any = None
 ) -> np.ndarray:
-    """`kept_reference_logps` of a tokenised data set under the model `reference`, in the precision of the training.
+    """`kept_reference_logps` of a tokenised data set under the model `reference`, computed as the policy's would be.
 
     Args:
         responses: the columns of the two responses of each row.
@@ -112,11 +103,12 @@ def dataset_reference_logps(
     # Process 0's key counts, and so it alone reads the whole model, or asks the hub, for its fingerprint.
     model = fingerprint(reference)["hash"] if program.rank() == 0 else ""
     precision = f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs} {quantization}"
-    dtype = torch.float16 if config.fp16 else torch.bfloat16
-    with unsharded(config), torch.autocast(config.device.type, dtype, enabled=config.bf16 or config.fp16):
+    if sharding.weights_are_cast(config):
+        precision += " weights cast"
+    with sharding.autocast(config):
         return kept_reference_logps(
             DatasetPairs(dataset, responses),
-            lambda: load(reference, config, quantization),
+            partial(load_as_policy, reference, config, quantization),
             folder,
             [model, precision],
             parts_in=Path(config.output_dir),
@@ -126,7 +118,7 @@ def dataset_reference_logps(
 
 def kept_reference_logps(
     pairs: Sequence[Pair],
-    load_reference: Callable[[], PreTrainedModel],
+    load_reference: Callable[[], nn.Module],
     folder: Path,
     key: Sequence[str],
     parts_in: Path | None = None,
@@ -140,7 +132,8 @@ def kept_reference_logps(
     do not depend on the number of processes, and so neither do the numbers.
 
     Args:
-        load_reference: called only where a batch is missing; the model on its device, the whole of it in each process.
+        load_reference: called in all processes where a batch is missing; the model on its device, whole or in shards, or
+            DeepSpeed's engine around it. It is freed afterwards.
         key: what else decides the numbers: the reference model's fingerprint, the dtype; process 0's counts.
         parts_in: the folder of the parts, which no other run may use at the same time; default: `folder`.
         tokens_per_row, ld_alpha: as for `reference_logps`.
@@ -169,7 +162,7 @@ def kept_reference_logps(
 def _score_missing(
     batches: Sequence[list[int]],
     pairs: Sequence[Pair],
-    load_reference: Callable[[], PreTrainedModel],
+    load_reference: Callable[[], nn.Module],
     parts: Path,
     ld_alpha: float | None,
 ) -> None:
@@ -182,19 +175,58 @@ def _score_missing(
     parts.parent.mkdir(parents=True, exist_ok=True)
     records = PartialRecords(parts, len(batches))
     state.wait_for_everyone()  # so that all see the same batches as missing before one of them is appended
-    mine = [number for number in range(len(batches)) if number not in records][share.rank :: share.size]
+    # Process 0's list counts, since sharded models need as many turns in each.
+    missing = broadcast_object_list([[number for number in range(len(batches)) if number not in records]])[0]
     if records.done:
         log.info("reference log-probabilities: %d of %d batches are done, going on", records.done, len(batches))
-    if mine:
-        progress = Progress(len(mine), "batches of reference log-probabilities")
-        scored = _score(load_reference(), pairs, (batches[number] for number in mine), ld_alpha)
-        for number, logps in zip(mine, scored, strict=True):
+    if missing:
+        scored = _score_turns(load_reference(), pairs, batches, missing, ld_alpha)
+        progress = Progress(len(missing[share.rank :: share.size]), "batches of reference log-probabilities")
+        for number, logps in scored:
             if writes:
                 records.append(number, {"logps": logps.astype("<f4").tobytes().hex()})
             progress.update()
         progress.close()
+        del scored
+        gc.collect()  # models refer to themselves
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     records.close()
     state.wait_for_everyone()
+
+
+def _score_turns(
+    model: nn.Module, pairs: Sequence[Pair], batches: Sequence[list[int]], missing: Sequence[int], ld_alpha: float | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield number and summed log-probabilities of this process's share of the `missing` batches; then free the model."""
+    turns = list(_turns(missing, batches, *data_parallel(), in_step=sharding.is_sharded(model)))
+    scored = _score(model, pairs, ((batches[turn.batch], turn.passes) for turn in turns), ld_alpha)
+    for turn, logps in zip(turns, scored, strict=True):
+        if turn.own:
+            yield turn.batch, logps
+    sharding.free(model)
+
+
+class Turn(NamedTuple):
+    """A batch that a process scores, by its number: its own, or another's, since all must run as many forward passes.
+
+    `passes` are those of the processes' largest batch, for models that take one sequence at a time.
+    """
+
+    batch: int
+    own: bool
+    passes: int
+
+
+def _turns(missing: Sequence[int], batches: Sequence[list[int]], rank: int, size: int, in_step: bool) -> Iterator[Turn]:
+    """Yield a process's share of the `missing` batches; with `in_step` as many turns in each of the `size` processes."""
+    for start in range(0, len(missing), size):
+        turn = missing[start : start + size]
+        passes = 2 * max(len(batches[number]) for number in turn) if in_step else 0
+        if rank < len(turn):
+            yield Turn(turn[rank], True, passes)
+        elif in_step:
+            yield Turn(turn[0], False, passes)
 
 
 def _assemble(batches: Sequence[list[int]], parts: Path, path: Path) -> None:
@@ -231,40 +263,60 @@ def reference_logps(
     """
     batches = list(_batches(pairs, tokens_per_row))
     logps = np.empty((len(pairs), 2), dtype=np.float32)
-    for members, scored in zip(batches, _score(model, pairs, batches, ld_alpha), strict=True):
+    for members, scored in zip(batches, _score(model, pairs, ((members, 0) for members in batches), ld_alpha), strict=True):
         logps[members] = scored
     return torch.from_numpy(logps).to(model.device)
 
 
 @torch.no_grad()
 def _score(
-    model: PreTrainedModel, pairs: Sequence[Pair], batches: Iterable[list[int]], ld_alpha: float | None
+    model: nn.Module, pairs: Sequence[Pair], batches: Iterable[tuple[list[int], int]], ld_alpha: float | None
 ) -> Iterator[np.ndarray]:
-    """Yield the summed log-probabilities of each batch of pairs, float32 (members, 2)."""
-    token_logps = _packed if obstacle(model) is None else _one_by_one
+    """Yield the summed log-probabilities of each batch of pairs, float32 (members, 2).
+
+    With each batch comes the least number of forward passes to run where each takes one sequence.
+    """
+    causal = getattr(model, "module", model)  # inside DeepSpeed's engine
+    token_logps = _packed if obstacle(causal) is None else _one_by_one
     training = model.training
     model.eval()
-    for members in batches:
+    for members, passes in batches:
         sequences = [(prompt, response) for prompt, *both in (pairs[i] for i in members) for response in both]
-        scored = token_logps(model, sequences)
+        scored = token_logps(model, causal, sequences, passes)
         sums = [_sums(chosen, rejected, ld_alpha) for chosen, rejected in zip(scored[::2], scored[1::2], strict=True)]
         yield torch.stack(sums).float().cpu().numpy()
     model.train(training)
 
 
-def _packed(model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[Tensor]:
-    with attention(model, NAME):
-        scores, slices = score(model, sequences, None)
+def _packed(model: nn.Module, causal: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]], passes: int) -> list[Tensor]:
+    """One forward pass in any case, since a batch is one row."""
+    with attention(causal, NAME), _forward(causal, partial(score, causal, sequences, None)):
+        scores, slices = model()
     return [scores.log_probs[part] for part in slices]
 
 
-def _one_by_one(model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[Tensor]:
+@contextmanager
+def _forward(model: nn.Module, function: Callable[[], Any]) -> Iterator[None]:
+    """Context in which a call of `model` is one of `function`, within the hooks that gather sharded weights."""
+    before = vars(model).get("forward")
+    model.forward = function
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def _one_by_one(
+    model: nn.Module, causal: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]], passes: int
+) -> list[Tensor]:
     logps = []
-    for prompt, response in sequences:
-        ids = torch.tensor([[*prompt, *response]], device=model.device)
+    for prompt, response in [*sequences, *[sequences[0]] * (passes - len(sequences))]:
+        ids = torch.tensor([[*prompt, *response]], device=causal.device)
         logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         logps.append(logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1))
-    return logps
+    return logps[: len(sequences)]
 
 
 def _sums(chosen: Tensor, rejected: Tensor, ld_alpha: float | None) -> Tensor:

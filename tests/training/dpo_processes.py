@@ -13,10 +13,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from datasets import Dataset
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
@@ -27,6 +29,7 @@ from baton.models import attention
 from baton.models.agreement import check_batch
 from baton.models.forward import share_prefixes
 from baton.models.trees import Layout
+from baton.training.sharding import keep_outputs
 from dpo_iteration.trainer import PackedDPOTrainer
 
 PAIRS_PER_STEP = 4
@@ -67,13 +70,10 @@ def sharded(model, rows: list[dict]) -> None:
     whole = copy.deepcopy(model)
     for each in (model, whole):
         share_prefixes(each, tokens_per_row=80)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-
-    summed_logps(model, rows[rank::processes]).backward()
+    model = prepared(model, half=False)
+    summed_logps(model, rows[rank::processes]).sum().backward()
     for share in range(processes):
-        summed_logps(whole, rows[share::processes]).backward()
+        summed_logps(whole, rows[share::processes]).sum().backward()
     for (name, parameter), (_, wanted) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
         gradient = parameter.grad.full_tensor()
         expected = wanted.grad / processes  # fully_shard averages over processes
@@ -85,10 +85,8 @@ def agreement(folder: Path, model, rows: list[dict]) -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     share_prefixes(model)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model.eval())
-    input_ids, attention_mask, labels = batch_of(rows[:3] if rank == 0 else rows[3:8])
+    model = prepared(model.eval(), half=False)
+    input_ids, attention_mask, labels = batch_of(rows[:3] if rank == 0 else rows[3:8], "chosen_ids")
 
     def check() -> None:
         check_batch(model, input_ids, attention_mask, (labels != -100).long(), torch.float32, "")
@@ -104,15 +102,16 @@ def agreement(folder: Path, model, rows: list[dict]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def summed_logps(model, rows: list[dict]) -> torch.Tensor:
-    input_ids, attention_mask, labels = batch_of(rows)
+def summed_logps(model, rows: list[dict], response: str = "chosen_ids") -> torch.Tensor:
+    """The summed log-probabilities of each row's response, (rows,), as TRL's trainers ask for them."""
+    input_ids, attention_mask, labels = batch_of(rows, response)
     scores = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
-    return scores.log_probs.sum()
+    return scores.log_probs.sum(dim=1)
 
 
-def batch_of(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels` of the chosen responses, int64 (rows, length)."""
-    sequences = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
+def batch_of(rows: list[dict], response: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels` of each row's response, int64 (rows, length)."""
+    sequences = [(row["prompt_ids"], row[response]) for row in rows]
     length = max(len(prompt) + len(response) for prompt, response in sequences)
     input_ids, attention_mask = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(2))
     labels = torch.full_like(input_ids, -100)
@@ -122,6 +121,21 @@ def batch_of(rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
         labels[i, len(prompt) : end] = torch.tensor(response)
         attention_mask[i, :end] = 1
     return input_ids, attention_mask, labels
+
+
+def prepared(model, half: bool):
+    """A policy as Trainer and Accelerate prepare it for FSDP on GPUs, which they turn into DDP on a CPU."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
+    )
+    if half:
+        plugin.set_mixed_precision("bf16")
+        keep_outputs(plugin)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16" if half else "no", device=torch.device("cpu"),
+        is_main_process=torch.distributed.get_rank() == 0,
+    )  # fmt: skip
+    return fsdp2_prepare_model(accelerator, model)
 
 
 def main() -> None:

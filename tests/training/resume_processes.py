@@ -26,12 +26,6 @@ from baton.training.checkpoints import train
 from baton.training.config import log_training, trainer_config
 from dpo_iteration.trainer import PackedDPOTrainer
 
-if os.environ.get("DS_ACCELERATOR") == "cpu":
-    import deepspeed.ops
-
-    # Without it DeepSpeed compiles for minutes what exchanges tensors between processes; Gloo does that as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
 
 class Steps(TrainerCallback):
     """Writes the steps down and ends the process in the middle."""

@@ -18,7 +18,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from baton.errors import InputError
 from baton.training.adapters import LoraArguments, adapter_config, check_lora
 from baton.training.memory import outline
-from baton.training.reference import reference_logps, unsharded
+from baton.training.reference import reference_logps
+from baton.training.sharding import unsharded
 from dpo_iteration import run_dpo
 from tests.programs import read_jsonl
 
@@ -170,7 +171,7 @@ def test_modules_that_the_model_does_not_have_are_refused_before_it_is_loaded(ta
         outline(str(task / "base"), adapter)
 
 
-def test_the_reference_is_not_sharded_in_a_run_under_zero_3(task, base):
+def test_a_model_that_is_merged_is_not_sharded_in_a_run_under_zero_3(task, base):
     launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in launched.items():
