@@ -131,7 +131,7 @@ def llama_8b(tmp_path_factory):
     ("config", "sharding", "wanted"),  # GB of weights, gradients, optimizer states of 8.03 billion weights
     [
         ({}, {}, (32.1, 32.1, 64.2)),
-        ({"model_init_kwargs": {"dtype": "bfloat16"}}, {}, (16.1, 16.1, 32.1)),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}, "bf16": True}, {}, (32.1, 32.1, 64.2)),
         ({"optim": "adamw_bnb_8bit"}, {}, (32.1, 32.1, 16.1)),
         ({"bf16": True}, {"processes": 8, "stage": 2, "deepspeed": True}, (16.1, 2.0, 12.0)),
         ({"bf16": True}, {"processes": 8, "stage": 3, "deepspeed": True}, (2.0, 2.0, 12.0)),
