@@ -90,8 +90,8 @@ def rounded_away(model: nn.Module, learning_rate: float) -> str:
         return ""
     dtype = str(trained[0].dtype).removeprefix("torch.")
     return (
-        f"{lost / weights:.0%} of the weights, which are {dtype} without a float32 copy, are too large to be moved by a step of "
-        "this learning rate: load them in float32. "
+        f"{lost / weights:.0%} of the weights, which are {dtype} without a float32 copy, are too large to be moved by a step "
+        "of this learning rate: load them in float32. "
     )
 
 
