@@ -1,4 +1,4 @@
-"""What is trained in float32 learns and starts at the reference; what is exported has the dtype that it should, and says its loss."""
+"""What is trained in float32 learns and starts at the reference, and is written in the dtype that it should have."""
 
 import json
 import logging
