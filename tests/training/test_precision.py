@@ -6,16 +6,17 @@ import math
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
+from baton.preferences import preference_records
+from baton.prompts import read_records
 from baton.stage import Stage
 from baton.training.adapters import LoraArguments, merge_adapter
 from baton.training.config import trainer_config
@@ -65,6 +66,18 @@ def margin(model, pairs, tokenizer=None):
     prompts, sides = [pair["prompt"] for pair in pairs], ("chosen", "rejected")
     chosen, rejected = (response_logps(model, prompts, [pair[side] for pair in pairs], tokenizer) for side in sides)
     return (chosen - rejected).mean().item()
+
+
+@torch.no_grad()
+def reward_margin(model, pairs, tokenizer):
+    """Mean reward of the chosen responses minus that of the rejected ones."""
+    tokenizer, margins = AutoTokenizer.from_pretrained(tokenizer), []
+    for pair in pairs:
+        conversations = [[*pair["prompt"], {"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")]
+        ids = [torch.tensor([tokenizer.apply_chat_template(turns, return_dict=False)]) for turns in conversations]
+        chosen, rejected = (model(each).logits.item() for each in ids)
+        margins.append(chosen - rejected)
+    return sum(margins) / len(margins)
 
 
 def first_loss(stderr):
@@ -139,8 +152,11 @@ def test_a_model_moves_with_the_precision_and_the_learning_rate_of_each_training
     trained = exports(name) / "float32"
     assert changed_share(bf16_base, trained) > 0.95
     if name == "rm":
-        held_out = json.loads(Path(f"{trained}.manifest.json").read_text())["held_out"]
-        assert held_out["mean_chosen_reward"] != held_out["mean_rejected_reward"]
+        model = AutoModelForSequenceClassification.from_pretrained(trained, dtype=torch.float32)
+        pairs = [pair for _, pair in preference_records(read_records(str(task / "data/rm_train.jsonl"), "train"))][:40]
+        after = reward_margin(model, pairs, trained)
+        model.load_state_dict(load_file(bf16_base / "model.safetensors"), strict=False)  # all but the new head
+        assert after > reward_margin(model, pairs, trained)
     elif name == "sft":
         records = read_jsonl(task / "data/sft.jsonl")[:20]
         prompts, responses = ([record[key] for record in records] for key in ("prompt", "response"))
