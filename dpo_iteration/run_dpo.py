@@ -154,7 +154,7 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     from dpo_iteration.margin import check_margin
 
     settings = settings | {"max_length": arguments.max_length, "seed": arguments.seed}
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
     check_training(arguments, config, sharding_of(config))
     check_margin(config, arguments.margin_scale)
     return config
@@ -254,10 +254,10 @@ def main() -> None:
     check_pairs(len(dataset), config)
     trainer = make_trainer(arguments, config, tokenizer, dataset, reference, pairs_path.parent)
     log_training(trainer)
-    metrics = train(trainer, stage)
+    metrics = train(trainer, stage, arguments.export_dtype)
     if program.rank() == 0:
         if arguments.merge_adapter:
-            merge_adapter(arguments.model_name_or_path, stage.partial_folder, config)
+            metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype)
         log.info("pairs: %s", in_words(account.counted))
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         stage.finish(**counts, pairs=account.facts, metrics=metrics, scratch=SCRATCH)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from baton import jsonl, program
-from baton.arguments import StageArguments, option, parse_with_rest
+from baton.arguments import option, parse_with_rest
 from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.launch.check import check_processes
@@ -28,13 +28,14 @@ from baton.prompts import read_records
 from baton.sources import check_model_path, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import batch_together
+from baton.training.arguments import TrainingProgramArguments
 from dpo_iteration.account import IN, Account
 from dpo_iteration.rows import Rows, log_rows
 
 log = logging.getLogger("baton")
 
 
-class Arguments(StageArguments):
+class Arguments(TrainingProgramArguments):
     """What this program adds to KTOConfig."""
 
     model_name_or_path: str = option(..., "the policy to start from", changes_result=False)
@@ -183,7 +184,7 @@ def main() -> None:
             log.warning("%s", advice)
     trainer = make_trainer(arguments, config, tokenizer, dataset, examples_path.parent)
     log_training(trainer)
-    metrics = train(trainer, stage)
+    metrics = train(trainer, stage, arguments.export_dtype)
     if program.rank() == 0:
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         examples = {"desirable": desirable, "undesirable": undesirable, **account.facts}

@@ -17,6 +17,7 @@ from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
 from baton.models.trees import distinct_tokens
 from baton.training.checks import check_packing
+from baton.training.config import train_in_float32
 from baton.training.metrics import LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 from baton.training.sharding import KeepsFloat32
 from dpo_iteration.margin import check_margin, offset_term, with_margin
@@ -72,6 +73,8 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
         if margin_scale and "margin" not in train_dataset.column_names:
             raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        if kwargs.get("quantization_config") is not None:
+            train_in_float32(self.model)  # TRL makes QLoRA's adapters bfloat16, and keeps no float32 copy of them
         if margin_scale:
             self.data_collator = with_margin(self.data_collator)
         self._replace_forward()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from baton import program
-from baton.arguments import StageArguments, option, parse_with_rest
+from baton.arguments import option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -24,13 +24,14 @@ from baton.preferences import preference_records
 from baton.prompts import read_records
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
+from baton.training.arguments import TrainingProgramArguments
 
 log = logging.getLogger("baton")
 
 POOR_ACCURACY = 0.6
 
 
-class Arguments(StageArguments):
+class Arguments(TrainingProgramArguments):
     """What this program adds to RewardConfig."""
 
     model_name_or_path: str = option(..., "the model to start from: a folder or a Hugging Face name", changes_result=False)
@@ -178,7 +179,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     log_training(trainer)
-    metrics = train(trainer, stage)
+    metrics = train(trainer, stage, arguments.export_dtype)
     log.info("evaluating on %d held-out pairs", len(held_out_rows))
     quality = held_out_metrics(trainer.evaluate())
     if program.rank() == 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from baton import program
-from baton.arguments import StageArguments, option, parse_with_rest
+from baton.arguments import option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch.check import check_processes
@@ -21,9 +21,10 @@ from baton.prompts import read_records
 from baton.records import Messages, as_messages, prompt_of
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
+from baton.training.arguments import TrainingProgramArguments
 
 
-class Arguments(StageArguments):
+class Arguments(TrainingProgramArguments):
     """What this program adds to SFTConfig."""
 
     model_name_or_path: str = option(..., "the model to start from: a folder or a Hugging Face name", changes_result=False)
@@ -116,7 +117,7 @@ def main() -> None:
     rows = rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")
     trainer = SFTTrainer(model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer)
     log_training(trainer)
-    metrics = train(trainer, stage)
+    metrics = train(trainer, stage, arguments.export_dtype)
     if program.rank() == 0:
         stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics, scratch=SCRATCH)
 

@@ -7,13 +7,16 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from baton.arguments import StageArguments, option
+from pydantic import model_validator
+
+from baton.arguments import option
 from baton.errors import InputError
+from baton.training.arguments import ExportDtype, TrainingProgramArguments
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-class LoraArguments(StageArguments):
+class LoraArguments(TrainingProgramArguments):
     """Arguments of a program that can train an adapter instead of the whole model."""
 
     use_peft: bool = option(False, "train a LoRA adapter; the model itself stays as it is and is the reference")
@@ -25,11 +28,24 @@ class LoraArguments(StageArguments):
     )
     load_in_4bit: bool = option(False, "QLoRA: the frozen model in 4 bits (NF4); needs a CUDA GPU and bitsandbytes")
     merge_adapter: bool = option(False, "write the model with the adapter merged in, a plain folder, not the adapter alone")
+    export_dtype: ExportDtype | None = option(
+        None,
+        "dtype of the finished model's weights: `checkpoint`, that of the model that training started from, or `float32`, "
+        "which keeps updates that bfloat16 rounds away and takes twice the disk; default: checkpoint, but float32 with "
+        "merge_adapter, since an adapter changes each weight so little that bfloat16 loses part of it; an adapter that is not "
+        "merged stays as it was trained",
+    )
+
+    @model_validator(mode="after")
+    def _keep_what_is_merged(self) -> "LoraArguments":
+        if self.export_dtype is None:
+            self.export_dtype = "float32" if self.merge_adapter else "checkpoint"
+        return self
 
 
 def check_lora(arguments: LoraArguments) -> None:
     """Raise InputError for a setting that would be ignored without `use_peft`, or a missing part of QLoRA."""
-    names = LoraArguments.model_fields.keys() - StageArguments.model_fields.keys() - {"use_peft"}
+    names = LoraArguments.model_fields.keys() - TrainingProgramArguments.model_fields.keys() - {"use_peft"}
     default = {name: field.default for name, field in LoraArguments.model_fields.items()}
     for name in sorted(names):
         if not arguments.use_peft and getattr(arguments, name) != default[name]:
@@ -64,20 +80,23 @@ def quantization_config(arguments: LoraArguments, config: Any) -> Any:
     return get_quantization_config(ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=dtype))
 
 
-def merge_adapter(model: str, folder: Path, config: Any) -> None:
+def merge_adapter(model: str, folder: Path, config: Any, dtype: ExportDtype) -> dict[str, float]:
     """Replace the adapter in `folder` by `model` with the adapter merged in, a plain Hugging Face folder.
 
-    The model is loaded on the CPU, in the dtype of `config.model_init_kwargs` and not in 4 bits: QLoRA's merged policy
-    differs from the trained one by the rounding to 4 bits. To be called by one process, when `folder` is complete.
+    The model is loaded on the CPU and merged in float32, and not in 4 bits: QLoRA's merged policy differs from the trained one
+    by the rounding to 4 bits. Returns what the rounding to `dtype` takes away of the update (`export.Rounding.facts`). To be
+    called by process 0, when `folder` is complete.
     """
     from peft import PeftModel
     from trl.trainer.utils import create_model_from_path
 
+    from baton.training.export import tensors_of, write_model
     from baton.training.sharding import unsharded
 
     with unsharded(config):
-        base = create_model_from_path(model, **{**(config.model_init_kwargs or {}), "device_map": None})
+        base = create_model_from_path(model, **{**(config.model_init_kwargs or {}), "device_map": None, "dtype": "float32"})
         merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
-        merged.save_pretrained(folder)
+        facts = write_model(merged, tensors_of(merged), folder, model, dtype)
     for name in ADAPTER_FILES:
         (folder / name).unlink()
+    return facts

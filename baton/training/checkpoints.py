@@ -14,6 +14,8 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from baton import program
 from baton.errors import InputError
 from baton.stage import Stage
+from baton.training.arguments import ExportDtype
+from baton.training.export import export
 from baton.training.progress import ProgressLines
 from baton.training.sharding import keep_outputs
 
@@ -25,8 +27,8 @@ SCRATCH = ("checkpoint-*", "rows", "training_args.bin")
 UNSHARDED, DEEPSPEED, ZERO_1_2, ZERO_3, FSDP = "no sharding", "DeepSpeed without ZeRO", "ZeRO-1 or ZeRO-2", "ZeRO-3", "FSDP"
 
 
-def train(trainer: Any, stage: Stage) -> dict[str, float]:
-    """Train from the last whole checkpoint, or from the start, and save the model; returns the training metrics.
+def train(trainer: Any, stage: Stage, export_dtype: ExportDtype = "checkpoint") -> dict[str, float]:
+    """Train from the last whole checkpoint, or from the start, and export the model; returns metrics of both.
 
     The checkpoints stay until `Stage.finish`, so that a death in what a program does before that costs no training.
     """
@@ -42,8 +44,7 @@ def train(trainer: Any, stage: Stage) -> dict[str, float]:
             # Transformers looks for the end after each step, so it would train one more where that is within an epoch.
             trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    trainer.save_model(str(stage.partial_folder))
-    return metrics
+    return metrics | export(trainer, stage.partial_folder, export_dtype)
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

@@ -25,10 +25,6 @@ def check_settings(config: Any, sharding: Sharding, lora: LoraArguments | None =
     check_launcher(config)
     check_amount(config)
     check_checkpoints(config)
-    adapter = lora is not None and lora.use_peft
-    half_weights = (config.model_init_kwargs or {}).get("dtype") == "float16"
-    if config.fp16 and half_weights and not adapter and not sharding.deepspeed:
-        raise InputError("`fp16` scales the gradients of float32 weights; leave `dtype: float16` out of `model_init_kwargs`")
     if lora is not None:
         check_adapter(lora, config, sharding)
 

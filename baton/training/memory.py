@@ -111,13 +111,15 @@ def estimate(
     """
     trained, frozen = count_weights(model, trained=True), count_weights(model, trained=False)
     adapter = frozen > 0
-    trained_size = trained_weight_bytes(config, sharding, adapter)
+    trained_size = trained_weight_bytes(config, sharding)
     whole = {
         "weights": trained * trained_size + frozen_bytes(model, frozen, config, sharding, in_4_bit),
         "gradients": trained * trained_size,  # of the same dtype as the weights
         "optimizer states": trained * state_bytes(config, sharding, trained_size),
     }
     needs = {name: spread(size, name, sharding) for name, size in whole.items()}
+    if not sharding.deepspeed and sharding.stage == 0 and computing_bytes(config) < trained_size:
+        needs["copies that autocast makes"] = trained * HALF_BYTES  # of every weight, until a forward pass ends
     if reference:
         needs["reference"] = reference_bytes(model, config, sharding)
     needs["activations"] = activations(model, config, tokens, computing_bytes(config)) + head_gradient_bytes(model, adapter)
@@ -141,7 +143,7 @@ def reference_bytes(model: nn.Module, config: Any, sharding: Sharding, in_4_bit:
     if in_4_bit:
         return frozen_bytes(model, weights, config, sharding, in_4_bit)
     loaded_in_shards = sharding.deepspeed and sharding.stage == 3  # at once in the half dtype
-    size = computing_bytes(config) if loaded_in_shards else loaded_weight_bytes(config)
+    size = computing_bytes(config) if loaded_in_shards else loaded_weight_bytes(model, config)
     return spread(weights * size, "weights", sharding)
 
 
@@ -150,29 +152,29 @@ def count_weights(model: nn.Module, *, trained: bool) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad is trained)
 
 
-def loaded_weight_bytes(config: Any) -> int:
-    """Bytes of a weight as it is loaded: float32 is TRL's default; `auto` is the file's dtype, mostly a half one."""
+def loaded_weight_bytes(model: nn.Module, config: Any) -> int:
+    """Bytes of a weight as it is loaded: float32 is TRL's default; `auto` is the dtype that the checkpoint names."""
     dtype = str((config.model_init_kwargs or {}).get("dtype"))
-    return HALF_BYTES if dtype in ("bfloat16", "float16", "auto") else FLOAT32_BYTES
+    named = str(model.config.dtype) if dtype == "auto" else dtype
+    return HALF_BYTES if named.removeprefix("torch.") in ("bfloat16", "float16") else FLOAT32_BYTES
 
 
 def computing_bytes(config: Any) -> int:
     """Bytes of a number that layers compute: autocast computes in half precision whatever the weights are."""
-    return HALF_BYTES if config.bf16 or config.fp16 else loaded_weight_bytes(config)
+    return HALF_BYTES if config.bf16 or config.fp16 else FLOAT32_BYTES
 
 
-def trained_weight_bytes(config: Any, sharding: Sharding, adapter: bool) -> int:
-    """Bytes of a weight that is trained, whole or of an adapter."""
-    if sharding.deepspeed:
-        return computing_bytes(config)  # DeepSpeed converts the model; its float32 copy counts as an optimizer state
-    if adapter or sharding.stage == 3:
-        return FLOAT32_BYTES  # PEFT keeps adapters in float32, and Accelerate converts what FSDP spreads to it
-    return loaded_weight_bytes(config)
+def trained_weight_bytes(config: Any, sharding: Sharding) -> int:
+    """Bytes of a weight that is trained, of the model or of an adapter: float32 (`config.loaded_dtype`).
+
+    DeepSpeed computes with weights of its own in half precision; its float32 copy counts as an optimizer state.
+    """
+    return computing_bytes(config) if sharding.deepspeed else FLOAT32_BYTES
 
 
 def frozen_bytes(model: nn.Module, frozen: int, config: Any, sharding: Sharding, in_4_bit: bool) -> float:
     """Bytes of the `frozen` weights under an adapter."""
-    size = computing_bytes(config) if sharding.deepspeed else loaded_weight_bytes(config)
+    size = computing_bytes(config) if sharding.deepspeed else loaded_weight_bytes(model, config)
     if not in_4_bit:
         return frozen * size
     lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -257,8 +259,7 @@ def check_memory(needs: dict[str, float], config: Any, before: dict[str, float] 
             log.warning(
                 "by this estimate training needs %s of %s, where %s are free. What takes less: a smaller "
                 "per_device_train_batch_size with more gradient_accumulation_steps; gradient_checkpointing; "
-                "model_init_kwargs: {dtype: bfloat16}; configs/zero2.yaml, zero3.yaml or fsdp.yaml on more GPUs; --use_peft, "
-                "with --load_in_4bit",
+                "configs/zero2.yaml, zero3.yaml or fsdp.yaml on more GPUs; --use_peft, with --load_in_4bit",
                 gib(wanted), place, gib(free),
             )  # fmt: skip
 

@@ -78,6 +78,23 @@ def kl_on_pairs(chosen_reward: float, rejected_reward: float, beta: float) -> fl
     return (chosen_reward + rejected_reward) / 2 / beta
 
 
+def rounded_away(model: nn.Module, learning_rate: float) -> str:
+    """A sentence where trained weights lose steps of this size to their dtype, since no float32 copy is kept; else nothing.
+
+    Adam moves a weight by about the learning rate in a step, and a number keeps a change of half its distance to the next.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() for p in trained)
+    lost = sum(int((p.detach().abs() * torch.finfo(p.dtype).eps / 4 > learning_rate).sum()) for p in trained)
+    if not weights or lost < weights / 2:
+        return ""
+    dtype = str(trained[0].dtype).removeprefix("torch.")
+    return (
+        f"{lost / weights:.0%} of the weights, which are {dtype} without a float32 copy, are too large to be moved by a step "
+        "of this learning rate: load them in float32. "
+    )
+
+
 class LineOfMetrics:
     """Counts what one process computes between two lines of the log, and turns it into that line's numbers.
 
@@ -154,11 +171,11 @@ class WarnOfTrouble(TrainerCallback):
         self.beta, self.starts_at_ln_2 = beta, starts_at_ln_2
         self.warned_of_fall = False
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs or "rewards/chosen" not in logs:
             return
         self._warn_of_falling(state, logs)
-        self._warn_of_ln_2(args, state, logs)
+        self._warn_of_ln_2(args, state, logs, model)
 
     def _warn_of_falling(self, state, logs: dict[str, float]) -> None:
         # Against the reference, since batches differ more in their responses than the policy changes.
@@ -176,17 +193,18 @@ class WarnOfTrouble(TrainerCallback):
             state.global_step, fall, fall / logs["lengths/chosen"], logs["rewards/margins"],
         )  # fmt: skip
 
-    def _warn_of_ln_2(self, args, state, logs: dict[str, float]) -> None:
+    def _warn_of_ln_2(self, args, state, logs: dict[str, float], model: nn.Module | None) -> None:
         if not self.starts_at_ln_2 or "loss" not in logs:
             return
         learning_begins = args.get_warmup_steps(state.max_steps) + max(state.max_steps // 10, 5)
         lines = [line["step"] for line in state.log_history if "rewards/chosen" in line]
         if not first_line_past(learning_begins, lines) or abs(logs["loss"] - math.log(2)) > NEAR_LN_2:
             return
+        rounded = "" if model is None or args.deepspeed_plugin is not None else rounded_away(model, args.learning_rate)
         log.warning(
-            "step %d: the loss is still %.4f, which is ln 2, as if the policy were the reference (accuracy %.2f). Check "
+            "step %d: the loss is still %.4f, which is ln 2, as if the policy were the reference (accuracy %.2f). %sCheck "
             "`learning_rate` (%g) and `beta` (%g: too small?); that the chat template and the tokenizer are those that the "
             "responses were made with (the pairs file beside the output shows the texts); and that chosen and rejected are not "
             "labelled by chance",
-            state.global_step, logs["loss"], logs["rewards/accuracies"], args.learning_rate, self.beta,
+            state.global_step, logs["loss"], logs["rewards/accuracies"], rounded, args.learning_rate, self.beta,
         )  # fmt: skip

@@ -3,7 +3,8 @@
     resume_processes.py FOLDER OUTPUT MICRO_BATCH ACCUMULATION [FIELD VALUE …]
 
 FOLDER holds `model/`, `tokenizer/` and `rows.json`; fields are those of DPOConfig, `packed` of PackedDPOTrainer, and
-`stop_after`, the step after which the process kills itself. Process R writes a line for each step to OUTPUT.steps-R: its
+`stop_after`, the step after which the process kills itself, or `die_in_export`, where it does when it has written some weights.
+Process R writes a line for each step to OUTPUT.steps-R: its
 number, its loss, its rows.
 """
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from baton import program
 from baton.stage import Stage
+from baton.training import export
 from baton.training.checkpoints import train
 from baton.training.config import log_training, trainer_config
 from dpo_iteration.trainer import PackedDPOTrainer
@@ -46,6 +48,8 @@ class Steps(TrainerCallback):
 def main() -> None:
     folder, output, micro_batch, accumulation = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
     fields = {name: yaml.safe_load(value) for name, value in zip(sys.argv[5::2], sys.argv[6::2], strict=True)}
+    if fields.pop("die_in_export", False):
+        export.SHARD_BYTES, export.Shards.close = 8000, lambda _: os.kill(os.getpid(), signal.SIGKILL)
     stop_after, packed = fields.pop("stop_after", None), fields.pop("packed", True)
     settings = {
         "per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation, "max_length": None,

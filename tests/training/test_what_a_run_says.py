@@ -131,7 +131,7 @@ def llama_8b(tmp_path_factory):
     ("config", "sharding", "wanted"),  # GB of weights, gradients, optimizer states of 8.03 billion weights
     [
         ({}, {}, (32.1, 32.1, 64.2)),
-        ({"model_init_kwargs": {"dtype": "bfloat16"}}, {}, (16.1, 16.1, 32.1)),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}, "bf16": True}, {}, (32.1, 32.1, 64.2)),
         ({"optim": "adamw_bnb_8bit"}, {}, (32.1, 32.1, 16.1)),
         ({"bf16": True}, {"processes": 8, "stage": 2, "deepspeed": True}, (16.1, 2.0, 12.0)),
         ({"bf16": True}, {"processes": 8, "stage": 3, "deepspeed": True}, (2.0, 2.0, 12.0)),
@@ -141,6 +141,13 @@ def llama_8b(tmp_path_factory):
 def test_an_8b_model_is_estimated_as_it_is_spread(config, sharding, wanted, llama_8b):
     needs = estimate(outline(llama_8b), config_of(**config), Sharding(**sharding), tokens=4096)
     assert [needs[name] / 1e9 for name in ("weights", "gradients", "optimizer states")] == pytest.approx(wanted, abs=0.06)
+
+
+def test_the_copies_that_autocast_makes_of_trained_weights_are_counted(llama_8b):
+    needs = estimate(outline(llama_8b), config_of(bf16=True), Sharding(), tokens=4096)
+    assert needs["copies that autocast makes"] / 1e9 == pytest.approx(16.1, abs=0.06)
+    frozen = estimate(outline(llama_8b, adapter_config(LoraArguments(use_peft=True))), config_of(bf16=True), Sharding(), 4096)
+    assert frozen["copies that autocast makes"] < 0.1e9
 
 
 def test_offloading_and_4_bits_take_memory_off_the_device(llama_8b):
@@ -248,6 +255,18 @@ def test_a_loss_that_stays_at_ln_2_past_the_warm_up_is_said_once(caplog):
     learns = [(step, {"loss": math.log(2) - step / 1000}) for step in range(5, 100, 5)]
     assert warnings_of(caplog, learns, warmup_steps=20) == []
     assert warnings_of(caplog, still, warmup_steps=20, starts_at_ln_2=False) == []
+
+
+@pytest.mark.parametrize(("dtype", "named"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_weights_that_a_step_cannot_move_are_named_beside_a_loss_that_stays_at_ln_2(dtype, named, tokenizer, tmp_path, caplog):
+    model = model_of("llama").to(dtype)
+    rows = random_pairs(8)
+    logps = reference_logps(copy.deepcopy(model), pairs_of(rows)).tolist()
+    rows = [{**row, "ref_chosen_logps": c, "ref_rejected_logps": r} for row, (c, r) in zip(rows, logps, strict=True)]
+    trainer_of(model, rows, tokenizer, tmp_path, logging_steps=1, max_steps=8, learning_rate=1e-9).train()
+    assert "the loss is still 0.69" in caplog.text
+    said = "of the weights, which are bfloat16 without a float32 copy, are too large to be moved by a step of this learning"
+    assert (said in caplog.text) == named
 
 
 @pytest.mark.parametrize("learning_rate", [0.0, 1e-2])
