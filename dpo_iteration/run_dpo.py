@@ -235,7 +235,7 @@ def main() -> None:
     stage = Stage.begin("dpo", arguments, output, inputs, settings | split_that_decides(settings), config_class)
     if stage is None:
         return
-    check_processes()
+    check_processes(settings.get("use_cpu"))
     chosen = Account()
     if program.rank() == 0:
         chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))

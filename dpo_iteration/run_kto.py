@@ -164,7 +164,7 @@ def main() -> None:
     stage = Stage.begin("kto", arguments, output, inputs, settings | batch_split(settings), config_class)
     if stage is None:
         return
-    check_processes()
+    check_processes(settings.get("use_cpu"))
     labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
 
     from baton.training.checkpoints import SCRATCH, train

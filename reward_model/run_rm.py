@@ -158,7 +158,7 @@ def main() -> None:
     stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class)
     if stage is None:
         return
-    check_processes()
+    check_processes(settings.get("use_cpu"))
     count = count_pairs(arguments)
 
     from trl import RewardTrainer

@@ -99,7 +99,7 @@ def main() -> None:
     stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class)
     if stage is None:
         return
-    check_processes()
+    check_processes(settings.get("use_cpu"))
     count = sum(1 for _ in demonstrations(arguments))
     if count == 0:
         raise InputError(f"{arguments.dataset_name_or_path}: holds no demonstrations")
