@@ -86,6 +86,7 @@ def test_records_are_assigned_so_that_processes_have_about_as_much_text(tmp_path
     responses = Responses(str(write(tmp_path / "in.jsonl", records)))
     scores = Scores(tmp_path / "out.jsonl", responses, ["a"])
     shares = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
     for process in range(4):
         monkeypatch.setenv("WORLD_SIZE", "4")
         monkeypatch.setenv("RANK", str(process))
