@@ -1,5 +1,6 @@
 """Rows made by several worker processes are those of one; nothing waits for them with a timeout, nothing outlives them."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def cores(monkeypatch):
 def pairs_of(task, count):
     """("where", pair) of the task's preferences; some have long prompts, equal responses, or a stranger's token ids."""
     for number, record in enumerate(read_jsonl(task / "data/rm_train.jsonl")[:count]):
-        pair = {"id": str(number), **record, "prompt": [{"role": "user", "content": record["prompt"]}]}
+        pair = {"id": str(number), **record}
         if number % 10 == 3:
             pair["prompt"] = [{"role": "user", "content": "It opens at sea. " * 40}]
         if number % 10 == 5:
@@ -47,37 +48,36 @@ def pairs_of(task, count):
 
 
 def test_rows_drops_and_counts_are_those_of_one_process_in_its_order(task, tokenizer, cores, caplog):
-    make, made = partial(rows_of_pairs, tokenizer, 40, 30), []
+    make, made = partial(rows_of_pairs, tokenizer, 100, 70), []
     for workers in (1, 2, 3):
         cores(workers)
         caplog.clear()
         drops, counted = Drops(), Counter()
         rows = list(tokenising.tokenised(make, pairs_of(task, 95), drops, counted))
         said = [record.getMessage() for record in caplog.records if "tokenising in" not in record.getMessage()]
-        made.append((rows, drops.counts, drops.names, dict(counted), said))
+        made.append((rows, drops.counts, drops.names, dict(counted), sorted(said)))
     assert len(made[0][0]) > 60 and len(made[0][1]) == 2 and sum("not this tokenizer's" in line for line in made[0][4]) == 1
     assert made[1] == made[2] == made[0]
 
 
 def test_the_first_bad_record_is_named_whoever_finds_it(task, tokenizer, cores):
     cores(2)
-    good = list(pairs_of(task, 60))
-    good[44] = ("pairs.jsonl:45", {**good[44][1], "prompt": [{"role": "user"}]})  # a worker finds this
-    reads = []
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = "{{ raise_exception('too dry') if messages[0].content == 'sand' }}" + tokenizer.chat_template
 
-    def records():
-        for where, pair in good:
-            reads.append(where)
-            if len(reads) == 48:  # and the reader this
-                raise InputError("pairs.jsonl:48: not JSON")
-            yield where, pair
+    def records(refused):
+        for where, pair in pairs_of(task, 47):
+            yield where, {**pair, "prompt": [{"role": "user", "content": "sand"}]} if where in refused else pair
+        raise InputError("pairs.jsonl:48: not JSON")  # the reader finds this
 
-    with pytest.raises(InputError, match=r"pairs\.jsonl:45: the chat template cannot take"):
-        list(tokenising.tokenised(partial(rows_of_pairs, tokenizer, 40, 30), records(), Drops(), Counter()))
-    good[44] = good[43]
-    reads.clear()
-    with pytest.raises(InputError, match=r"pairs\.jsonl:48: not JSON"):
-        list(tokenising.tokenised(partial(rows_of_pairs, tokenizer, 40, 30), records(), Drops(), Counter()))
+    make = partial(rows_of_pairs, refusing, 100, 70)
+    for refused, message in [
+        (("pairs.jsonl:30", "pairs.jsonl:45"), "pairs.jsonl:30: the chat template cannot take this conversation: too dry"),
+        (("pairs.jsonl:45",), "pairs.jsonl:45: the chat template cannot take this conversation: too dry"),
+        ((), "pairs.jsonl:48: not JSON"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            list(tokenising.tokenised(make, records(refused), Drops(), Counter()))
 
 
 def test_no_more_than_a_few_chunks_are_in_memory(task, tokenizer, cores):
