@@ -90,7 +90,8 @@ def test_no_more_than_a_few_chunks_are_in_memory(task, tokenizer, cores):
             read += 1
             yield where, {**pair, "rejected": "It sank."}
 
-    for written, _ in enumerate(tokenising.tokenised(partial(rows_of_pairs, tokenizer, 999, 999), records(), Drops(), Counter())):
+    rows = tokenising.tokenised(partial(rows_of_pairs, tokenizer, 999, 999), records(), Drops(), Counter())
+    for written, _ in enumerate(rows):
         assert read - written <= FEW + (2 * 2 + 2) * CHUNK
 
 
