@@ -43,7 +43,7 @@ class Arguments(StageArguments):
 
 def main() -> None:
     arguments = parse(Arguments, __doc__)
-    check_processes()
+    check_processes(on_cpu=arguments.device == "cpu")
     paths = models_by_name(arguments.models)
     check_output(arguments.output_dir)
     inputs = {

@@ -78,9 +78,9 @@ class Arguments(StageArguments):
 
 def main() -> None:
     arguments = parse(Arguments, __doc__)
-    check_processes()
     check_output(arguments.output_dir)
     wanted = scorers.wanted_scorers(arguments.scorer or [f"bt:{arguments.reward_name_or_path}"])
+    check_processes(on_cpu=arguments.device == "cpu" or not any(scorer.kind in scorers.KINDS_ON_GPU for scorer in wanted))
     weights = weights_of(wanted, arguments.weights)
     inputs: dict[str, str | Path] = {"dataset": arguments.dataset_name_or_path, **template_input(arguments.chat_template)}
     for scorer in wanted:

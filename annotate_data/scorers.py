@@ -26,7 +26,8 @@ from baton.program import log_what_runs, world_size
 from baton.servers.addresses import check_url
 from baton.sources import check_model_path, check_reward_model
 
-KINDS = ("bt", "vllm", "pair", "custom", "function", "http", "judge")
+KINDS_ON_GPU = ("bt", "vllm", "pair", "custom")
+KINDS = (*KINDS_ON_GPU, "function", "http", "judge")
 DEFAULT_RUBRIC = Path(__file__).with_name("rubric.txt")
 
 

@@ -3,10 +3,12 @@
 import ctypes
 import errno
 import importlib.metadata
+import json
 import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,22 +25,33 @@ PARENT = "BATON_PARENT"  # the pid of the launcher or script that it ends with
 FAILURE = "BATON_FAILURE"  # a file for the exit code and the message of the first of its processes that fails
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
+# A launcher of processes sets the first for each; torchelastic (torchrun, `accelerate launch` of several) the second too: the
+# file whose message stands at the very end of the output, in its report.
+LOCAL_RANK = "LOCAL_RANK"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+PATIENCE = 5.0  # seconds for the first process of a machine to say what another one could say as well
+
+INTERRUPTED = "interrupted; everything finished so far is kept, run the same command again to go on"
+
 
 def rank() -> int:
     """This process's number among those that a launcher started (0 without a launcher)."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if LOCAL_RANK in os.environ else 0
 
 
 def world_size() -> int:
     """How many processes a launcher started (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if LOCAL_RANK in os.environ else 1
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a stage's `main` and exit: 0 done, 2 bad input, 3 failures listed, 130 interrupted, 1 a bug.
 
-    A program that started others and saw one fail ends with the exit code of that one.
+    A program that started others and saw one fail ends with the exit code of that one. Of several processes of a machine one
+    alone says what is wrong.
     """
+    _leave_platform()
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
@@ -52,21 +65,69 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except (InputError, FailuresListed, UnitFailed) as error:
         code, message = error.exit_code, str(error)
-        log.error("%s", message)
     except KeyboardInterrupt:
-        log.error("interrupted; everything finished so far is kept, run the same command again to go on")
-        code = 130
+        code, message = 130, INTERRUPTED
     except Exception as error:
+        code, message = 1, traceback.format_exc().rstrip()
         if _disk_is_full(error):
             code, message = 2, f"{error}: what is written is whole; free some space and run the same command again"
-            log.error("%s", message)
-        else:
-            code, message = 1, traceback.format_exc()
-            sys.stderr.write(message)
     if message:
-        _tell_launcher(code, message)
+        _report(code, message)
     logging.shutdown()
     sys.exit(code)
+
+
+def _leave_platform() -> None:
+    """Drop what a platform says of its machines (RANK of a pod, for one) where no launcher has started this process.
+
+    Accelerate would otherwise take WORLD_SIZE, on a CPU, for the number of this program's processes.
+    """
+    if LOCAL_RANK not in os.environ:
+        for name in ("RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+
+
+def _report(code: int, message: str) -> None:
+    """Say why this process ends, unless another one of this machine says it.
+
+    torchelastic prints what is in the error file last, after all else. Where a message stood above its report, nobody would
+    see it there.
+    """
+    error_file = os.environ.get(ERROR_FILE) if LOCAL_RANK in os.environ else None
+    if error_file:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit(code))  # the launcher ends those that stay silent
+        if not _is_the_one_to_report(Path(error_file).parents[1] / "reported", interrupted=code == 130):
+            return
+    if error_file and code != 130:
+        failure = {"message": message, "timestamp": str(int(time.time()))}
+        Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
+    elif code == 1:
+        print(message, file=sys.stderr)
+    else:
+        log.error("%s", message)
+    if code != 130:
+        _tell_launcher(code, message)
+
+
+def _is_the_one_to_report(claim: Path, interrupted: bool) -> bool:
+    """Whether this process is the one of its machine that says why the program ends: the first process, if it does so soon.
+
+    `claim` is a file beside the error files of the launcher. It exists as soon as one process reports a failure. The launcher
+    then interrupts the others.
+    """
+    first = os.environ[LOCAL_RANK] == "0"
+    if interrupted:
+        return first and not claim.exists()
+    deadline = time.monotonic() + (0 if first else PATIENCE)
+    while not claim.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        time.sleep(PATIENCE)  # until the launcher ends this process
+        return False
+    return True
 
 
 def die_with_parent() -> None:

@@ -12,9 +12,9 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Progress:
-    """Counts finished items out of `total`; `note` adds a short text such as tokens a second."""
+    """Counts finished items out of `total`, None where it is not known; `note` adds a short text such as tokens a second."""
 
-    def __init__(self, total: int, unit: str, done: int = 0):
+    def __init__(self, total: int | None, unit: str, done: int = 0):
         self.total, self.unit, self.done, self.already = total, unit, done, done
         self.start = self.last_line = time.monotonic()
         self.bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr) if sys.stderr.isatty() else None
@@ -28,11 +28,11 @@ class Progress:
         elif now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
             rate = (self.done - self.already) / (now - self.start)
-            left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
+            left = tqdm.format_interval((self.total - self.done) / rate) if rate and self.total is not None else "?"
             log.info(
-                "%d of %d %s, %.1f %s/s, %s left %s",
+                "%d of %s %s, %.1f %s/s, %s left %s",
                 self.done,
-                self.total,
+                "?" if self.total is None else self.total,
                 self.unit,
                 rate,
                 self.unit,

@@ -93,6 +93,22 @@ class Rows:
         return response_token_ids(tokenizer, record["prompt"], record[side], stopped, where)
 
 
+def rows_of_pairs(
+    tokenizer: Any, max_length: int, max_prompt_length: int, pairs: Iterable[tuple[str, Record]], drops: Drops,
+    counted: Counter[str],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """`Rows.of_pairs`, as `baton.training.tokenising` calls it."""
+    return Rows(tokenizer, max_length, max_prompt_length, drops, counted).of_pairs(pairs)
+
+
+def rows_of_examples(
+    tokenizer: Any, max_length: int, max_prompt_length: int, examples: Iterable[tuple[str, Record]], drops: Drops,
+    counted: Counter[str],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """`Rows.of_examples`, as `baton.training.tokenising` calls it."""
+    return Rows(tokenizer, max_length, max_prompt_length, drops, counted).of_examples(examples)
+
+
 def log_rows(rows: Any, tokenizer: Any, drops: Drops, counted: Counter[str]) -> None:
     """Log what was kept, dropped and why, and show some rows with what is learnt marked: for the start of the log."""
     log.info("%d in, %d to train on, dropped: %s", counted[IN], len(rows), drops)

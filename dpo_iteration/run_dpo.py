@@ -12,6 +12,7 @@ reference policy's log-probabilities are computed once, before the policy is loa
 import copy
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from baton.task import batch_split
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, earlier_pairs, pairs_again, write_pairs
-from dpo_iteration.rows import Rows, log_rows
+from dpo_iteration.rows import log_rows, rows_of_pairs
 
 log = logging.getLogger("baton")
 
@@ -160,7 +161,7 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     return config
 
 
-def rows_of_pairs(
+def rows_of(
     arguments: Arguments, pairs_path: Path, earlier: list[Path], chosen: Account, tokenizer: Any, config: Any
 ) -> tuple[Any, Account]:
     """The token ids of the pairs in `pairs_path` and `earlier`, a dataset, and the account of `chosen` continued by them.
@@ -168,13 +169,15 @@ def rows_of_pairs(
     Raises InputError if no pair is left.
     """
     from baton.training.rows import rows_on_disk
+    from baton.training.tokenising import tokenised
 
     account = copy.deepcopy(chosen)
-    rows = Rows(tokenizer, arguments.max_length, arguments.max_prompt_length, account.drops, account.counted)
+    make = partial(rows_of_pairs, tokenizer, arguments.max_length, arguments.max_prompt_length)
 
     def token_ids():
         pairs = chain(jsonl.read(pairs_path), pairs_again(earlier, account.counted))
-        return at_least_one(rows.of_pairs(pairs), str(pairs_path), account.drops)
+        total = None if earlier else account.counted[IN] - account.drops.counts.total()
+        return at_least_one(tokenised(make, pairs, account.drops, account.counted, total), str(pairs_path), account.drops)
 
     return rows_on_disk(token_ids, config, "pairs"), account
 
@@ -236,7 +239,7 @@ def main() -> None:
     stage = Stage.begin("dpo", arguments, output, inputs, settings | split_that_decides(settings), config_class)
     if stage is None:
         return
-    check_processes()
+    check_processes(settings.get("use_cpu"))
     chosen = Account()
     if program.rank() == 0:
         chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))
@@ -247,7 +250,7 @@ def main() -> None:
 
     config = checked_config(arguments, settings, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    dataset, account = rows_of_pairs(arguments, pairs_path, earlier, chosen, tokenizer, config)
+    dataset, account = rows_of(arguments, pairs_path, earlier, chosen, tokenizer, config)
     if program.rank() == 0:
         log_rows(dataset, tokenizer, account.drops, account.counted)
         check_margins(account.counted[NO_MARGIN], arguments.margin_scale)

@@ -30,7 +30,7 @@ from baton.stage import Stage
 from baton.task import batch_together
 from baton.training.arguments import TrainingProgramArguments
 from dpo_iteration.account import IN, Account
-from dpo_iteration.rows import Rows, log_rows
+from dpo_iteration.rows import log_rows, rows_of_examples
 
 log = logging.getLogger("baton")
 
@@ -101,19 +101,21 @@ def write_examples(path: Path, arguments: Arguments) -> Account:
     return account
 
 
-def rows_of_examples(arguments: Arguments, path: Path, labelled: Account, tokenizer: Any, config: Any) -> tuple[Any, Account]:
+def rows_of(arguments: Arguments, path: Path, labelled: Account, tokenizer: Any, config: Any) -> tuple[Any, Account]:
     """The token ids of the examples in `path`, a dataset, and the account of `labelled` continued by them.
 
     Raises InputError if not both kinds are left.
     """
     from baton.training.rows import rows_on_disk
+    from baton.training.tokenising import tokenised
 
     account = copy.deepcopy(labelled)
-    rows = Rows(tokenizer, arguments.max_length, arguments.max_prompt_length, account.drops, account.counted)
+    make = partial(rows_of_examples, tokenizer, arguments.max_length, arguments.max_prompt_length)
 
     def token_ids():
         labels: Counter[bool] = Counter()
-        for row in rows.of_examples(jsonl.read(path)):
+        total = account.counted[IN] - account.drops.counts.total()
+        for row in tokenised(make, jsonl.read(path), account.drops, account.counted, total):
             labels[row["label"]] += 1
             yield row
         check_both_kinds(labels[True], labels[False], path, account.drops)
@@ -165,7 +167,7 @@ def main() -> None:
     stage = Stage.begin("kto", arguments, output, inputs, settings | batch_together(settings), config_class)
     if stage is None:
         return
-    check_processes()
+    check_processes(settings.get("use_cpu"))
     labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
 
     from baton.training.checkpoints import SCRATCH, train
@@ -174,7 +176,7 @@ def main() -> None:
 
     config = checked_config(arguments, settings, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    dataset, account = rows_of_examples(arguments, examples_path, labelled, tokenizer, config)
+    dataset, account = rows_of(arguments, examples_path, labelled, tokenizer, config)
     desirable = sum(dataset["label"])
     undesirable = len(dataset) - desirable
     if program.rank() == 0:

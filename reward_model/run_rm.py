@@ -9,7 +9,9 @@ chosen and rejected responses go into the manifest. Every field of TRL's RewardC
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
-from baton.models.templates import conversation_token_ids, load_tokenizer
+from baton.models.templates import load_tokenizer
 from baton.preferences import preference_records
 from baton.prompts import read_records
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
 from baton.training.arguments import TrainingProgramArguments
+from reward_model.rows import rows_of_preferences
 
 log = logging.getLogger("baton")
 
@@ -78,27 +81,14 @@ def _is_held_out(number: int, arguments: Arguments, count: int) -> bool:
     return number % every == every - 1
 
 
-def tokenised(
-    pairs: Iterable[tuple[str, Record]], tokenizer: Any, max_length: int, drops: Drops
-) -> Iterator[dict[str, list[int]]]:
-    """Yield a row `chosen_ids`, `rejected_ids` for each ("where", pair) that fits; `drops` gets the others."""
-    for where, record in pairs:
-        row = {}
-        for side in ("chosen", "rejected"):
-            conversation = [*record["prompt"], {"role": "assistant", "content": record[side]}]
-            row[f"{side}_ids"] = conversation_token_ids(tokenizer, conversation, where)
-        if max(map(len, row.values())) > max_length:
-            drops.add(f"longer than max_length {max_length} tokens", where)
-        else:
-            yield row
-
-
 def rows_of(pairs: Iterable[tuple[str, Record]], name: str, tokenizer: Any, config: Any) -> tuple[Any, Drops]:
     """The token ids of pairs, a dataset called `name`, and what was dropped: in process 0, which alone reads the pairs."""
     from baton.training.rows import rows_on_disk
+    from baton.training.tokenising import tokenised
 
     drops = Drops()
-    return rows_on_disk(lambda: tokenised(pairs, tokenizer, config.max_length, drops), config, name), drops
+    make = partial(rows_of_preferences, tokenizer, config.max_length)
+    return rows_on_disk(lambda: tokenised(make, pairs, drops, Counter()), config, name), drops
 
 
 def held_out_metrics(metrics: dict[str, float]) -> dict[str, float]:
@@ -159,7 +149,7 @@ def main() -> None:
     stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class)
     if stage is None:
         return
-    check_processes()
+    check_processes(settings.get("use_cpu"))
     count = count_pairs(arguments)
 
     from trl import RewardTrainer

@@ -7,7 +7,9 @@ A demonstration is {"prompt", "response"}, or {"messages"} ending with the assis
 up to its end-of-turn token, and nothing else is. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from baton.arguments import option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch.check import check_processes
-from baton.models.templates import load_tokenizer, response_pieces
+from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
 from baton.records import Messages, as_messages, prompt_of
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
 from baton.training.arguments import TrainingProgramArguments
+from sft.rows import rows_of_demonstrations
 
 
 class Arguments(TrainingProgramArguments):
@@ -62,15 +65,18 @@ def demonstrations(arguments: Arguments) -> Iterator[tuple[str, Messages]]:
         yield where, conversation_of(record, where, arguments.response_key)
 
 
-def tokenised(arguments: Arguments, tokenizer: Any, drops: Drops) -> Iterator[dict[str, list[int]]]:
-    """Yield a row `input_ids`, `labels` (-100 where nothing is learnt) for each demonstration that fits."""
-    for where, messages in demonstrations(arguments):
-        pieces = response_pieces(tokenizer, messages, where)
-        input_ids = [id_ for ids, _ in pieces for id_ in ids]
-        if len(input_ids) > arguments.max_length:
-            drops.add(f"longer than max_length {arguments.max_length} tokens", where)
-            continue
-        yield {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}
+def rows_of(arguments: Arguments, count: int, tokenizer: Any, config: Any) -> tuple[Any, Drops]:
+    """The token ids of the `count` demonstrations, a dataset, and what was dropped: in process 0, which alone tokenises."""
+    from baton.training.rows import rows_on_disk
+    from baton.training.tokenising import tokenised
+
+    drops = Drops()
+    make = partial(rows_of_demonstrations, tokenizer, arguments.max_length)
+
+    def token_ids():
+        return tokenised(make, demonstrations(arguments), drops, Counter(), count)
+
+    return rows_on_disk(token_ids, config, "demonstrations"), drops
 
 
 def config_class() -> type:
@@ -100,7 +106,7 @@ def main() -> None:
     stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class)
     if stage is None:
         return
-    check_processes()
+    check_processes(settings.get("use_cpu"))
     count = sum(1 for _ in demonstrations(arguments))
     if count == 0:
         raise InputError(f"{arguments.dataset_name_or_path}: holds no demonstrations")
@@ -109,12 +115,10 @@ def main() -> None:
 
     from baton.training.checkpoints import SCRATCH, train
     from baton.training.config import log_training
-    from baton.training.rows import rows_on_disk
 
     config = checked_config(arguments, settings, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    drops = Drops()
-    rows = rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")
+    rows, drops = rows_of(arguments, count, tokenizer, config)
     trainer = SFTTrainer(model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer)
     log_training(trainer)
     metrics = train(trainer, stage, arguments.export_dtype)

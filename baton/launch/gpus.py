@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def visible() -> list[str]:
@@ -12,8 +13,8 @@ def visible() -> list[str]:
         command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         try:
             listed = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        except OSError:
-            return []
+        except OSError:  # a container without it still has the devices, numbered from 0 for CUDA
+            return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
         return listed.stdout.split() if listed.returncode == 0 else []
     names = (name.strip() for name in named.split(","))
     return [name for name in names if name and not name.startswith("-")]  # -1 stands for none

@@ -49,7 +49,9 @@ def command_line(unit: Unit) -> list[str]:
         return [python, *unit.program]
     # On a CPU --multi_gpu stands for several processes, and a variable says that they use no GPU: see `variables`.
     kind = ["--config_file", unit.accelerate_config] if unit.gpus and unit.accelerate_config else ["--multi_gpu"]
-    return [python, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(unit.processes), *unit.program]
+    # Port 0 is any free one: the usual 29500 may belong to another run on this machine.
+    launcher = [python, "-m", "accelerate.commands.launch", *kind, "--main_process_port", "0"]
+    return [*launcher, "--num_processes", str(unit.processes), *unit.program]
 
 
 def refuse_secrets(name: str, words: Iterable[str]) -> None:

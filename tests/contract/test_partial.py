@@ -28,6 +28,7 @@ def test_any_order_on_any_number_of_processes_gives_the_input_order(records, dat
     order = data.draw(st.permutations(range(len(records))))
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as environment:
         output = Path(folder) / "out.jsonl"
+        environment.setenv("LOCAL_RANK", "0")
         for rank in range(ranks):
             environment.setenv("RANK", str(rank))
             partial = PartialRecords(output, len(records))

@@ -98,6 +98,7 @@ def test_what_decides_a_training_makes_another_task_and_every_difference_is_name
 
 def test_more_processes_with_a_smaller_batch_are_the_same_task(tmp_path, monkeypatch):
     assert finish(tmp_path / "out", {"per_device_train_batch_size": 8}, config_class=no_config)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert not finish(tmp_path / "out", {"per_device_train_batch_size": 2}, config_class=no_config)
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")  # 4 processes that are 2 copies of the model

@@ -23,6 +23,7 @@ from tests.inference.annotation_task import (
     run,
     write,
 )
+from tests.programs import ROOT, run_program
 
 REWARDS, LOGPS = "get_rewards.py", "get_logps.py"
 
@@ -86,6 +87,7 @@ def test_records_are_assigned_so_that_processes_have_about_as_much_text(tmp_path
     responses = Responses(str(write(tmp_path / "in.jsonl", records)))
     scores = Scores(tmp_path / "out.jsonl", responses, ["a"])
     shares = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
     for process in range(4):
         monkeypatch.setenv("WORLD_SIZE", "4")
         monkeypatch.setenv("RANK", str(process))
@@ -340,3 +342,55 @@ def test_a_reward_that_is_not_a_number_names_the_prompt(models, tmp_path):
         reward_name_or_path=tmp_path / "rm",
     )
     assert "prompt the-id: bt gave nan" in log
+
+
+def values_of(program, models, folder, records):
+    """The arguments of a scoring of `records`."""
+    given = {"models": [f"policy={models / 'lm'}"]} if program == LOGPS else {"reward_name_or_path": models / "rm"}
+    return {"dataset_name_or_path": write(folder / "in.jsonl", records), "output_dir": folder / "o.jsonl", **given}
+
+
+def said_by_two_processes(program, **values):
+    """All output of a program under a bare `accelerate launch` of two processes on the CPU, in which it must fail."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/ddp.yaml", "--num_processes", "2"]
+    words = [sys.executable, *launcher, *command(program, **values)[1:]]
+    variables = environment() | {"ACCELERATE_USE_CPU": "true"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, cwd=ROOT, env=variables, timeout=300, **output)
+    assert done.returncode != 0
+    assert done.stdout.count("Traceback") == 1 and "interrupted" not in done.stdout, done.stdout  # the launcher's own
+    return done.stdout
+
+
+@pytest.mark.parametrize("program", [REWARDS, LOGPS])
+def test_of_two_processes_one_names_a_bad_record_and_does_it_last(models, tmp_path, program):
+    output = said_by_two_processes(program, **values_of(program, models, tmp_path, [GOOD, {"prompt": "Hello"}]))
+    assert output.count("in.jsonl:2: ") == 1 and "in.jsonl:2: " in output.rstrip("=\n").splitlines()[-1], output
+
+
+def test_of_two_processes_one_says_what_its_model_lacks_and_does_it_last(models, tmp_path):
+    plain = shutil.copytree(models / "rm", tmp_path / "rm")
+    for file in plain.glob("chat_template*"):
+        file.unlink()
+    values = values_of(REWARDS, models, tmp_path, [GOOD, GOOD]) | {"reward_name_or_path": plain}
+    output, message = said_by_two_processes(REWARDS, **values), "give one as a Jinja file with --chat_template"
+    assert output.count(message) == 1 and message in output.rstrip("=\n").splitlines()[-1], output
+
+
+LAUNCHED = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0"}
+
+
+@pytest.mark.parametrize("program", [REWARDS, LOGPS])
+def test_more_processes_than_gpus_are_refused_before_anything_is_read(models, tmp_path, program):
+    words = command(program, **values_of(program, models, tmp_path, [{"prompt": "Hello"}]))[1:]
+    done = run_program(*words, env=environment() | LAUNCHED)
+    assert done.returncode == 2
+    assert "`num_processes`: 2 processes on this machine, but 1 GPUs" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_scorer_that_needs_no_gpu_may_have_more_processes_than_gpus(models, tmp_path):
+    values = {"dataset_name_or_path": write(tmp_path / "in.jsonl", [{"prompt": "Hello"}]), "output_dir": tmp_path / "o.jsonl"}
+    words = command(REWARDS, scorer="function:docs/examples/gsm8k_reward.py:gsm8k_reward", **values)[1:]
+    done = run_program(*words, env=environment() | LAUNCHED)
+    assert done.returncode == 2 and "in.jsonl:1: " in done.stderr and "num_processes" not in done.stderr

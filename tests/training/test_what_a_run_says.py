@@ -88,6 +88,7 @@ def test_fewer_pairs_than_a_batch_are_refused_where_they_would_be_repeated_or_dr
 
 def test_data_and_shards_are_divided_among_data_parallel_ranks_not_processes(monkeypatch):
     config = config_of(per_device_train_batch_size=1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
     assert sharding_of(config).processes == 4
