@@ -50,7 +50,7 @@ class Sampler:
             max_new_tokens=min(arguments.max_new_tokens, self.context - length if self.context else 1 << 30),
             pad_token_id=pad,
             eos_token_id=self.ends,
-            **({"stop_strings": arguments.stop, "tokenizer": self.tokenizer} if arguments.stop else {}),
+            stopping_criteria=[StopStrings(self.tokenizer, arguments.stop, length)] if arguments.stop else None,
             do_sample=arguments.temperature > 0,
             temperature=1.0,
             top_p=1.0,
@@ -110,6 +110,23 @@ def _warpers(arguments: Any) -> list[Any]:
     if arguments.top_p < 1:
         warpers.append(TopPLogitsWarper(arguments.top_p))
     return warpers
+
+
+class StopStrings:
+    """As a stopping criterion: whether a row's text holds a stop string by now, special tokens left out as in its response.
+
+    Transformers' own criterion reads special tokens too, so that it stops rows, and pads them, where no response ends.
+    """
+
+    def __init__(self, tokenizer: Any, stop: list[str], start: int):
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+        self.window = 4 * (1 + max(map(len, stop)))  # tokens that hold the latest stop string: a character is 4 bytes at most
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Takes ids (B, T); returns bool (B,)."""
+        latest = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+        texts = self.tokenizer.batch_decode(latest, skip_special_tokens=True)
+        return input_ids.new_tensor([any(stop in text for stop in self.stop) for text in texts]).bool()
 
 
 class SampledLogps:
