@@ -1,7 +1,7 @@
 """What a model says of token sequences: rewards, log-probabilities of responses, which of several tokens comes next.
 
-Each function computes one batch of sequences, lists of token ids, without gradients; `batching.batches` cuts batches, and
-`trees.pack` the rows of `packed_response_logps`. The last step is in float32 whatever the model's dtype: in bfloat16 it would make ties.
+Each function computes sequences, lists of token ids, without gradients: one batch as `batching.batches` cuts them, or packed
+rows, which it cuts itself. The last step is in float32 whatever the model's dtype: in bfloat16 it would make ties.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Log-probabilities that sampling keeps: of the distribution that was sampled, one a token, and the same tokens without them."""
+"""Log-probabilities that sampling keeps: one a token, of the distribution that was sampled; they change no token."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def generate(policy: Path, prompts: Path, output: Path, *flags: object):
 def sampled(request, policy, prompts, tmp_path_factory):
     """The backend, and the records of the same sampling without and with log-probabilities; stop strings cut some responses."""
     folder = tmp_path_factory.mktemp(request.param)
-    flags = ["--backend", request.param, "--temperature", TEMPERATURE, "--top_k", TOP_K, "--top_p", TOP_P, "--stop", "joy", "st"]
+    flags = ["--backend", request.param, "--temperature", TEMPERATURE, "--top_k", TOP_K, "--top_p", TOP_P, "--stop", "joy", "a"]
     without = generate(policy, prompts, folder / "without", *flags)
     return without, generate(policy, prompts, folder / "with", *flags, "--response_logps")
 

@@ -45,8 +45,8 @@ def test_response_logps_are_those_of_each_sequence_alone(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_response_logps_are_those_of_each_sequence_alone_and_read_each_prompt_once_a_row(family, tokens_per_row):
     model = model_of(family)
-    prompt = SEQUENCES[0]
-    sequences = [(prompt, SEQUENCES[1]), (SEQUENCES[3], SEQUENCES[0]), (prompt, SEQUENCES[3]), (prompt, []), (prompt, SEQUENCES[1])]
+    prompt, short, _, long, _ = SEQUENCES
+    sequences = [(prompt, short), (long, prompt), (prompt, long), (prompt, []), (prompt, short)]
     read = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
     with attention(model, NAME):
