@@ -72,14 +72,13 @@ def _sampling(service: Service, task: Task, arguments: GenerationArguments) -> d
 async def check_logps(service: Service, arguments: GenerationArguments) -> None:
     """Raise InputError if a server gives log-probabilities of another distribution than the one that is sampled.
 
-    vLLM gives those of the model unless it is told otherwise. With top-k 1, the second of the processed ones is minus infinity,
-    which the API shows as -9999.
+    vLLM gives those of the model unless it is told otherwise. Where a single token is allowed, it is sampled with probability 1.
     """
     if not arguments.response_logps or service.engine != "vllm" or not changes(arguments.model_dump()):
         return
-    body = {"model": service.model, "prompt": [0], "max_tokens": 1, "temperature": 1.0, "top_k": 1, "logprobs": 2}
+    body = {"model": service.model, "prompt": [0], "max_tokens": 1, "allowed_token_ids": [0], "logprobs": 0}
     for url, answer in (await service.servers.post_to_each("completions", body)).items():
-        if min(answer["choices"][0]["logprobs"]["top_logprobs"][0].values()) > -9999:
+        if answer["choices"][0]["logprobs"]["token_logprobs"][0] < 0:
             raise InputError(
                 f"{url}: gives the log-probabilities of the model, and not those of {words(changes(arguments.model_dump()))}; "
                 "for --response_logps start it with `register_server.sh MODEL -- --logprobs-mode processed_logprobs`"

@@ -114,6 +114,8 @@ def start(arguments: Any, already_done: int) -> Sampler:
     Shards, and a run that goes on after a death with `already_done` prompts, draw other random numbers. Raises
     InputError where there are fewer devices than `tensor_parallel_size`, or where vLLM refuses the settings.
     """
+    if runs_on_cpu() and arguments.enforce_eager is not False:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else log-probabilities alone would compile, which needs a compiler
     from vllm import LLM
     from vllm.platforms import current_platform
 

@@ -103,7 +103,9 @@ def _warpers(arguments: Any) -> list[Any]:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[Any] = []
-    if arguments.temperature not in (0, 1):
+    if arguments.temperature == 0:
+        return warpers
+    if arguments.temperature != 1:
         warpers.append(TemperatureLogitsWarper(arguments.temperature))
     if arguments.top_k > 0:
         warpers.append(TopKLogitsWarper(arguments.top_k))
