@@ -72,7 +72,8 @@ def _sampling(service: Service, task: Task, arguments: GenerationArguments) -> d
 async def check_logps(service: Service, arguments: GenerationArguments) -> None:
     """Raise InputError if a server gives log-probabilities of another distribution than the one that is sampled.
 
-    vLLM gives those of the model unless it is told otherwise. Where a single token is allowed, it is sampled with probability 1.
+    vLLM gives those of the model unless it is told otherwise. Where one token alone is allowed, it is sampled with probability
+    1, whatever the model says of it.
     """
     if not arguments.response_logps or service.engine != "vllm" or not changes(arguments.model_dump()):
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from report.kl import history, obstacle
 from tests.inference.tiny_policy import make_tiny_policy
 from tests.programs import read_jsonl, run_program, succeed, write_jsonl
 
@@ -92,15 +93,25 @@ def test_get_logps_scores_the_same_tokens_and_sampling_resumed_and_merged_keeps_
     succeed("generation/merge_data.py", "--base_path", tmp_path / "again", "--num_datasets", 1, "--output_dir", merged)
     again = read_jsonl(merged)
     assert (again[1], again[4]) == (whole[1], whole[4])
-    models = ["--models", f"policy={policy}"]
-    succeed("annotate_data/get_logps.py", "--dataset_name_or_path", merged, "--output_dir", tmp_path / "l.jsonl", *models,
-            "--dtype", "float32")  # fmt: skip
     reasons = set()
-    for record, before in zip(read_jsonl(tmp_path / "l.jsonl"), again, strict=True):
+    for record, before in zip(score(policy, merged, tmp_path / "scored.jsonl"), again, strict=True):
         assert record["response_logps"] == before["response_logps"]
         assert record["logps_by"]["policy"] == pytest.approx([math.fsum(logps) for logps in record["response_logps"]], abs=2e-3)
         reasons |= set(record["finish_reasons"])
     assert reasons == {"stop", "length"}  # the end token counts where it was sampled
+    assert [manifest["stage"] for manifest in history(tmp_path / "scored.jsonl")] == ["logps", "merge", "generate"]
+    assert obstacle(list(history(tmp_path / "scored.jsonl")), by_sampler=True) is None
+
+    again[2]["response_token_ids"][1] = [5] * len(again[2]["response_token_ids"][1])  # as of another tokenizer
+    score(policy, write_jsonl(merged, again), tmp_path / "other.jsonl")
+    assert "tokenised 1 responses again" in obstacle(list(history(tmp_path / "other.jsonl")), by_sampler=True)
+
+
+def score(policy: Path, source: Path, output: Path) -> list[dict]:
+    """The records with the policy's log-probabilities as get_logps.py computes them."""
+    words = ["annotate_data/get_logps.py", "--dataset_name_or_path", source, "--output_dir", output, "--dtype", "float32"]
+    succeed(*words, "--models", f"policy={policy}")
+    return read_jsonl(output)
 
 
 def test_sampling_from_generated_records_keeps_nothing_of_their_responses(policy, tmp_path):
