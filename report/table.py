@@ -1,5 +1,6 @@
 """The report on the terminal: rounds, stages, and what the model says, which is untrusted text."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,6 @@ def _table(title: str, **options: Any) -> Table:
 
 
 def _cell(form: str, value: Any) -> Text:
-    """A number, or the numbers of a list, as plain text; a dash for None."""
+    """A number, or the numbers of a list, as plain text; a dash for None, and no sign before a zero."""
     values = value if isinstance(value, list) else [value]
-    return Text("–" if value is None else form.format(*values))
+    return Text("–" if value is None else re.sub(r"-(0\.0+)\b", r"\1", form.format(*values)))
