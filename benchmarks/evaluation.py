@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--K", type=int, default=4)
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--max_model_len", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=1, help="how often each side runs; medians are shown")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -40,7 +41,7 @@ def main() -> None:
         prompts, generated = folder / "prompts.jsonl", folder / "gen0.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": record["prompt"]}) + "\n" for record in records))
         sample = ["generation/get_hf2.py", "--model_name_or_path", args.model, "--dataset_name_or_path", prompts]
-        sample += ["--K", args.K, "--max_new_tokens", args.max_new_tokens, "--max_model_len", 2048]
+        sample += ["--K", args.K, "--max_new_tokens", args.max_new_tokens, "--max_model_len", args.max_model_len]
         sample += ["--output_dir", folder / "gen"]
         score = ["annotate_data/get_logps.py", "--dataset_name_or_path", generated, "--output_dir", folder / "logps.jsonl"]
         sides = {
