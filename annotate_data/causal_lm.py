@@ -7,8 +7,10 @@ import torch
 from annotate_data.work import Score, Task
 from baton.jsonl import Record
 from baton.models import loading
+from baton.models.attention import NAME
 from baton.models.batching import batches, windows
-from baton.models.scoring import response_logps
+from baton.models.forward import obstacle
+from baton.models.scoring import packed_response_logps, response_logps
 from baton.models.templates import decodes_to, load_tokenizer, prompt_token_ids, response_token_ids
 
 # Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
@@ -33,24 +35,34 @@ class CausalLM:
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
         self.least_filled = loading.LEAST_FILLED[device.type]
+        self.packs = obstacle(self.model) is None
+        if self.packs:
+            self.model.config._attn_implementation = NAME
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for window in windows((task, index) for task in tasks for index in task.missing):
-            kept, sequences, prompts, notes = [], [], [], []
+            kept, sequences = [], []
             for task, index in window:
                 prompt = prompt_token_ids(self.tokenizer, task.prompt, task.where)
                 response, note = self.response(task, index)
                 if len(prompt) + len(response) > self.max_length:
                     yield Score(task, index, None, TOO_LONG)
                     continue
-                kept.append((task, index))
-                sequences.append(prompt + response)
-                prompts.append(len(prompt))
-                notes.append(note)
-            for batch in batches([len(ids) for ids in sequences], self.tokens_per_batch, self.least_filled):
-                logps = response_logps(self.model, [sequences[i] for i in batch], [prompts[i] for i in batch])
-                for i, logp in zip(batch, logps, strict=True):
-                    yield Score(*kept[i], logp, notes[i])
+                kept.append((task, index, note))
+                sequences.append((prompt, response))
+            for i, logp in self.logps(sequences):
+                task, index, note = kept[i]
+                yield Score(task, index, logp, note)
+
+    def logps(self, sequences: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
+        """Yield (index, log-probability) of each (prompt, response), in any order; prompts are shared where the model can."""
+        if self.packs:
+            yield from packed_response_logps(self.model, sequences, self.tokens_per_batch)
+            return
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+        for batch in batches(lengths, self.tokens_per_batch, self.least_filled):
+            whole, prompts = [[*sequences[i][0], *sequences[i][1]] for i in batch], [len(sequences[i][0]) for i in batch]
+            yield from zip(batch, response_logps(self.model, whole, prompts), strict=True)
 
     def response(self, task: Task, index: int) -> tuple[list[int], str | None]:
         """The token ids of one response, with a note where they are not those that were sampled."""

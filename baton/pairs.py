@@ -24,7 +24,15 @@ from baton.records import check_finite, check_token_ids, prompt_of, rewards_of
 ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p"]
 
 # What holds one entry for each response, and so says nothing about a pair; every other key passes through.
-PER_RESPONSE_KEYS = ("responses", "response_token_ids", "finish_reasons", "rewards", "rewards_by", "logps_by")
+PER_RESPONSE_KEYS = (
+    "responses",
+    "response_token_ids",
+    "finish_reasons",
+    "response_logps",
+    "rewards",
+    "rewards_by",
+    "logps_by",
+)
 
 IDENTICAL = "identical responses"
 TIE = "tied rewards"

@@ -1,7 +1,7 @@
 """The records that stages hand each other, and the checks that each field must pass.
 
 prompt      id, prompt: list of {"role", "content"}
-generated   + responses, response_token_ids, finish_reasons: K of each
+generated   + responses, response_token_ids, finish_reasons: K of each; response_logps: K lists
 annotated   + rewards: K floats; rewards_by: {scorer: K floats}
 pair        id, prompt, chosen, rejected, their token ids and finish reasons, chosen_reward, rejected_reward,
 margin
@@ -63,18 +63,20 @@ def prompt_id(hash_: int, ordinal: int) -> str:
 def responses_of(record: Record, where: str) -> list[str]:
     """The K responses of a generated record.
 
-    Raises InputError if they are missing, empty or not strings, or if what stands beside them is not K lists of token ids or K
-    finish reasons.
+    Raises InputError if they are missing, empty or not strings, or if what stands beside them is not K lists of token ids, K
+    finish reasons, or K lists of a log-probability for each token id.
     """
     responses = record.get("responses")
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
         raise InputError(f"{where}: `responses` must be a list of at least one string, got {_short(responses)}")
-    for name in ("response_token_ids", "finish_reasons"):
+    for name in ("response_token_ids", "finish_reasons", "response_logps"):
         values = record.get(name)
         if values is not None and (not isinstance(values, list) or len(values) != len(responses)):
             raise InputError(f"{where}: `{name}` must hold one entry for each of the {len(responses)} responses")
     for ids in record.get("response_token_ids") or ():
         check_token_ids(ids, where, "response_token_ids")
+    if record.get("response_logps") is not None:
+        _check_logps(record, where)
     return responses
 
 
@@ -106,6 +108,25 @@ def check_token_ids(value: object, where: str, field: str) -> None:
     except (TypeError, OverflowError):
         pass
     raise InputError(f"{where}: `{field}` must be a list of token ids, integers from 0 on, or be absent; got {_short(value)}")
+
+
+def _check_logps(record: Record, where: str) -> None:
+    """Raise InputError unless each of `response_logps` holds a finite number for each of its response's token ids."""
+    if record.get("response_token_ids") is None:
+        raise InputError(f"{where}: `response_logps` belong to `response_token_ids`, which the record does not have")
+    for number, (logps, ids) in enumerate(zip(record["response_logps"], record["response_token_ids"], strict=True), 1):
+        if not isinstance(logps, list) or len(logps) != len(ids):
+            raise InputError(
+                f"{where}: `response_logps` of response {number} must be a list of {len(ids)} numbers, one for each of its "
+                f"token ids; got {_short(logps)}"
+            )
+        try:
+            array("d", logps)
+            finite = all(map(math.isfinite, logps))
+        except (TypeError, OverflowError):
+            finite = False
+        if not finite:
+            raise InputError(f"{where}: `response_logps` of response {number} must hold finite numbers, got {_short(logps)}")
 
 
 def _short(value: object) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.errors import InputError
+from baton.sampling import changes, words
 from baton.servers.pool import Refused, Servers, Transient
 from generation.arguments import GenerationArguments
 from generation.sampling import Completion, Task, prompt_seed
@@ -38,7 +39,7 @@ async def ask(service: Service, task: Task, arguments: GenerationArguments) -> l
     else:
         path, prompt = "chat/completions", {"messages": task.record["prompt"]}
     answer = await service.servers.post(path, {**prompt, **_sampling(service, task, arguments)})
-    return _completions(answer, arguments.K)
+    return _completions(answer, arguments.K, arguments.response_logps)
 
 
 def _sampling(service: Service, task: Task, arguments: GenerationArguments) -> dict[str, Any]:
@@ -61,22 +62,51 @@ def _sampling(service: Service, task: Task, arguments: GenerationArguments) -> d
             body["max_tokens"] = min(arguments.max_new_tokens, service.context - len(task.token_ids))
         if arguments.eos_ids:
             body["stop_token_ids"] = arguments.eos_ids
-    elif arguments.top_k > 0 or arguments.eos_ids:
-        raise InputError("--top_k and --eos_ids are vLLM's own; these servers are not vLLM")
+        if arguments.response_logps:
+            body["logprobs"] = 0 if task.token_ids else True  # of no token but the sampled one
+    elif arguments.top_k > 0 or arguments.eos_ids or arguments.response_logps:
+        raise InputError("--top_k, --eos_ids and --response_logps are vLLM's own; these servers are not vLLM")
     return body
 
 
-def _completions(answer: dict[str, Any], count: int) -> list[Completion]:
+async def check_logps(service: Service, arguments: GenerationArguments) -> None:
+    """Raise InputError if a server gives log-probabilities of another distribution than the one that is sampled.
+
+    vLLM gives those of the model unless it is told otherwise. Where one token alone is allowed, it is sampled with probability
+    1, whatever the model says of it.
+    """
+    if not arguments.response_logps or service.engine != "vllm" or not changes(arguments.model_dump()):
+        return
+    body = {"model": service.model, "prompt": [0], "max_tokens": 1, "allowed_token_ids": [0], "logprobs": 0}
+    for url, answer in (await service.servers.post_to_each("completions", body)).items():
+        if answer["choices"][0]["logprobs"]["token_logprobs"][0] < 0:
+            raise InputError(
+                f"{url}: gives the log-probabilities of the model, and not those of {words(changes(arguments.model_dump()))}; "
+                "for --response_logps start it with `register_server.sh MODEL -- --logprobs-mode processed_logprobs`"
+            )
+
+
+def _completions(answer: dict[str, Any], count: int, with_logps: bool) -> list[Completion]:
     """The completions in an answer, in the order of their index. Raises Transient if it is not one of `count`."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Transient("an answer without `choices`")
     if len(choices) != count:
         raise Refused(f"{len(choices)} responses instead of {count}: the server may not support `n`")
-    return [_completion(choice) for choice in sorted(choices, key=lambda choice: choice.get("index", 0))]
+    return [_completion(choice, with_logps) for choice in sorted(choices, key=lambda choice: choice.get("index", 0))]
 
 
-def _completion(choice: dict[str, Any]) -> Completion:
+def _completion(choice: dict[str, Any], with_logps: bool) -> Completion:
     text = choice["message"].get("content") if "message" in choice else choice.get("text")
-    token_ids = choice.get("token_ids")
-    return Completion(text or "", token_ids if isinstance(token_ids, list) else None, choice.get("finish_reason"))
+    token_ids = choice.get("token_ids") if isinstance(choice.get("token_ids"), list) else None
+    logps = _logps(choice, token_ids) if with_logps else None
+    return Completion(text or "", token_ids, choice.get("finish_reason"), logps)
+
+
+def _logps(choice: dict[str, Any], token_ids: list[int] | None) -> list[float]:
+    """The sampled tokens' log-probabilities, from a text completion or a chat. Raises Refused if there is not one for each."""
+    found = choice.get("logprobs") or {}
+    logps = found.get("token_logprobs") or [token["logprob"] for token in found.get("content") or ()]
+    if token_ids is None or len(logps) != len(token_ids):
+        raise Refused(f"{len(logps)} log-probabilities for {len(token_ids or ())} token ids")
+    return logps

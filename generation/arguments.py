@@ -29,6 +29,9 @@ class GenerationArguments(StageArguments):
     stop: list[str] = option([], "strings that end a response")
     eos_ids: list[int] = option([], "token ids that end a response, beside the model's own")
     seed: int = option(42, "seed of the sampling and of the prompts' shuffle", ge=0)
+    response_logps: bool = option(
+        False, "keep the log-probability, in nats, of each sampled token under the distribution that was sampled"
+    )
     reproducible: bool = option(
         False,
         "seed every prompt by itself: the same responses whatever the shards, resumes or neighbours in the batch",

@@ -13,7 +13,7 @@ from baton import program
 from baton.errors import InputError
 from baton.program import die_with_parent
 from generation.arguments import GenerationArguments
-from generation.sampling import Task, prompt_seed, seed_from
+from generation.sampling import Completion, Task, prompt_seed, seed_from
 
 log = logging.getLogger("baton")
 
@@ -66,7 +66,7 @@ class Sampler:
         # Twice what can run at once, so that the engine always has work; a million prompts need not be held.
         self.ahead = 1 + math.ceil(2 * engine.vllm_config.scheduler_config.max_num_seqs / arguments.K)
 
-    def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Any]]]:
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Completion]]]:
         from vllm.inputs import tokens_input
 
         tasks, running = iter(tasks), {}
@@ -79,7 +79,13 @@ class Sampler:
                 return
             for output in self.engine.step():
                 if output.finished:
-                    yield running.pop(output.request_id), output.outputs
+                    yield running.pop(output.request_id), [_completion(one) for one in output.outputs]
+
+
+def _completion(output: Any) -> Completion:
+    """vLLM's `CompletionOutput` as a completion."""
+    logps = None if output.logprobs is None else output.logprobs.logprobs  # FlatLogprobs: of the sampled tokens alone
+    return Completion(output.text, output.token_ids, output.finish_reason, logps)
 
 
 def sampling_parameters(arguments: GenerationArguments, seed: int | None) -> Any:
@@ -96,6 +102,8 @@ def sampling_parameters(arguments: GenerationArguments, seed: int | None) -> Any
         stop=arguments.stop or None,
         stop_token_ids=arguments.eos_ids or None,
         seed=seed,
+        logprobs=0 if arguments.response_logps else None,  # of no token but the sampled one
+        flat_logprobs=arguments.response_logps,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
@@ -106,6 +114,8 @@ def start(arguments: Any, already_done: int) -> Sampler:
     Shards, and a run that goes on after a death with `already_done` prompts, draw other random numbers. Raises
     InputError where there are fewer devices than `tensor_parallel_size`, or where vLLM refuses the settings.
     """
+    if runs_on_cpu() and arguments.enforce_eager is not False:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else log-probabilities alone would compile, which needs a compiler
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -114,6 +124,8 @@ def start(arguments: Any, already_done: int) -> Sampler:
     if parallel > devices:
         raise InputError(f"--tensor_parallel_size {parallel} needs as many devices, there are {devices}")
     settings: dict[str, Any] = {"max_num_seqs": arguments.max_num_seqs} if arguments.max_num_seqs else {}
+    if arguments.response_logps:
+        settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k and top-p
     eager = bool(arguments.enforce_eager)
     if current_platform.is_cpu():
         # Compiling takes longer than it saves on the models that run on a CPU.

@@ -31,7 +31,7 @@ from baton.servers.pool import Refused, Servers, Transient, base_url
 from baton.sources import check_model_path
 from baton.stage import Stage
 from generation import sampling
-from generation.api import Service, ask
+from generation.api import Service, ask, check_logps
 from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
 
 log = logging.getLogger("baton")
@@ -104,6 +104,7 @@ async def generate(
     servers = Servers(urls, key, arguments.timeout, arguments.max_retries, arguments.patience)
     try:
         service = await Service.find(servers, arguments.model)
+        await check_logps(service, arguments)
         program.log_what_runs(servers=len(urls), model=service.model, engine=service.engine, context=service.context)
         if tokenizer is None:
             tasks = messages_only(prompts, partial)

@@ -6,7 +6,8 @@
 
 Shard i of --my_world_size is written to <output_dir>i.jsonl: the prompt's record with `responses`,
 `response_token_ids` (what was sampled, end-of-turn token included) and `finish_reasons`, K of each, in input
-order. After a death any number of shards goes on: what one has sampled is not sampled again by another.
+order; with --response_logps also `response_logps`, K lists. After a death any number of shards goes on: what one has
+sampled is not sampled again by another.
 """
 
 import sys

@@ -9,6 +9,7 @@ import xxhash
 from baton.drops import Drops
 from baton.jsonl import Record
 from baton.models.templates import prompt_text, prompt_token_ids
+from baton.pairs import PER_RESPONSE_KEYS
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
@@ -25,11 +26,12 @@ class Task(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One sampled response. vLLM's own `CompletionOutput` has these fields as well."""
+    """One sampled response; `logps` are in nats, one for each token, of the distribution that was sampled."""
 
     text: str
     token_ids: Sequence[int] | None
     finish_reason: str | None
+    logps: Sequence[float] | None = None
 
 
 def seed_from(*parts: object) -> int:
@@ -71,7 +73,7 @@ def unfinished(
 def write(sample: Callable[[Iterable[Task]], Iterator], tasks: Iterable[Task], partial: PartialRecords) -> int:
     """Have `sample` answer the tasks, and put each on disk once it is finished; returns the sampled tokens.
 
-    `sample` yields (task, completions) in any order.
+    `sample` yields (task, completions) in any order, completions as `Completion`s.
     """
     progress, tokens, start = Progress(partial.count, "prompts", partial.done), 0, time.monotonic()
     for task, completions in sample(tasks):
@@ -83,14 +85,25 @@ def write(sample: Callable[[Iterable[Task]], Iterator], tasks: Iterable[Task], p
     return tokens
 
 
-def generated(record: Record, completions: Sequence[Any]) -> Record:
-    """The prompt's record with its K responses; what an engine does not give for all of them is left out."""
-    record = {**record, "responses": [completion.text for completion in completions]}
+def generated(record: Record, completions: Sequence[Completion]) -> Record:
+    """The prompt's record with its K responses; what an engine does not give for all of them is left out.
+
+    What the record says of earlier responses goes: the file of prompts may be one of generated records.
+    """
+    kept = {name: value for name, value in record.items() if name not in PER_RESPONSE_KEYS}
+    record = {**kept, "responses": [completion.text for completion in completions]}
     if all(completion.token_ids is not None for completion in completions):
         record["response_token_ids"] = [list(completion.token_ids) for completion in completions]
     if all(completion.finish_reason is not None for completion in completions):
         record["finish_reasons"] = [completion.finish_reason for completion in completions]
+    if all(completion.logps is not None for completion in completions):
+        record["response_logps"] = [[_rounded(logp) for logp in completion.logps] for completion in completions]
     return record
+
+
+def _rounded(logp: float) -> float:
+    """6 significant digits: less than samplers and scorers differ by, and half the bytes."""
+    return float(f"{logp:.6g}")
 
 
 def count_tokens(record: Record) -> int:

@@ -21,6 +21,8 @@ class Sampler:
         eos = model.generation_config.eos_token_id
         known = [eos] if isinstance(eos, int) else list(eos or ())
         self.ends = sorted({*known, *arguments.eos_ids, tokenizer.eos_token_id} - {None})
+        # A model's own settings may hold a min-p, a repetition penalty and more, which nobody has asked for.
+        model.generation_config = type(model.generation_config)()
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Completion]]]:
         arguments, tasks = self.arguments, iter(tasks)
@@ -40,6 +42,7 @@ class Sampler:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
         ids = torch.tensor([[pad] * (length - len(t.token_ids)) + t.token_ids for t in batch])  # (B, T)
         mask = torch.tensor([[0] * (length - len(t.token_ids)) + [1] * len(t.token_ids) for t in batch])
+        logps = SampledLogps() if arguments.response_logps else None
         sampled = self.model.generate(  # (B * K, T + new)
             input_ids=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -47,13 +50,18 @@ class Sampler:
             max_new_tokens=min(arguments.max_new_tokens, self.context - length if self.context else 1 << 30),
             pad_token_id=pad,
             eos_token_id=self.ends,
-            **({"stop_strings": arguments.stop, "tokenizer": self.tokenizer} if arguments.stop else {}),
-            **_how_to_sample(arguments),
+            stopping_criteria=[StopStrings(self.tokenizer, arguments.stop, length)] if arguments.stop else None,
+            do_sample=arguments.temperature > 0,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            logits_processor=[*_warpers(arguments), *([logps] if logps else [])],
         )
-        completions = [self._completion(row) for row in sampled[:, length:].tolist()]
+        kept = logps.of(sampled).tolist() if logps else [None] * len(sampled)
+        completions = [self._completion(*row) for row in zip(sampled[:, length:].tolist(), kept, strict=True)]
         return [completions[i : i + arguments.K] for i in range(0, len(completions), arguments.K)]
 
-    def _completion(self, row: list[int]) -> Completion:
+    def _completion(self, row: list[int], logps: list[float] | None) -> Completion:
         """A row of new tokens, cut after its end-of-turn token or at its stop string."""
         end = next((place + 1 for place, id_ in enumerate(row) if id_ in self.ends), None)
         ids = row[:end]
@@ -62,8 +70,8 @@ class Sampler:
         if places:
             while self._holds_stop(ids[:-1]):
                 ids = ids[:-1]
-            return Completion(text[: min(places)], ids, "stop")
-        return Completion(text, ids, "stop" if end else "length")
+            return Completion(text[: min(places)], ids, "stop", logps and logps[: len(ids)])
+        return Completion(text, ids, "stop" if end else "length", logps and logps[: len(ids)])
 
     def _holds_stop(self, ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -90,14 +98,62 @@ def start(arguments: Any, tokenizer: Any, already_done: int) -> Sampler:
     return Sampler(model, tokenizer, arguments)
 
 
-def _how_to_sample(arguments: Any) -> dict[str, Any]:
-    """The sampling arguments in transformers' words; what the model's own settings say of it is overruled."""
+def _warpers(arguments: Any) -> list[Any]:
+    """What turns the model's logits into those that are sampled from; transformers' own would run after `SampledLogps`."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Any] = []
     if arguments.temperature == 0:
-        return {"do_sample": False, "num_beams": 1}
-    return {
-        "do_sample": True,
-        "temperature": arguments.temperature,
-        "top_p": arguments.top_p,
-        "top_k": max(arguments.top_k, 0),
-        "repetition_penalty": 1.0,
-    }
+        return warpers
+    if arguments.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(arguments.temperature))
+    if arguments.top_k > 0:
+        warpers.append(TopKLogitsWarper(arguments.top_k))
+    if arguments.top_p < 1:
+        warpers.append(TopPLogitsWarper(arguments.top_p))
+    return warpers
+
+
+class StopStrings:
+    """As a stopping criterion: whether a row's text holds a stop string by now, special tokens left out as in its response.
+
+    Transformers' own criterion reads special tokens too, so that it stops rows, and pads them, where no response ends.
+    """
+
+    def __init__(self, tokenizer: Any, stop: list[str], start: int):
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+        self.window = 4 * (1 + max(map(len, stop)))  # tokens that hold the latest stop string: a character is 4 bytes at most
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Takes ids (B, T); returns bool (B,)."""
+        latest = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+        texts = self.tokenizer.batch_decode(latest, skip_special_tokens=True)
+        return input_ids.new_tensor([any(stop in text for stop in self.stop) for text in texts]).bool()
+
+
+class SampledLogps:
+    """As the last of the logits processors: the log-probability of each token that was sampled.
+
+    A step's token is known at the next one, so the scores of a single step are held.
+    """
+
+    def __init__(self) -> None:
+        self.scores, self.logps = None, []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Takes ids (B, T) and scores (B, vocabulary) of the next token, and leaves the scores as they are."""
+        self._add(input_ids)
+        self.scores = scores
+        return scores
+
+    def of(self, sampled: Any) -> Any:
+        """The log-probabilities (B, new) of all sampled tokens; `sampled` are the finished ids (B, T + new)."""
+        import torch
+
+        self._add(sampled)
+        return torch.stack(self.logps, dim=1)
+
+    def _add(self, input_ids: Any) -> None:
+        if self.scores is not None:
+            chosen = self.scores.gather(1, input_ids[:, -1:])[:, 0]
+            self.logps.append(chosen - self.scores.logsumexp(1))

@@ -36,6 +36,7 @@ class Evaluated:
     tokens: np.ndarray | None
     words: np.ndarray
     log_ratio: np.ndarray | None  # log policy(response) - log initial(response), nats
+    by_sampler: bool  # the policy's log-probabilities are those that sampling kept
 
 
 Round = dict[str, Evaluated]  # by prompt id
@@ -62,7 +63,8 @@ def summarize(rounds: Sequence[Round]) -> list[dict[str, Any]]:
                             proxy where a round has no gold scores
     kl                      KL(policy || initial) in nats per response, from the policy's own samples y at
                             temperature 1: mean of log policy(y) - log initial(y), the unbiased estimator k1
-                            of Schulman 2020, «Approximating KL Divergence»; with `kl_ci`
+                            of Schulman 2020, «Approximating KL Divergence»; with `kl_ci`. Sampler and scorer
+                            round differently, so round 0, whose true value is 0, shows the method's error
     length_mean             of a response, with `…_ci`, in `length_unit`: tokens, or words where a round has
                             no ids
     distinct                distinct responses / all responses of the round. It falls both when the samples of
@@ -158,6 +160,9 @@ def _check_same_prompts(initial: Round, prompts: Round) -> None:
 def _evaluated(record: Record, where: str) -> Evaluated:
     proxy, responses = rewards_of(record, where), record["responses"]
     policy, initial = (_numbers(record, "logps_by", name, where) for name in ("policy", "initial"))
+    by_sampler = policy is None and record.get("response_logps") is not None
+    if by_sampler:
+        policy = np.array([math.fsum(logps) for logps in record["response_logps"]])
     tokens = record.get("response_token_ids")
     return Evaluated(
         where=where,
@@ -168,6 +173,7 @@ def _evaluated(record: Record, where: str) -> Evaluated:
         tokens=None if tokens is None else np.array(list(map(len, tokens)), dtype=np.float64),
         words=np.array([len(response.split()) for response in responses], dtype=np.float64),
         log_ratio=None if policy is None or initial is None else policy - initial,
+        by_sampler=by_sampler,
     )
 
 

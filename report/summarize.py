@@ -4,7 +4,8 @@
 
 Reads runs/NAME/heldout/round0/evaluated.jsonl, round1/…: the same held-out prompts answered by each round's
 policy, with `responses` and `rewards` and, where measured, `response_token_ids`, `rewards_by: {"gold": [K]}`
-and `logps_by: {"policy": [K], "initial": [K]}`; and the manifests that the stages left in the run's folder.
+and `logps_by: {"initial": [K]}` with `response_logps` or `logps_by: {"policy": [K]}`; and the manifests that the
+stages left in the run's folder.
 Run it at any time: rounds that are not evaluated yet are left out, and the picture is drawn again only when a
 number has changed.
 """
@@ -22,6 +23,7 @@ from baton import program
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.manifest import read_manifest
+from report.kl import checked, notes
 from report.metrics import read_round, summarize
 from report.table import print_rounds, print_samples, print_stages
 
@@ -38,11 +40,12 @@ class Arguments(StageArguments):
 def main() -> None:
     arguments = parse(Arguments, __doc__)
     run_dir = arguments.run_dir
-    rounds = [read_round(path) for path in evaluated_files(run_dir)]
-    summary = {"rounds": summarize(rounds), "stages": stage_accounts(run_dir)}
+    rounds, sentences = zip(*(checked(path, read_round(path)) for path in evaluated_files(run_dir)), strict=True)
+    numbers = summarize(rounds)
+    summary = {"rounds": numbers, "kl_notes": notes(sentences, numbers), "stages": stage_accounts(run_dir)}
     _write(run_dir, summary, arguments.overwrite)
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    print_rounds(console, summary["rounds"])
+    print_rounds(console, summary["rounds"], summary["kl_notes"])
     if summary["stages"]:
         print_stages(console, summary["stages"])
     if arguments.samples:

@@ -1,5 +1,6 @@
 """The report on the terminal: rounds, stages, and what the model says, which is untrusted text."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ STAGE_COLUMNS = (
 )
 
 
-def print_rounds(console: Console, rounds: Sequence[dict[str, Any]]) -> None:
+def print_rounds(console: Console, rounds: Sequence[dict[str, Any]], kl_notes: Sequence[str]) -> None:
     """The numbers of each round, and below them what they are."""
     judge, unit, prompts = (rounds[0][name] for name in ("win_rate_by", "length_unit", "prompts"))
     table = _table("Held-out prompts, round by round")
@@ -42,14 +43,15 @@ def print_rounds(console: Console, rounds: Sequence[dict[str, Any]]) -> None:
     for summary in rounds:
         table.add_row(*(_cell(form, summary[name]) for _, name, form in ROUND_COLUMNS))
     console.print(table)
-    notes = (
+    lines = (
         f"{prompts} prompts that no stage trained on; round 0 is the model that the run started from.",
         "gold: mean of the score that the loop never sees. proxy: mean of the reward that it optimises.",
         f"win rate: against round 0's responses to the same prompt, by {judge}, ties half.",
         f"KL: to round 0's model, nats per response. length: {unit} per response.",
+        *kl_notes,
         "distinct: share of different texts among all responses; within prompt: among one prompt's samples.",
     )
-    console.print(Text("\n".join(notes), style="dim"))
+    console.print(Text("\n".join(lines), style="dim"))
 
 
 def print_stages(console: Console, stages: Sequence[dict[str, Any]]) -> None:
@@ -91,6 +93,6 @@ def _table(title: str, **options: Any) -> Table:
 
 
 def _cell(form: str, value: Any) -> Text:
-    """A number, or the numbers of a list, as plain text; a dash for None."""
+    """A number, or the numbers of a list, as plain text; a dash for None, and no sign before a zero."""
     values = value if isinstance(value, list) else [value]
-    return Text("–" if value is None else form.format(*values))
+    return Text("–" if value is None else re.sub(r"-(0\.0+)\b", r"\1", form.format(*values)))

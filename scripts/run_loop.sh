@@ -71,14 +71,21 @@ train() {
   stage "$1" training --gpus "$GPUS" --accelerate_config "$ACCELERATE_CONFIG" "${@:2}"
 }
 
-# Samples and scores the held-out prompts: evaluate ROUND POLICY
+# The initial policy has to see the prompts as they were sampled.
+logps_args=()
+for ((i = 0; i + 1 < ${#GENERATE_ARGS[@]}; i++)); do
+  [[ ${GENERATE_ARGS[i]} != --chat_template ]] || logps_args=(--chat_template "${GENERATE_ARGS[i + 1]}")
+done
+
+# Samples and scores the held-out prompts; the policy's own log-probabilities come from sampling: evaluate ROUND POLICY
 evaluate() {
   local round=$1 policy=$2 folder=$run_dir/heldout/round$1
-  generate "evaluate$round-generate" "$policy" "$HELDOUT_PROMPTS" "$HELDOUT_K" "$folder/gen_data" --seed "$((SEED + 1000))"
+  generate "evaluate$round-generate" "$policy" "$HELDOUT_PROMPTS" "$HELDOUT_K" "$folder/gen_data" --seed "$((SEED + 1000))" \
+    --response_logps
   score "evaluate$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
     --reward_name_or_path "$REWARD_MODEL" --output_dir "$folder/data_with_rewards.jsonl" "${REWARD_ARGS[@]}"
   score "evaluate$round-logps" annotate_data/get_logps.py --dataset_name_or_path "$folder/data_with_rewards.jsonl" \
-    --models "policy=$policy" "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl"
+    --models "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl" "${logps_args[@]}"
   if [[ -n $GOLD_SCORER ]]; then
     stage "evaluate$round-gold" inference "$GOLD_SCORER" \
       --dataset_name_or_path "$folder/data_with_logps.jsonl" --output_dir "$folder/evaluated.jsonl"

@@ -6,9 +6,10 @@ is untouched.
 """
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from baton.models.attention import NAME, padded_length
-from baton.models.logps import TokenScores, token_scores
+from baton.models.logps import TokenScores, token_logps, token_scores
 from baton.models.trees import Place, Row, Tokens, distinct_tokens, pack
 from baton.parallel import data_parallel
+
+T = TypeVar("T")
 
 # Tokens of one row: enough for full-speed matrix products, few enough for a CPU's caches. GPUs like more.
 TOKENS_PER_ROW = 4096
@@ -131,11 +134,25 @@ def score(
 def _score_rows(model: PreTrainedModel, rows: list[Row], places: list[Place]) -> tuple[TokenScores, list[slice]]:
     hidden = torch.cat([_hidden(model, row) for row in rows])
     targets = torch.cat([row.targets for row in rows])
-    head = model.get_output_embeddings()
+    scores = _from_hidden(token_scores, model, hidden, targets)
+    row_start = [0]
+    for row in rows:
+        row_start.append(row_start[-1] + len(row.targets))
+    return scores, [_slice(place, row_start) for place in places]
+
+
+def logps(model: PreTrainedModel, row: Row) -> Tensor:
+    """ln p of the row's N scored tokens, float32 (N,), without gradients; the attention must be `attention.NAME`."""
+    with torch.no_grad():
+        return _from_hidden(token_logps, model, _hidden(model, row), row.targets)
+
+
+def _from_hidden(function: Callable[..., T], model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> T:
+    """`token_scores` or `token_logps` of last hidden states (N, H) under the model's head."""
+    head, config = model.get_output_embeddings(), model.config
     # Under FSDP2 the head may be sharded here
     weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
-    config = model.config
-    scores = token_scores(
+    return function(
         hidden.to(weight.device),
         weight,
         bias,
@@ -143,10 +160,6 @@ def _score_rows(model: PreTrainedModel, rows: list[Row], places: list[Place]) ->
         scale=_logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-    row_start = [0]
-    for row in rows:
-        row_start.append(row_start[-1] + len(row.targets))
-    return scores, [_slice(place, row_start) for place in places]
 
 
 def _slice(place: Place, row_start: list[int]) -> slice:

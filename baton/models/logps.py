@@ -8,11 +8,14 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 # Float32 logits of one chunk: a CPU's cache holds them, a GPU's matrix products are large enough.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# The same where they are read only once: the matrix product alone decides.
+LEAN_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 
 
 class TokenScores(NamedTuple):
@@ -53,6 +56,19 @@ def token_scores(
     with gathered(weight, bias):
         tokens = max(1, chunk_bytes // (4 * weight.shape[0]))
         return TokenScores(*_TokenScores.apply(hidden, weight, bias, targets, scale, softcap, tokens, dtype))
+
+
+@torch.no_grad()
+def token_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """The `log_probs` of `token_scores` alone, without gradients: float32 (N,), in nats, at half the cost."""
+    chunk_bytes = LEAN_CHUNK_BYTES.get(hidden.device.type, LEAN_CHUNK_BYTES["cuda"])
+    with gathered(weight, bias):
+        tokens = max(1, chunk_bytes // (4 * weight.shape[0]))
+        chunks = zip(hidden.split(tokens), targets.split(tokens), strict=True)
+        logps = [-F.cross_entropy(_logits(h, weight, bias, scale, softcap), t, reduction="none") for h, t in chunks]
+    return torch.cat(logps) if logps else hidden.new_empty(0, dtype=torch.float32)
 
 
 def gathered(*parameters: Tensor | None):

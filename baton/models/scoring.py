@@ -1,15 +1,19 @@
 """What a model says of token sequences: rewards, log-probabilities of responses, which of several tokens comes next.
 
-Each function computes one batch of sequences, lists of token ids, without gradients; `batching.batches` cuts batches. The last
-step is in float32 whatever the model's dtype: in bfloat16 it would make ties.
+Each function computes sequences, lists of token ids, without gradients: one batch as `batching.batches` cuts them, or packed
+rows, which it cuts itself. The last step is in float32 whatever the model's dtype: in bfloat16 it would make ties.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from baton.errors import InputError
+from baton.models import forward
 from baton.models.batching import padded
+from baton.models.trees import Tokens, pack
 
 
 @torch.inference_mode()
@@ -60,6 +64,26 @@ def response_logps(model: PreTrainedModel, sequences: list[list[int]], prompts: 
         predictions = row[prompt - 1 - first : length - 1 - first].float()  # (response, vocabulary)
         logps.append(-F.cross_entropy(predictions, tokens[prompt:length], reduction="sum").item())
     return logps
+
+
+@torch.inference_mode()
+def packed_response_logps(
+    model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int
+) -> Iterator[tuple[int, float]]:
+    """Yield (index, ln p(response | prompt)) of each `(prompt, response)` of token ids, in nats, row after packed row.
+
+    What `response_logps` gives, but responses share their prompt, and nothing is padded. The model must have
+    `attention.NAME` as its attention; rows are as in `trees.pack`, and so is the order.
+    """
+    rows, places = pack(sequences, tokens_per_row)
+    members: list[list[int]] = [[] for _ in rows]
+    for index, place in enumerate(places):
+        members[place.row].append(index)
+    for row, indices in zip(rows, members, strict=True):
+        logps = forward.logps(model, row).double().cpu()
+        for index in indices:
+            start = places[index].start
+            yield index, logps[start : start + places[index].length].sum().item()
 
 
 @torch.inference_mode()

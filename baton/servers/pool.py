@@ -86,6 +86,12 @@ class Servers:
 
         return await self.attempts(attempt)
 
+    async def post_to_each(self, path: str, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The JSON answers to `body` at `path` of all servers alive, by their URL. Raises Transient or Refused, as `post`."""
+        alive = [server for server in self.servers if server.alive]
+        answers = await asyncio.gather(*(self._post_to(server, path, body) for server in alive))
+        return dict(zip((server.url for server in alive), answers, strict=True))
+
     async def close(self) -> None:
         probes = [server.probe for server in self.servers if server.probe]
         for probe in probes:

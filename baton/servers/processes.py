@@ -141,11 +141,15 @@ def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int
 
 
 def cpu_variables(servers: int) -> dict[str, str]:
-    """Environment variables for each of several servers that share the cores; no thread is bound to a core or spins."""
+    """Environment variables for each of several servers that share the cores; no thread is bound to a core or spins.
+
+    Nothing is compiled, as `CPU_OPTIONS` say: log-probabilities alone would be, which needs a compiler.
+    """
     threads = max(len(os.sched_getaffinity(0)) // servers, 1)
     chosen = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1"}
     chosen = {name: os.environ.get(name) or value for name, value in chosen.items()}
-    return chosen | {"OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    chosen |= {"OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+    return chosen | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def wait_until_ready(ports: Iterable[int], started: Sequence[int], timeout: float) -> Iterator[Server]:

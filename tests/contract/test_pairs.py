@@ -126,13 +126,16 @@ def test_other_keys_pass_through_and_per_response_keys_do_not():
         "responses": ["a", "b"],
         "rewards": [1, 2],
         "logps_by": {"policy": [1, 2]},
+        "response_token_ids": [[3], [4]],
+        "response_logps": [[-1.5], [-2.5]],
         "source": "x",
     }
     (pair,), _ = made([record], PairSettings())
     assert pair["source"] == "x"
     assert pair["prompt"] == [{"role": "user", "content": "Hello"}]
     assert not set(pairs.PER_RESPONSE_KEYS) & pair.keys()
-    assert "chosen_token_ids" not in pair
+    assert not any("logps" in name for name in pair)  # of the sampler: never the reference of a loss
+    assert (pair["chosen_token_ids"], pair["rejected_token_ids"]) == ([4], [3])
     assert len(pair["id"]) == 16
 
 

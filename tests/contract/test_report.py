@@ -16,7 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from baton.arguments import StageArguments
+from baton.stage import Stage
+from generation.arguments import GenerationArguments
 from report import metrics
+from report.kl import checked, notes
+from report.summarize import evaluated_files
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
@@ -24,6 +29,9 @@ KEYS = {
 }  # fmt: skip
 
 Record = dict
+
+# What get_logps.py notes of such responses: annotate_data/causal_lm.py
+RETOKENISED = "tokenised again: no sampled token ids, or ids that this tokenizer does not read as the response"
 
 
 def record(number: int, round_: int, **changes: object) -> Record:
@@ -105,6 +113,85 @@ def test_a_number_that_one_round_lacks_is_null_in_that_round_alone(tmp_path):
     write_run(tmp_path)
     write_round(tmp_path, 0, [without("logps_by")(record(number, 0)) for number in range(5)])
     assert [entry["kl"] for entry in summary(tmp_path)["rounds"]] == [None, 2, 4]
+
+
+def made_by(stage: str, output: Path, arguments: StageArguments, inputs: dict[str, Path], **facts: object) -> Path:
+    """`output` with the manifest that a stage writes."""
+    content = output.read_bytes()
+    output.unlink()
+    begun = Stage.begin(stage, arguments, output, inputs)
+    output.write_bytes(content)
+    begun.finish(records_in=5, records_out=5, **facts)
+    return output
+
+
+def evaluate(run_dir: Path, number: int, template: str | None = None, noted: dict | None = None, **sampling: object) -> None:
+    """A round as the loop leaves it: the policy's log-probabilities are of sampling, the initial model's of get_logps.py."""
+    shard = write_round(run_dir, number, [])
+    folder = shard.parent
+    logps = {"response_logps": [[-3.0, -4.5, -2.5], [-1.0, -2.0, -3.0, -4.0, -2.0]]}  # sums -10 and -12
+    records = [record(n, number, **logps, logps_by={"initial": [-10.0 - number, -12.5]}) for n in range(5)]
+    lines = b"".join(orjson.dumps(each) + b"\n" for each in records)
+    shard.unlink()
+    shard, merged, scored = (folder / name for name in ("gen_data0.jsonl", "gen_data.jsonl", "data_with_logps.jsonl"))
+    for path in (shard, merged, scored):
+        path.write_bytes(lines)
+    (folder / "prompts.jsonl").write_text("")
+    templates = {"chat_template": folder / "prompts.jsonl"} if template == "sampling" else {}
+    arguments = GenerationArguments(dataset_name_or_path="prompts.jsonl", response_logps=True, **sampling)
+    made_by("generate", shard, arguments, {"prompts": folder / "prompts.jsonl", **templates})
+    made_by("merge", merged, StageArguments(), {"shard0": shard})
+    made_by("logps", scored, StageArguments(), {"dataset": merged}, noted=noted or {})
+    (folder / "evaluated.jsonl").symlink_to(scored.name)
+
+
+def test_the_policys_log_probabilities_of_sampling_give_the_kl_and_round_0_the_methods_error(tmp_path):
+    for number in range(3):
+        evaluate(tmp_path / "first", number)
+    evaluate(tmp_path / "first", 3, temperature=0.7)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    shown = report(tmp_path / "moved").stdout
+    found = orjson.loads((tmp_path / "moved/summary.json").read_bytes())
+    assert [entry["kl"] for entry in found["rounds"]] == [0.25, 0.75, 1.25, None]
+    assert found["kl_notes"] == [
+        "KL is left out: the held-out responses were sampled at temperature 0.7 (round 3).",
+        "KL: method's error: 0.25 nats at round 0, whose policy is the model compared with.",
+    ]
+    assert all(note in " ".join(shown.split()) for note in found["kl_notes"])
+
+
+def test_log_probabilities_that_get_logps_gave_the_policy_come_before_those_of_sampling(tmp_path):
+    write_run(tmp_path, change=lambda each: each | {"response_logps": [[-1.0] * 3, [-1.0] * 5]})
+    assert [entry["kl"] for entry in summary(tmp_path)["rounds"]] == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"temperature": 0.7}, "the held-out responses were sampled at temperature 0.7"),
+        ({"top_p": 0.9, "temperature": 0.7, "top_k": 5}, "were sampled at temperature 0.7, top-p 0.9 and top-k 5"),
+        ({"template": "sampling"}, "the held-out responses were sampled with one --chat_template and scored with another"),
+        ({"noted": {RETOKENISED: {"responses": 3, "prompts": ["a"]}}}, "get_logps.py tokenised 3 responses again"),
+    ],
+)
+def test_where_the_policy_itself_was_not_sampled_the_kl_is_left_out_with_the_reason(tmp_path, changes, reason):
+    evaluate(tmp_path, 0, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=7, stop=["x"], seed=3)  # change nothing
+    evaluate(tmp_path, 1, **changes)
+    paths = evaluated_files(tmp_path)
+    rounds, sentences = zip(*(checked(path, metrics.read_round(path)) for path in paths), strict=True)
+    numbers = metrics.summarize(rounds)
+    assert [entry["kl"] for entry in numbers] == [0.25, None]
+    assert sentences[0] is None
+    said, _ = notes(sentences, numbers)
+    assert said.startswith("KL is left out: ") and reason in said and said.endswith(" (round 1).")
+
+
+def test_without_manifests_the_kl_is_given_and_what_it_assumes_is_said(tmp_path):
+    found = summary(write_run(tmp_path))
+    assert found["rounds"][-1]["kl"] == 4
+    assert any(note.startswith("KL assumes temperature 1 and top-p 1: no manifest says how") for note in found["kl_notes"])
+    nothing = summary(write_run(tmp_path / "nothing", change=without("logps_by")))
+    assert nothing["kl_notes"] == []
 
 
 def test_one_round_and_one_prompt_are_enough_and_have_no_interval(tmp_path):

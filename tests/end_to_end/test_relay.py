@@ -84,7 +84,12 @@ def test_relay_killed_at_random_moments_ends_with_every_prompt_once(run_dir):
     assert [entry["round"] for entry in summary["rounds"]] == list(range(ROUNDS + 1))
     for entry in summary["rounds"]:
         assert entry["gold_mean"] is not None and 0 <= entry["win_rate"] <= 1 and entry["length_mean"] > 0
-    assert abs(summary["rounds"][0]["kl"]) < 1e-3 < summary["rounds"][-1]["kl"] + 1
+    assert abs(summary["rounds"][0]["kl"]) < 0.2 < summary["rounds"][-1]["kl"] + 1
+    (note,) = summary["kl_notes"]  # manifests of the loop's own sampling say that nothing has to be assumed
+    assert f"method's error: {summary['rounds'][0]['kl']:.2g} nats at round 0" in note
+    for record in read_jsonl(run_dir / f"heldout/round{ROUNDS}/evaluated.jsonl"):
+        assert [len(logps) for logps in record["response_logps"]] == [len(ids) for ids in record["response_token_ids"]]
+        assert record["logps_by"].keys() == {"initial"}
     assert (run_dir / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 

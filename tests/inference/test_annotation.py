@@ -245,10 +245,42 @@ def test_log_probabilities_are_those_of_the_model(models, tmp_path):
             assert one["logps_by"][name] == pytest.approx(two["logps_by"][name], abs=1e-3)
 
 
+def test_a_model_that_cannot_take_packed_trees_gives_the_same_log_probabilities(models, tmp_path):
+    shutil.copytree(models / "lm", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"attention_chunk_size": 512}))
+    names = {"packed": models / "lm", "alone": tmp_path / "other"}
+    log = run(
+        LOGPS,
+        dataset_name_or_path=write(tmp_path / "in.jsonl", generated(5)),
+        output_dir=tmp_path / "out.jsonl",
+        models=[f"{name}={path}" for name, path in names.items()],
+    )
+    assert ("attention=shared_prefix" in log, "attention=blockwise_causal" in log) == (True, True)
+    for record in read(tmp_path / "out.jsonl"):
+        assert record["logps_by"]["packed"] == pytest.approx(record["logps_by"]["alone"], abs=1e-3)
+
+
+LOGPS_OF_TWO = {**GOOD, "response_token_ids": [[1, 2], [3]], "response_logps": [[-0.5, -1], [-2.5]]}
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([], "holds no records"),
+        (
+            [json.dumps(LOGPS_OF_TWO), json.dumps({**LOGPS_OF_TWO, "response_token_ids": None})],
+            "in.jsonl:2: `response_logps` belong to `response_token_ids`",
+        ),
+        ([json.dumps({**LOGPS_OF_TWO, "response_logps": [[-1, -1]]})], "in.jsonl:1: `response_logps` must hold one entry"),
+        (
+            [json.dumps({**LOGPS_OF_TWO, "response_logps": [[-1, -1], [-1, -1]]})],
+            "in.jsonl:1: `response_logps` of response 2 must be a list of 1 numbers",
+        ),
+        (
+            [json.dumps({**LOGPS_OF_TWO, "response_logps": [[-1, None], [-1]]})],
+            "in.jsonl:1: `response_logps` of response 1 must hold finite numbers, got [-1, None]",
+        ),
         ([json.dumps(GOOD), "{not json"], "in.jsonl:2: not JSON"),
         ([json.dumps({"prompt": "Hello"})], "in.jsonl:1: `responses` must be a list"),
         ([json.dumps({"responses": ["a"]})], "in.jsonl:1: the record has no `prompt`"),

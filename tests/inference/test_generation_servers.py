@@ -77,9 +77,9 @@ class Pair:
     def register(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         return run([*REGISTER, *arguments], env=self.env)
 
-    def start(self, count: int = 2) -> subprocess.CompletedProcess[str]:
+    def start(self, count: int = 2, logprobs_mode: str = "processed_logprobs") -> subprocess.CompletedProcess[str]:
         options = ["--num_servers", count, "--port", self.ports[0], "--max_model_len", 200]
-        return self.register(self.policy, *options, "--", "--disable-log-stats")
+        return self.register(self.policy, *options, "--", "--disable-log-stats", "--logprobs-mode", logprobs_mode)
 
     def kill(self, port: int) -> None:
         """kill -9 of a server's whole process group."""
@@ -148,6 +148,40 @@ def test_sampled_token_ids_and_finish_reasons_come_back(pair, policy, tmp_path):
     again = run_program(*gen_hf(tmp_path / "prompts.jsonl", *flags))
     assert again.returncode == 0
     assert "up to date" in again.stderr
+
+
+@pytest.mark.parametrize("asked", ["token ids", "messages"])
+def test_log_probabilities_of_the_distribution_that_was_sampled_come_back(pair, policy, tmp_path, asked):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+    flags = ["--ports", *pair.ports, "--K", 3, "--max_new_tokens", 20, "--temperature", 0.5, "--response_logps"]
+    flags += ["--tokenizer", policy] if asked == "token ids" else ["--model", policy]
+    result = run_program(*gen_hf(write(tmp_path, 4), *flags))
+    assert result.returncode == 0, result.stderr
+    for record in read(tmp_path / "gen_data.jsonl"):
+        prompt = tokenizer.apply_chat_template(record["prompt"], add_generation_prompt=True, return_dict=False)
+        for ids, logps in zip(record["response_token_ids"], record["response_logps"], strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            expected = (logits.float() / 0.5).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+            assert logps == pytest.approx(expected, abs=0.05)  # bfloat16
+
+
+def test_a_server_that_gives_the_models_own_log_probabilities_is_refused_unless_those_were_sampled(policy, tmp_path):
+    servers = Pair(policy, tmp_path / "servers")
+    assert servers.start(count=1, logprobs_mode="raw_logprobs").returncode == 0
+    try:
+        flags = ["--ports", servers.ports[0], "--tokenizer", policy, "--K", 1, "--max_new_tokens", 4, "--response_logps"]
+        refused = run_program(*gen_hf(write(tmp_path, 2), *flags, "--temperature", 0.7))
+        sampled = run_program(*gen_hf(write(tmp_path, 2), *flags, "--overwrite"))
+    finally:
+        servers.register("--stop")
+    assert refused.returncode == 2
+    assert f":{servers.ports[0]}/v1: gives the log-probabilities of the model, and not those of" in refused.stderr
+    assert "-- --logprobs-mode processed_logprobs" in refused.stderr
+    assert sampled.returncode == 0, sampled.stderr
 
 
 def test_reproducible_sampling_does_not_depend_on_the_server_or_the_workers(pair, policy, tmp_path):

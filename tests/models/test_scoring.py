@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, LlamaConfig
 
 from baton.models import loading
-from baton.models.scoring import next_token_shares, response_logps, rewards
+from baton.models.attention import NAME
+from baton.models.forward import attention
+from baton.models.scoring import next_token_shares, packed_response_logps, response_logps, rewards
 from tests.models.tiny_models import FAMILIES, SHAPE, VOCABULARY, model_of
 
 random_ids = random.Random(0)
@@ -37,6 +39,24 @@ def test_response_logps_are_those_of_each_sequence_alone(family):
         logps = logits_alone(model, sequence).log_softmax(-1)[prompt - 1 : -1]
         expected.append(logps.gather(1, torch.tensor(sequence[prompt:])[:, None]).sum().item())
     assert response_logps(model, SEQUENCES, prompts) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("tokens_per_row", [16, 1000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_response_logps_are_those_of_each_sequence_alone_and_read_each_prompt_once_a_row(family, tokens_per_row):
+    model = model_of(family)
+    prompt, short, _, long, _ = SEQUENCES
+    sequences = [(prompt, short), (long, prompt), (prompt, long), (prompt, []), (prompt, short)]
+    read = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    with attention(model, NAME):
+        found = dict(packed_response_logps(model, sequences, tokens_per_row))
+    hook.remove()
+    whole, prompts = [[*before, *after] for before, after in sequences], [len(before) for before, _ in sequences]
+    expected = response_logps(model, whole, prompts)
+    assert [found[i] for i in range(5)] == pytest.approx(expected, abs=1e-4)
+    if tokens_per_row == 1000:
+        assert sum(read) == (9 + 3 + 16) + (17 + 8)
 
 
 def test_shares_of_next_tokens_are_those_after_each_sequence_alone():

@@ -1,0 +1,22 @@
+"""Which sampling settings change the policy's distribution: then a sample of it is no sample of the policy."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# A setting by its name among the arguments of generation, how it is called, and whether a value changes nothing.
+NEUTRAL = (
+    ("temperature", "temperature", lambda value: value == 1),
+    ("top_p", "top-p", lambda value: value == 1),
+    ("top_k", "top-k", lambda value: value <= 0),
+)
+
+
+def changes(settings: Mapping[str, Any]) -> list[str]:
+    """The settings that change the distribution, such as `temperature 0.7`; none where the policy itself was sampled."""
+    values = [(words, settings[name], neutral) for name, words, neutral in NEUTRAL if settings.get(name) is not None]
+    return [f"{words} {value:g}" for words, value, neutral in values if not neutral(value)]
+
+
+def words(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([part for part in (", ".join(parts[:-1]), *parts[-1:]) if part])
