@@ -4,23 +4,38 @@
     accelerate launch --config_file configs/zero2.yaml sft/run_sft.py configs/sft.yaml                # eight GPUs
 
 A demonstration is {"prompt", "response"}, or {"messages"} ending with the assistant; every assistant message is learnt,
-up to its end-of-turn token, and nothing else is. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
+up to its end-of-turn token, and nothing else is. Where the last one was sampled, `response_token_ids` are learnt as they are if
+this tokenizer sampled them, and no end-of-turn token after a `finish_reason` other than `stop`. The finished policy's
+generation_config.json names the end-of-turn token. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from baton import program
 from baton.arguments import StageArguments, option, parse_with_rest
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch.check import check_processes
-from baton.models.templates import load_tokenizer, response_pieces
+from baton.models.templates import FOREIGN, FROM_TEXT, SAMPLED, decodes_to, has_stopped, load_tokenizer, response_pieces
 from baton.prompts import read_records
-from baton.records import Messages, as_messages, prompt_of
+from baton.records import Messages, as_messages, check_token_ids, prompt_of
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
+
+log = logging.getLogger("baton")
+
+
+class Demonstration(NamedTuple):
+    """A conversation that ends with the assistant; of its last turn, where it was sampled, the token ids and finish reason."""
+
+    where: str
+    messages: Messages
+    token_ids: list[int] | None
+    finish_reason: str | None
 
 
 class Arguments(StageArguments):
@@ -48,28 +63,46 @@ def conversation_of(record: dict[str, Any], where: str, response_key: str) -> Me
             raise InputError(f"{where}: `messages` must end with the assistant, this ends with {messages[-1]['role']!r}")
         return messages
     response = record.get(response_key)
-    if not isinstance(response, str) or not response.strip():
+    # A policy that stopped at once said nothing in text, but something in tokens.
+    if not isinstance(response, str) or not (response.strip() or record.get("response_token_ids")):
         raise InputError(f"{where}: `{response_key}` must be a text that is not empty (see --response_key), got {response!r}")
     return [*prompt_of(record, where), {"role": "assistant", "content": response}]
 
 
-def demonstrations(arguments: Arguments) -> Iterator[tuple[str, Messages]]:
-    """Yield ("where", conversation) for each demonstration. Raises InputError on the first bad one."""
+def demonstrations(arguments: Arguments) -> Iterator[Demonstration]:
+    """Yield each demonstration. Raises InputError on the first bad one."""
     for number, (where, record) in enumerate(read_records(arguments.dataset_name_or_path, arguments.dataset_split)):
         if number == arguments.max_samples:
             return
-        yield where, conversation_of(record, where, arguments.response_key)
+        sampled = record.get("response_token_ids")
+        if sampled is not None:
+            check_token_ids(sampled, where, "response_token_ids")
+        messages = conversation_of(record, where, arguments.response_key)
+        yield Demonstration(where, messages, sampled, record.get("finish_reason"))
 
 
-def tokenised(arguments: Arguments, tokenizer: Any, drops: Drops) -> Iterator[dict[str, list[int]]]:
-    """Yield a row `input_ids`, `labels` (-100 where nothing is learnt) for each demonstration that fits."""
-    for where, messages in demonstrations(arguments):
-        pieces = response_pieces(tokenizer, messages, where)
-        input_ids = [id_ for ids, _ in pieces for id_ in ids]
-        if len(input_ids) > arguments.max_length:
-            drops.add(f"longer than max_length {arguments.max_length} tokens", where)
-            continue
-        yield {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}
+def row_of(tokenizer: Any, demonstration: Demonstration) -> tuple[dict[str, list[int]], str]:
+    """A row `input_ids`, `labels` (-100 where nothing is learnt), and where the last response's token ids come from."""
+    where, messages, sampled, finish_reason = demonstration
+    pieces = response_pieces(tokenizer, messages, where, has_stopped(finish_reason))
+    source = FOREIGN if sampled else FROM_TEXT
+    if sampled and decodes_to(tokenizer, sampled, messages[-1]["content"]):
+        pieces[-1], source = (sampled, True), SAMPLED
+    input_ids = [id_ for ids, _ in pieces for id_ in ids]
+    return {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}, source
+
+
+def tokenised(arguments: Arguments, tokenizer: Any, drops: Drops, counted: Counter[str]) -> Iterator[dict[str, list[int]]]:
+    """Yield the row of each demonstration that fits; `counted` gets where their last responses' token ids come from."""
+    for demonstration in demonstrations(arguments):
+        row, source = row_of(tokenizer, demonstration)
+        if len(row["input_ids"]) > arguments.max_length:
+            drops.add(f"longer than max_length {arguments.max_length} tokens", demonstration.where)
+        elif all(label == -100 for label in row["labels"]):
+            drops.add("no token to learn", demonstration.where)
+        else:
+            counted[source] += 1
+            yield row
 
 
 def config_class() -> type:
@@ -106,18 +139,21 @@ def main() -> None:
 
     from trl import SFTTrainer
 
-    from baton.training.checkpoints import SCRATCH, train
+    from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from baton.training.rows import rows_on_disk
 
     config = checked_config(arguments, settings, stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    drops = Drops()
-    rows = rows_on_disk(lambda: tokenised(arguments, tokenizer, drops), config, "demonstrations")
+    drops, counted = Drops(), Counter()
+    rows = rows_on_disk(lambda: tokenised(arguments, tokenizer, drops, counted), config, "demonstrations")
+    log.info("last turns: %s", ", ".join(f"{number} {source}" for source, number in counted.items()))
     trainer = SFTTrainer(model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer)
     log_training(trainer)
     metrics = train(trainer, stage)
     if program.rank() == 0:
+        first = next(demonstrations(arguments))
+        stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
         stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics, scratch=SCRATCH)
 
 
