@@ -131,14 +131,12 @@ def decodes_to(tokenizer: Any, ids: list[int], response: str) -> bool:
         return False
     decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     readings = (decoded, " " + decoded, decoded.removeprefix(" "))
-    if response in readings:
+    # A response that ended with an end-of-turn token did not end at a stop string.
+    longer = bool(response.strip()) and not set(ids[-1:]) & set(_marks(tokenizer).values())
+    if response in readings or (longer and any(text.startswith(response) for text in readings)):
         return True
-    if not response.strip():
-        if not decoded.strip():
-            return True
-    elif not set(ids[-1:]) & set(_marks(tokenizer).values()):  # else it ended with that token, not at a stop string
-        if any(text.startswith(response) for text in readings):
-            return True
+    if not response.strip() and not decoded.strip():
+        return True
     # Prompts end with text or with a line break; the latter is a byte to some tokenizers, and bytes are read together.
     alone, after_break = (response_text(tokenizer, before, ids) for before in ([], _encode(tokenizer, LINE_BREAK)))
     return response in (alone, " " + alone, alone.removeprefix(" "), after_break)
