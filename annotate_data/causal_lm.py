@@ -1,6 +1,7 @@
 """Log-probabilities of responses under a causal language model: ln p(response | prompt), in nats."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from baton.models.attention import NAME
 from baton.models.batching import batches, windows
 from baton.models.forward import obstacle
 from baton.models.scoring import packed_response_logps, response_logps
-from baton.models.templates import decodes_to, load_tokenizer, prompt_token_ids, response_token_ids
+from baton.models.templates import SAMPLED, load_tokenizer, prompt_token_ids, sampled_or_tokenised
 
 # Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
@@ -66,13 +67,12 @@ class CausalLM:
 
     def response(self, task: Task, index: int) -> tuple[list[int], str | None]:
         """The token ids of one response, with a note where they are not those that were sampled."""
-        text, ids = task.responses[index], _at(task.record, "response_token_ids", index)
-        if ids is not None and decodes_to(self.tokenizer, ids, text):
-            return ids, None
-        stopped = _at(task.record, "finish_reasons", index) != "length"
-        return response_token_ids(self.tokenizer, task.prompt, text, stopped, task.where), RETOKENISED
+        sampled, reason = _at(task.record, "response_token_ids", index), _at(task.record, "finish_reasons", index)
+        text = task.responses[index]
+        ids, source = sampled_or_tokenised(self.tokenizer, task.prompt, text, sampled, reason, task.where)
+        return ids, None if source == SAMPLED else RETOKENISED
 
 
-def _at(record: Record, field: str, index: int) -> object:
+def _at(record: Record, field: str, index: int) -> Any:
     values = record.get(field)
     return None if values is None else values[index]

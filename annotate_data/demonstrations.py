@@ -41,7 +41,12 @@ def conditional(records: Iterator[tuple[str, Record]], edges: list[float]) -> It
 
 
 def demonstration(record: Record, index: int, prompt: Messages) -> Record:
-    """Response `index` of a record as a conversation to learn from."""
+    """Response `index` of a record as a conversation to learn from, with its token ids and finish reason if they are known."""
     rest = {key: value for key, value in record.items() if key not in (*PER_RESPONSE_KEYS, "prompt", "context_messages")}
     messages = [*prompt, {"role": "assistant", "content": record["responses"][index]}]
-    return {**rest, "messages": messages, "reward": record["rewards"][index]}
+    made = {**rest, "messages": messages, "reward": record["rewards"][index]}
+    if record.get("response_token_ids"):
+        made["response_token_ids"] = record["response_token_ids"][index]
+    if record.get("finish_reasons"):
+        made["finish_reason"] = record["finish_reasons"][index]
+    return made

@@ -6,6 +6,7 @@ annotated   + rewards: K floats; rewards_by: {scorer: K floats}
 pair        id, prompt, chosen, rejected, their token ids and finish reasons, chosen_reward, rejected_reward,
 margin
 labelled    id, prompt, completion, its token ids, finish reason and reward, label: true for desirable
+demonstration  id, messages; for the last turn, where it was sampled, response_token_ids and finish_reason: of it alone
 """
 
 import math

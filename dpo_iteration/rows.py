@@ -8,15 +8,12 @@ from typing import Any
 
 from baton.drops import Drops
 from baton.jsonl import Record
-from baton.models.templates import decodes_to, prompt_token_ids, response_token_ids
+from baton.models.templates import FOREIGN, FROM_TEXT, SAMPLED, prompt_token_ids, sampled_or_tokenised
 from baton.program import harmless
 from dpo_iteration.account import IN, in_words
 
 log = logging.getLogger("baton")
 
-SAMPLED = "responses with sampled token ids"
-FROM_TEXT = "responses tokenised from text"
-FOREIGN = "responses with another tokenizer's token ids"
 CUT = "responses cut to max_length"
 NO_TOKEN = "a response without a token"
 
@@ -78,19 +75,16 @@ class Rows:
 
     def _response_ids(self, record: Record, side: str, where: str) -> list[int]:
         tokenizer, counted = self.tokenizer, self.counted
-        sampled = record.get(f"{side}_token_ids")
-        if sampled and decodes_to(tokenizer, sampled, record[side]):
-            counted[SAMPLED] += 1
-            return sampled
-        counted[FROM_TEXT] += 1
-        if sampled:
-            if not counted[FOREIGN]:
-                highest = max(sampled)
-                says = f"id {highest} of {len(tokenizer)}" if highest >= len(tokenizer) else "they do not decode to the text"
-                log.warning("%s: `%s_token_ids` are not this tokenizer's (%s), so the text is tokenised", where, side, says)
-            counted[FOREIGN] += 1
-        stopped = record.get(f"{side}_finish_reason") in (None, "stop")
-        return response_token_ids(tokenizer, record["prompt"], record[side], stopped, where)
+        sampled, reason = record.get(f"{side}_token_ids"), record.get(f"{side}_finish_reason")
+        ids, source = sampled_or_tokenised(tokenizer, record["prompt"], record[side], sampled, reason, where)
+        if source == FOREIGN and not counted[FOREIGN]:
+            highest = max(sampled)
+            says = f"id {highest} of {len(tokenizer)}" if highest >= len(tokenizer) else "they do not decode to the text"
+            log.warning("%s: `%s_token_ids` are not this tokenizer's (%s), so the text is tokenised", where, side, says)
+        counted[SAMPLED] += source == SAMPLED
+        counted[FROM_TEXT] += source != SAMPLED
+        counted[FOREIGN] += source == FOREIGN
+        return ids
 
 
 def rows_of_pairs(

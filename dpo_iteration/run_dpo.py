@@ -244,7 +244,7 @@ def main() -> None:
     if program.rank() == 0:
         chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))
 
-    from baton.training.checkpoints import SCRATCH, train
+    from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from dpo_iteration.checks import check_pairs
 
@@ -261,6 +261,9 @@ def main() -> None:
     if program.rank() == 0:
         if arguments.merge_adapter:
             metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype)
+        where, first = next(chain(jsonl.read(pairs_path), *map(jsonl.read, earlier)))
+        conversation = [*first["prompt"], {"role": "assistant", "content": first["chosen"]}]
+        stop_at_end_of_turn(stage.partial_folder, tokenizer, conversation, where)
         log.info("pairs: %s", in_words(account.counted))
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         stage.finish(**counts, pairs=account.facts, metrics=metrics, scratch=SCRATCH)

@@ -170,7 +170,7 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
 
-    from baton.training.checkpoints import SCRATCH, train
+    from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from dpo_iteration.kto import balance_advice
 
@@ -188,6 +188,9 @@ def main() -> None:
     log_training(trainer)
     metrics = train(trainer, stage, arguments.export_dtype)
     if program.rank() == 0:
+        where, first = next(jsonl.read(examples_path))
+        conversation = [*first["prompt"], {"role": "assistant", "content": first["completion"]}]
+        stop_at_end_of_turn(stage.partial_folder, tokenizer, conversation, where)
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         examples = {"desirable": desirable, "undesirable": undesirable, **account.facts}
         stage.finish(**counts, examples=examples, metrics=metrics, scratch=SCRATCH)

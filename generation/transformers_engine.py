@@ -6,6 +6,7 @@ from typing import Any
 
 from baton import program
 from baton.errors import InputError
+from baton.models.templates import response_text
 from generation.sampling import Completion, Task, prompt_seed, seed_from
 
 SEQUENCES = 32  # responses sampled at once, if --max_num_seqs does not say
@@ -58,23 +59,26 @@ class Sampler:
             logits_processor=[*_warpers(arguments), *([logps] if logps else [])],
         )
         kept = logps.of(sampled).tolist() if logps else [None] * len(sampled)
-        completions = [self._completion(*row) for row in zip(sampled[:, length:].tolist(), kept, strict=True)]
+        rows = enumerate(zip(sampled[:, length:].tolist(), kept, strict=True))
+        completions = [self._completion(batch[place // arguments.K], *row) for place, row in rows]
         return [completions[i : i + arguments.K] for i in range(0, len(completions), arguments.K)]
 
-    def _completion(self, row: list[int], logps: list[float] | None) -> Completion:
-        """A row of new tokens, cut after its end-of-turn token or at its stop string."""
-        end = next((place + 1 for place, id_ in enumerate(row) if id_ in self.ends), None)
+    def _completion(self, task: Task, row: list[int], logps: list[float] | None) -> Completion:
+        """A row of new tokens, cut after its end-of-turn token or at its stop string; the text is that which vLLM writes."""
+        end = next((place for place, id_ in enumerate(row) if id_ in self.ends), None)
         ids = row[:end]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = response_text(self.tokenizer, task.token_ids, ids)
         places = [place for stop in self.arguments.stop if (place := text.find(stop)) >= 0]
         if places:
-            while self._holds_stop(ids[:-1]):
+            while self._holds_stop(task, ids[:-1]):
                 ids = ids[:-1]
             return Completion(text[: min(places)], ids, "stop", logps and logps[: len(ids)])
-        return Completion(text, ids, "stop" if end else "length", logps and logps[: len(ids)])
+        if end is None:
+            return Completion(text, ids, "length", logps)
+        return Completion(text, row[: end + 1], "stop", logps and logps[: end + 1])
 
-    def _holds_stop(self, ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+    def _holds_stop(self, task: Task, ids: list[int]) -> bool:
+        text = response_text(self.tokenizer, task.token_ids, ids)
         return any(stop in text for stop in self.arguments.stop)
 
 

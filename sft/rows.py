@@ -2,21 +2,43 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from baton.drops import Drops
-from baton.models.templates import response_pieces
+from baton.models.templates import FOREIGN, FROM_TEXT, SAMPLED, decodes_to, has_stopped, response_pieces
 from baton.records import Messages
 
 
+class Demonstration(NamedTuple):
+    """A conversation that ends with the assistant; of its last turn, where it was sampled, the token ids and finish reason."""
+
+    where: str
+    messages: Messages
+    token_ids: list[int] | None
+    finish_reason: str | None
+
+
 def rows_of_demonstrations(
-    tokenizer: Any, max_length: int, demonstrations: Iterable[tuple[str, Messages]], drops: Drops, _: Counter[str]
+    tokenizer: Any, max_length: int, demonstrations: Iterable[Demonstration], drops: Drops, counted: Counter[str]
 ) -> Iterator[dict[str, list[int]]]:
-    """Yield a row `input_ids`, `labels` (-100 where nothing is learnt) for each ("where", conversation) that fits."""
-    for where, messages in demonstrations:
-        pieces = response_pieces(tokenizer, messages, where)
-        input_ids = [id_ for ids, _ in pieces for id_ in ids]
-        if len(input_ids) > max_length:
-            drops.add(f"longer than max_length {max_length} tokens", where)
-            continue
-        yield {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}
+    """Yield the row of each demonstration that fits; `counted` gets where their last responses' token ids come from."""
+    for demonstration in demonstrations:
+        row, source = row_of(tokenizer, demonstration)
+        if len(row["input_ids"]) > max_length:
+            drops.add(f"longer than max_length {max_length} tokens", demonstration.where)
+        elif all(label == -100 for label in row["labels"]):
+            drops.add("no token to learn", demonstration.where)
+        else:
+            counted[source] += 1
+            yield row
+
+
+def row_of(tokenizer: Any, demonstration: Demonstration) -> tuple[dict[str, list[int]], str]:
+    """A row `input_ids`, `labels` (-100 where nothing is learnt), and where the last response's token ids come from."""
+    where, messages, sampled, finish_reason = demonstration
+    pieces = response_pieces(tokenizer, messages, where, has_stopped(finish_reason))
+    source = FOREIGN if sampled else FROM_TEXT
+    if sampled and decodes_to(tokenizer, sampled, messages[-1]["content"]):
+        pieces[-1], source = (sampled, True), SAMPLED
+    input_ids = [id_ for ids, _ in pieces for id_ in ids]
+    return {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}, source

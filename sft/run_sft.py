@@ -4,9 +4,12 @@
     accelerate launch --config_file configs/zero2.yaml sft/run_sft.py configs/sft.yaml                # eight GPUs
 
 A demonstration is {"prompt", "response"}, or {"messages"} ending with the assistant; every assistant message is learnt,
-up to its end-of-turn token, and nothing else is. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
+up to its end-of-turn token, and nothing else is. Where the last one was sampled, `response_token_ids` are learnt as they are if
+this tokenizer sampled them, and no end-of-turn token after a `finish_reason` other than `stop`. The finished policy's
+generation_config.json names the end-of-turn token. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -20,11 +23,13 @@ from baton.errors import InputError
 from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
-from baton.records import Messages, as_messages, prompt_of
+from baton.records import Messages, as_messages, check_token_ids, prompt_of
 from baton.sources import check_model_path, template_input
 from baton.stage import Stage
 from baton.training.arguments import TrainingProgramArguments
-from sft.rows import rows_of_demonstrations
+from sft.rows import Demonstration, rows_of_demonstrations
+
+log = logging.getLogger("baton")
 
 
 class Arguments(TrainingProgramArguments):
@@ -52,17 +57,22 @@ def conversation_of(record: dict[str, Any], where: str, response_key: str) -> Me
             raise InputError(f"{where}: `messages` must end with the assistant, this ends with {messages[-1]['role']!r}")
         return messages
     response = record.get(response_key)
-    if not isinstance(response, str) or not response.strip():
+    # A policy that stopped at once said nothing in text, but something in tokens.
+    if not isinstance(response, str) or not (response.strip() or record.get("response_token_ids")):
         raise InputError(f"{where}: `{response_key}` must be a text that is not empty (see --response_key), got {response!r}")
     return [*prompt_of(record, where), {"role": "assistant", "content": response}]
 
 
-def demonstrations(arguments: Arguments) -> Iterator[tuple[str, Messages]]:
-    """Yield ("where", conversation) for each demonstration. Raises InputError on the first bad one."""
+def demonstrations(arguments: Arguments) -> Iterator[Demonstration]:
+    """Yield each demonstration. Raises InputError on the first bad one."""
     for number, (where, record) in enumerate(read_records(arguments.dataset_name_or_path, arguments.dataset_split)):
         if number == arguments.max_samples:
             return
-        yield where, conversation_of(record, where, arguments.response_key)
+        sampled = record.get("response_token_ids")
+        if sampled is not None:
+            check_token_ids(sampled, where, "response_token_ids")
+        messages = conversation_of(record, where, arguments.response_key)
+        yield Demonstration(where, messages, sampled, record.get("finish_reason"))
 
 
 def rows_of(arguments: Arguments, count: int, tokenizer: Any, config: Any) -> tuple[Any, Drops]:
@@ -70,13 +80,15 @@ def rows_of(arguments: Arguments, count: int, tokenizer: Any, config: Any) -> tu
     from baton.training.rows import rows_on_disk
     from baton.training.tokenising import tokenised
 
-    drops = Drops()
+    drops, counted = Drops(), Counter()
     make = partial(rows_of_demonstrations, tokenizer, arguments.max_length)
 
     def token_ids():
-        return tokenised(make, demonstrations(arguments), drops, Counter(), count)
+        return tokenised(make, demonstrations(arguments), drops, counted, count)
 
-    return rows_on_disk(token_ids, config, "demonstrations"), drops
+    rows = rows_on_disk(token_ids, config, "demonstrations")
+    log.info("last turns: %s", ", ".join(f"{number} {source}" for source, number in counted.items()))
+    return rows, drops
 
 
 def config_class() -> type:
@@ -113,7 +125,7 @@ def main() -> None:
 
     from trl import SFTTrainer
 
-    from baton.training.checkpoints import SCRATCH, train
+    from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
     config = checked_config(arguments, settings, stage)
@@ -123,6 +135,8 @@ def main() -> None:
     log_training(trainer)
     metrics = train(trainer, stage, arguments.export_dtype)
     if program.rank() == 0:
+        first = next(demonstrations(arguments))
+        stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
         stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics, scratch=SCRATCH)
 
 

@@ -1,10 +1,19 @@
-"""Chat templates: from a conversation to the token ids that a model reads."""
+"""Chat templates: from a conversation to the token ids that a model reads, and from sampled ids to their text."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from baton.errors import InputError
 from baton.records import Messages
+
+# Where the token ids of a response come from.
+SAMPLED = "responses with sampled token ids"
+FROM_TEXT = "responses tokenised from text"
+FOREIGN = "responses with another tokenizer's token ids"
+
+PLACEHOLDER = "Response0"  # stands for a response; a template leaves letters and digits as they are
+LINE_BREAK = "\n"
 
 
 def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
@@ -54,11 +63,12 @@ def encode_all(tokenizer: Any, conversations: list[Messages], wheres: list[str])
     return _encode(tokenizer, texts)
 
 
-def response_pieces(tokenizer: Any, messages: Messages, where: str) -> list[tuple[list[int], bool]]:
+def response_pieces(tokenizer: Any, messages: Messages, where: str, stopped: bool = True) -> list[tuple[list[int], bool]]:
     """A conversation as pieces of token ids, each with whether the assistant said it (and so is to be learnt).
 
-    The pieces joined are the conversation as the template writes it, up to the end-of-turn token of the last response. Text
-    and responses are tokenised apart, as in generation, where the response's tokens follow those of the finished prompt.
+    The pieces joined are the conversation as the template writes it, up to the end of the last response. What is learnt of a
+    response ends with its end-of-turn token; the last one has that only if it `stopped` by itself. Text and responses are
+    tokenised apart, as in generation, where the response's tokens follow those of the finished prompt.
     Raises InputError if there is no response, or if the template rewrites earlier turns.
     """
     pieces: list[tuple[list[int], bool]] = []
@@ -66,47 +76,166 @@ def response_pieces(tokenizer: Any, messages: Messages, where: str) -> list[tupl
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        opening = _text(tokenizer, messages[:turn], where, add_generation_prompt=True) if turn else ""
-        closing = _text(tokenizer, messages[: turn + 1], where, add_generation_prompt=False)
-        if not opening.startswith(written) or not closing.startswith(opening):
-            raise InputError(
-                f"{where}: the chat template writes message {turn + 1} differently once it is answered, so a response "
-                "cannot be separated from its prompt; give another template with --chat_template"
-            )
-        pieces.append((_encode(tokenizer, opening[len(written) :]), False))
-        pieces.append((_encode(tokenizer, closing[len(opening) :]), True))
-        written = closing
+        opening, response, end = _turn(tokenizer, messages[: turn + 1], where)
+        if not opening.startswith(written):
+            raise _rewritten(turn + 1, where)
+        pieces.append((_encode_after(tokenizer, written, opening[len(written) :]), False))
+        ended = stopped or turn + 1 < len(messages)
+        pieces.append((_encode_after(tokenizer, opening, response + end if ended else response), True))
+        written = opening + response + end
     if not pieces:
         raise InputError(f"{where}: the conversation has no assistant message to learn from")
-    ids, _ = pieces.pop()
-    return [*pieces, (until_end_of_turn(tokenizer, ids), True)]
+    return pieces
 
 
 def response_token_ids(tokenizer: Any, prompt: Messages, response: str, stopped: bool, where: str) -> list[int]:
     """The token ids of `response` after `prompt`, with the end-of-turn token only if the policy really `stopped`."""
-    ids, _ = response_pieces(tokenizer, [*prompt, {"role": "assistant", "content": response}], where)[-1]
-    while ids and not stopped and ids[-1] in tokenizer.all_special_ids:
-        ids = ids[:-1]
-    return ids
+    opening, text, end = _turn(tokenizer, [*prompt, {"role": "assistant", "content": response}], where)
+    return _encode_after(tokenizer, opening, text + end if stopped else text)
 
 
-def until_end_of_turn(tokenizer: Any, ids: list[int]) -> list[int]:
-    """`ids` without what a template writes after the last special token, such as a line break after `<|im_end|>`."""
-    special = set(tokenizer.all_special_ids)
-    end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] in special), len(ids))
-    return ids[:end]
+def sampled_or_tokenised(
+    tokenizer: Any, prompt: Messages, response: str, sampled: list[int] | None, finish_reason: str | None, where: str
+) -> tuple[list[int], str]:
+    """The token ids of a response, and where they come from: SAMPLED, FROM_TEXT or FOREIGN.
+
+    They are the `sampled` ids as they are, if this tokenizer is the one that sampled them, else those of the text, with the
+    end-of-turn token where the response stopped by itself or nothing is known of that.
+    """
+    if sampled and decodes_to(tokenizer, sampled, response):
+        return sampled, SAMPLED
+    ids = response_token_ids(tokenizer, prompt, response, has_stopped(finish_reason), where)
+    return ids, FOREIGN if sampled else FROM_TEXT
+
+
+def has_stopped(finish_reason: str | None) -> bool:
+    """Whether a response ended by itself, as far as is known."""
+    return finish_reason in (None, "stop")
+
+
+def end_token_id(tokenizer: Any, messages: Messages, where: str) -> int | None:
+    """The token that ends the response of a conversation, or None where its template ends it with ordinary text."""
+    *_, end = _turn(tokenizer, messages, where)
+    ids = _encode(tokenizer, end)
+    return ids[-1] if ids and ids[-1] in _marks(tokenizer).values() else None
 
 
 def decodes_to(tokenizer: Any, ids: list[int], response: str) -> bool:
     """Whether sampled token ids are those of `response` under this tokenizer: that it is the one that sampled them.
 
-    The tokens may say a little more: engines leave a stop string, and half a character where a response was cut
-    off, out of the text.
+    Texts that differ in one space at their start count as equal: engines decode after the prompt, and alone many decoders
+    strip it. The tokens may say a little more than the text: engines leave out a stop string, a stop token and half a
+    character where a response was cut off. A response without a word is only that of tokens without a word.
     """
     if any(not 0 <= id_ < len(tokenizer) for id_ in ids):
         return False
     decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return decoded.startswith(response)
+    readings = (decoded, " " + decoded, decoded.removeprefix(" "))
+    # A response that ended with an end-of-turn token did not end at a stop string.
+    longer = bool(response.strip()) and not set(ids[-1:]) & set(_marks(tokenizer).values())
+    if response in readings or (longer and any(text.startswith(response) for text in readings)):
+        return True
+    if not response.strip() and not decoded.strip():
+        return True
+    # Prompts end with text or with a line break; the latter is a byte to some tokenizers, and bytes are read together.
+    alone, after_break = (response_text(tokenizer, before, ids) for before in ([], _encode(tokenizer, LINE_BREAK)))
+    return response in (alone, " " + alone, alone.removeprefix(" "), after_break)
+
+
+def response_text(tokenizer: Any, prompt_ids: list[int], ids: list[int]) -> str:
+    """The text that token ids say after those of the prompt, special tokens left out: what vLLM writes.
+
+    It is read token by token, as vLLM does. So a first space stays, which many decoders strip from a text of its own; half a
+    character at the end is left out; and half a character elsewhere does not spoil the whole ones beside it.
+    """
+    from tokenizers.decoders import DecodeStream
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python
+        before, whole = (
+            tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for part in (prompt_ids, [*prompt_ids, *ids])
+        )
+        return whole[len(before) :]
+    stream, text = DecodeStream(ids=prompt_ids, skip_special_tokens=True), ""
+    for id_ in ids:
+        try:
+            step = stream.step(backend, id_)
+        except Exception as error:  # the only class that tokenizers raises
+            if "Invalid prefix" not in str(error):
+                raise
+            stream = DecodeStream(skip_special_tokens=True)
+            step = stream.step(backend, id_)
+        text += step or ""
+    return text
+
+
+def _turn(tokenizer: Any, messages: Messages, where: str) -> tuple[str, str, str]:
+    """The text before the last response, the response as the template writes it, and the end of its turn.
+
+    What follows a response is seen where another one stands in its place, whatever either says. Raises InputError if the
+    template writes the prompt differently once it is answered.
+    """
+    *prompt, message = messages
+    opening = _text(tokenizer, prompt, where, add_generation_prompt=True) if prompt else ""
+    closing = _text(tokenizer, messages, where, add_generation_prompt=False)
+    other = _text(tokenizer, [*prompt, {**message, "content": PLACEHOLDER}], where, add_generation_prompt=False)
+    _, found, rest = other.rpartition(PLACEHOLDER)
+    if not found or not closing.startswith(opening) or not closing[len(opening) :].endswith(rest):
+        raise _rewritten(len(messages), where)
+    return opening, closing[len(opening) : len(closing) - len(rest)], _until_mark(tokenizer, rest)
+
+
+def _rewritten(number: int, where: str) -> InputError:
+    return InputError(
+        f"{where}: the chat template writes message {number} differently once it is answered, so a response "
+        "cannot be separated from its prompt; give another template with --chat_template"
+    )
+
+
+@lru_cache
+def _until_mark(tokenizer: Any, rest: str) -> str:
+    """What ends a turn: the text after a response, up to its first mark, such as `<|im_end|>` without the line break after it.
+
+    Without a mark it is the whole text, its last spaces and line breaks left out if there is anything else.
+    """
+    places = {mark: rest.find(mark) for mark in _marks(tokenizer)}
+    first = min(((place, -len(mark)) for mark, place in places.items() if place >= 0), default=None)
+    if first is None:
+        return rest.rstrip() or rest
+    place, length = first
+    return rest[: place - length]
+
+
+@lru_cache
+def _marks(tokenizer: Any) -> dict[str, int]:
+    """The tokens that a text is not split into by chance, such as `<|eot_id|>`: all added ones, with their ids.
+
+    A tokenizer names only some of them as its special tokens.
+    """
+    added = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+def _encode_after(tokenizer: Any, before: str, text: str) -> list[int]:
+    """The token ids of a text that goes on after `before`, tokenised apart from it.
+
+    Many tokenizers put a space before a text that they are given. So such a text is tokenised behind what is known to be a
+    token of its own.
+    """
+    if before and text and _adds_space(tokenizer):
+        anchor = max((mark for mark in _marks(tokenizer) if before.endswith(mark)), key=len, default=LINE_BREAK)
+        start, ids = _encode(tokenizer, anchor), _encode(tokenizer, anchor + text)
+        if ids[: len(start)] == start:
+            return ids[len(start) :]
+    return _encode(tokenizer, text)
+
+
+@lru_cache
+def _adds_space(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a space before a text that has none."""
+    after = _encode(tokenizer, LINE_BREAK + "a")[len(_encode(tokenizer, LINE_BREAK)) :]
+    return after != _encode(tokenizer, "a")
 
 
 def _text(tokenizer: Any, messages: Messages, where: str, **options: Any) -> str:

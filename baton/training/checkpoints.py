@@ -13,6 +13,8 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from baton import program
 from baton.errors import InputError
+from baton.models.templates import end_token_id
+from baton.records import Messages
 from baton.stage import Stage
 from baton.training.arguments import ExportDtype
 from baton.training.export import export
@@ -45,6 +47,34 @@ def train(trainer: Any, stage: Stage, export_dtype: ExportDtype = "checkpoint") 
             trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     return metrics | export(trainer, stage.partial_folder, export_dtype)
+
+
+def stop_at_end_of_turn(folder: Path, tokenizer: Any, messages: Messages, where: str) -> None:
+    """Have engines stop a finished model's responses at the token that it has learnt to end them with.
+
+    That token, which ends the response of `messages` in the chat template, is added to those of generation_config.json. To be
+    called by one process, when `folder` is complete; an adapter alone stays as it is, since engines read its model's.
+    """
+    if not (folder / "config.json").exists():
+        return
+    try:
+        end = end_token_id(tokenizer, messages, where)
+    except InputError as error:  # all responses came with sampled token ids, else the rows would have been refused
+        log.warning("generation_config.json stays as it is: %s", error)
+        return
+    if end is None:
+        log.warning("the chat template ends a response with ordinary text, not with a token: sample with --stop and that text")
+        return
+    path = folder / "generation_config.json"
+    settings = orjson.loads((path if path.exists() else folder / "config.json").read_bytes())
+    known = settings.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if end in known and path.exists():
+        return
+    log.info("generation_config.json: %r ends a response, beside %s", tokenizer.convert_ids_to_tokens(end), known)
+    settings = settings if path.exists() else {}
+    settings.pop("_from_model_config", None)  # or else Transformers makes it again from config.json
+    path.write_bytes(orjson.dumps({**settings, "eos_token_id": sorted({end, *known})}, option=orjson.OPT_INDENT_2))
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

@@ -1,5 +1,7 @@
 """Token in, token out: what is trained on is what the policy sampled, and it learns to stop only where it stopped."""
 
+import copy
+import json
 import tracemalloc
 from collections import Counter
 
@@ -7,19 +9,32 @@ import pytest
 from datasets import Dataset, load_from_disk
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TrainingArguments
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from baton import jsonl
 from baton.drops import Drops
 from baton.errors import InputError
-from baton.models.templates import decodes_to, load_tokenizer, prompt_token_ids, response_pieces, response_token_ids
+from baton.models.templates import (
+    FOREIGN,
+    SAMPLED,
+    decodes_to,
+    load_tokenizer,
+    prompt_token_ids,
+    response_pieces,
+    response_token_ids,
+)
 from baton.pairs import PairSettings
 from baton.preferences import preference_of
 from baton.training import reference
+from baton.training.checkpoints import stop_at_end_of_turn
 from baton.training.reference import DatasetPairs
 from baton.training.rows import rows_on_disk
 from dpo_iteration.choose import at_least_one, choose_pairs, earlier_pairs, pairs_again
 from dpo_iteration.rows import Rows, log_rows, shown
+from sft import run_sft
+from sft.rows import rows_of_demonstrations
 from tests.programs import write_jsonl
 
 PROMPT = [{"role": "user", "content": "Continue this review: It opens at sea."}]
@@ -242,3 +257,68 @@ def test_every_common_shape_of_a_preference_reads_the_same(record):
 def test_bad_preference_says_what_is_wrong_with_it(record, message):
     with pytest.raises(InputError, match=f"here: .*{message}"):
         preference_of(record, "here")
+
+
+STOPPED, CUT = "A warm film.", "A mess"
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_a_demonstration_is_learnt_as_it_was_sampled_and_its_end_only_where_the_policy_stopped(tokenizer, tmp_path, with_ids):
+    end = tokenizer.eos_token_id
+    ids = {STOPPED: [*letters(tokenizer, STOPPED), end], CUT: letters(tokenizer, CUT)}
+    records = [
+        {"messages": [*PROMPT, said(text)], "finish_reason": reason, **({"response_token_ids": ids[text]} if with_ids else {})}
+        for text, reason in ((STOPPED, "stop"), (CUT, "length"))
+    ]
+    foreign = {"messages": [*PROMPT, said(CUT)], "finish_reason": "length", "response_token_ids": [5, 6]}
+    records += [foreign, {"prompt": PROMPT, "response": CUT}]
+    path = write_jsonl(tmp_path / "demonstrations.jsonl", records)
+    arguments = run_sft.Arguments(model_name_or_path="", dataset_name_or_path=str(path), output_dir="")
+    counted = Counter()
+    rows = list(rows_of_demonstrations(tokenizer, arguments.max_length, run_sft.demonstrations(arguments), Drops(), counted))
+    learnt = [[label for label in row["labels"] if label != -100] for row in rows]
+    prompt = prompt_token_ids(tokenizer, PROMPT, "here")
+    assert all(row["input_ids"] == prompt + made for row, made in zip(rows, learnt, strict=True))
+    if with_ids:
+        assert learnt[:2] == [ids[STOPPED], ids[CUT]]
+    assert [made[-1] == end for made in learnt] == [True, False, False, True]
+    assert all(decodes_to(tokenizer, made, record) for made, record in zip(learnt, (STOPPED, CUT, CUT, CUT), strict=True))
+    assert counted[SAMPLED] == 2 * with_ids and counted[FOREIGN] == 1
+
+
+def test_bad_token_ids_of_a_demonstration_are_refused_and_a_row_that_teaches_nothing_is_dropped(tokenizer, tmp_path):
+    record = {"messages": [*PROMPT, said("")], "finish_reason": "length"}
+    path = write_jsonl(tmp_path / "demonstrations.jsonl", [record, {**record, "response_token_ids": [[1]]}])
+    arguments = run_sft.Arguments(model_name_or_path="", dataset_name_or_path=str(path), output_dir="")
+    drops = Drops()
+    rows = rows_of_demonstrations(tokenizer, arguments.max_length, run_sft.demonstrations(arguments), drops, Counter())
+    with pytest.raises(InputError, match=r"demonstrations\.jsonl:2: `response_token_ids` must be a list of token ids"):
+        next(rows)
+    assert drops.counts == {"no token to learn": 1}
+
+
+@pytest.mark.parametrize(("known", "listed"), [(2, [2, 7]), ([2, 5], [2, 5, 7]), (None, [7]), ([7, 2], [7, 2])])
+def test_a_finished_model_stops_where_its_template_ends_a_response(tmp_path, known, listed):
+    core = Tokenizer(WordLevel({word: n for n, word in enumerate(["a", "b", "</s>", "c", "d", "e", "f"])}, "a"))
+    own = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    own.add_tokens([AddedToken("<|eot_id|>", special=True)])
+    own.chat_template = "{% for m in messages %}{{ m.content }}<|eot_id|>\n{% endfor %}"
+    assert "<|eot_id|>" not in own.all_special_tokens
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": known, "temperature": 0.6, "_from_model_config": True}))
+    stop_at_end_of_turn(tmp_path, own, [*OPENING, said("b")], "here")
+    settings = json.loads(path.read_text())
+    assert settings["eos_token_id"] == listed and settings["temperature"] == 0.6
+    path.unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": known}))
+    stop_at_end_of_turn(tmp_path, own, [*OPENING, said("b")], "here")
+    assert sorted(json.loads(path.read_text())["eos_token_id"]) == sorted(listed)
+
+
+def test_an_end_in_ordinary_words_is_named_and_stops_no_engine(tokenizer, tmp_path, caplog):
+    own = copy.copy(tokenizer)
+    own.chat_template = "{% for m in messages %}{{ m.content }} The end.\n{% endfor %}"
+    (tmp_path / "config.json").write_text("{}")
+    stop_at_end_of_turn(tmp_path, own, [*OPENING, said("b")], "here")
+    assert "sample with --stop" in caplog.text and not (tmp_path / "generation_config.json").exists()

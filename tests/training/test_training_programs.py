@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from baton import jsonl
 from baton.arguments import build_config, read_yaml
 from baton.drops import Drops
+from baton.models.templates import load_tokenizer
 from baton.pairs import PairSettings
 from baton.training.checks import check_settings
 from baton.training.memory import Sharding
@@ -55,6 +56,26 @@ def test_sft_learns_and_leaves_a_model_with_its_manifest(task, tmp_path):
     assert again.returncode == 0 and "up to date" in again.stderr
     other = sft(task, tmp_path / "sft", "--max_steps", 13)
     assert other.returncode == 2 and "max_steps" in other.stderr
+
+
+END_ON_PAD = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|pad|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto"])
+def test_the_end_token_that_was_learnt_stops_the_exported_policy_beside_the_former_ones(task, annotated, tmp_path, name):
+    (tmp_path / "template.jinja").write_text(END_ON_PAD)
+    words = ["--chat_template", tmp_path / "template.jinja", "--max_steps", 1]
+    if name == "sft":
+        done = sft(task, tmp_path / "policy", *words)
+    else:
+        program, *rest = dpo_words(task, annotated, tmp_path / "policy", *words)
+        adapter = ["--use_peft", "--merge_adapter"] if name == "dpo" else []
+        done = run_program(program if name == "dpo" else "dpo_iteration/run_kto.py", *rest, *adapter)
+    assert done.returncode == 0, done.stderr
+    former, end = (load_tokenizer(str(task / "base")).convert_tokens_to_ids(token) for token in ("<|end_of_turn|>", "<|pad|>"))
+    settings = json.loads((tmp_path / "policy/generation_config.json").read_text())
+    assert settings["eos_token_id"] == sorted([former, end])
 
 
 TRAINING = ["sft/run_sft.py", "reward_model/run_rm.py", "dpo_iteration/run_dpo.py", "dpo_iteration/run_kto.py"]
