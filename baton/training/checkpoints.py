@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 import torch
+from accelerate.utils import is_peft_model
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from baton import program
@@ -17,7 +18,8 @@ from baton.models.templates import end_token_id
 from baton.records import Messages
 from baton.stage import Stage
 from baton.training.arguments import ExportDtype
-from baton.training.export import export
+from baton.training.export import copies_without_zero, export
+from baton.training.float32_copy import start_from_files
 from baton.training.progress import ProgressLines
 from baton.training.sharding import keep_outputs
 
@@ -45,6 +47,8 @@ def train(trainer: Any, stage: Stage, export_dtype: ExportDtype = "checkpoint") 
         if state["global_step"] >= state["max_steps"]:
             # Transformers looks for the end after each step, so it would train one more where that is within an epoch.
             trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
+    elif trainer.is_deepspeed_enabled and not is_peft_model(trainer.model):
+        trainer.add_callback(StartFromFiles(trainer))
     metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     return metrics | export(trainer, stage.partial_folder, export_dtype)
 
@@ -123,6 +127,17 @@ def fit_layout(trainer: Any, checkpoint: Path) -> None:
         f"{checkpoint}: written with {again}, and cannot be loaded with {now} in {program.world_size()} processes; "
         f"go on with {again} again, or start afresh with --overwrite"
     )
+
+
+class StartFromFiles(TrainerCallback):
+    """Has DeepSpeed's float32 copy start from all bits of the start's files; a checkpoint holds the copy itself."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        start_from_files(model, copies_without_zero(self.trainer.optimizer.optimizer))
 
 
 class MendOptimizer(TrainerCallback):

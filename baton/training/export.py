@@ -8,10 +8,11 @@ import copy
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -20,6 +21,7 @@ from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -93,17 +95,42 @@ def trained_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         yield from trainer.accelerator.get_state_dict(model).items()  # FSDP1 gathers all tensors, on process 0 alone
         return
-    yield from tensors_of(trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
+    copies = copies_without_zero(trainer.optimizer.optimizer) if trainer.is_deepspeed_enabled else {}
+    yield from tensors_of(trainer.accelerator.unwrap_model(model, keep_torch_compile=False), copies)
 
 
 @torch.no_grad()
-def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor of a model's state once, with its name, whole; what is tied has the first of its names."""
+def tensors_of(model: PreTrainedModel, copies: Mapping[int, Tensor] = MappingProxyType({})) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of a model's state once, with its name, whole; what is tied has the first of its names.
+
+    Args:
+        copies: those of `copies_without_zero`, which are yielded instead of their weights.
+    """
     seen, left_out = set(), set(model._keys_to_ignore_on_save or ())
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen and name not in left_out:
             seen.add(id(tensor))
-            yield name, gathered(tensor)
+            yield name, gathered(copies.get(id(tensor), tensor))
+
+
+def copies_without_zero(optimizer: Any) -> dict[int, Tensor]:
+    """The float32 copies that DeepSpeed trains without ZeRO in half precision, by the `id` of their weights; else none.
+
+    Args:
+        optimizer: DeepSpeed's. With ZeRO it ties each weight to its copy, which `gathered` and `start_from_files` find there.
+    """
+    if hasattr(optimizer, "fp32_groups_flat"):  # DeepSpeed's own fused Adam, which a ds_config can name
+        pairs = zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True)
+        groups = [_unflatten_dense_tensors(flat, halves) for flat, halves in pairs]
+    elif hasattr(optimizer, "fp32_groups"):
+        groups = optimizer.fp32_groups
+    else:
+        return {}
+    return {
+        id(half): single
+        for halves, singles in zip(optimizer.fp16_groups, groups, strict=True)
+        for half, single in zip(halves, singles, strict=True)
+    }
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -144,7 +171,7 @@ def layer_of(name: str) -> str:
 class Checkpoint:
     """The tensors of a model's safetensors files, by name, read from disk one at a time. None where it has no such files.
 
-    `dtype` is what most of its tensors have, or without such files what its configuration says.
+    `dtypes` are those of its tensors; `dtype` is what most have, or without such files what its configuration says.
     """
 
     def __init__(self, model: str):
@@ -159,6 +186,7 @@ class Checkpoint:
                 self.files[name] = file
                 dtypes[DTYPES.get(file.get_slice(name).get_dtype())] += 1
         dtypes.pop(None, None)
+        self.dtypes = set(dtypes)
         self.dtype = dtypes.most_common(1)[0][0] if dtypes else AutoConfig.from_pretrained(self.model).dtype or torch.float32
         return self
 

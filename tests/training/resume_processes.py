@@ -14,6 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
+import transformers.training_args
 import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
@@ -43,6 +44,10 @@ class Steps(TrainerCallback):
             self.rows = []
         if state.global_step == self.stop_after:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+# TrainingArguments refuses bfloat16 where there is neither a GPU nor `use_cpu`; DeepSpeed on a CPU computes in it.
+transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from baton.training import export
-from baton.training.export import Rounding, layer_of, tensors_of, write_model
+from baton.training.export import Checkpoint, Rounding, copies_without_zero, layer_of, tensors_of, write_model
+from baton.training.float32_copy import layer_in_files
 from tests.models.tiny_models import SHAPE, model_of, one_thread, pairs_of, random_pairs
 from tests.training.test_dpo_core import tokenizer
 from tests.training.test_resume_layouts import GLOO, launch, material, training_run, zero
@@ -127,6 +128,40 @@ def test_a_training_under_zero_exports_what_one_process_exports(stage, material,
     assert policy.keys() == whole_run.keys()
     assert all((policy[name] - whole_run[name]).abs().max() < 1e-5 for name in policy)
     assert (tmp_path / "policy.partial/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "mixtral"])
+def test_the_files_values_are_those_that_transformers_loads_and_none_where_they_have_none(family, tmp_path):
+    made = AutoModelForCausalLM.from_config(MIXTRAL) if family == "mixtral" else model_of(family)
+    model = saved(made, tmp_path / "start")
+    weights = {name: weight for name, weight in model.named_parameters() if ".layers.1." in name}
+    new = torch.nn.Parameter(torch.zeros(1, 32))
+    with torch.no_grad(), Checkpoint(str(tmp_path / "start")) as checkpoint:
+        values = layer_in_files(model, {**weights, "score.weight": new}, checkpoint)
+    assert values.pop("score.weight").isnan().all() and values.keys() == weights.keys()
+    assert all(torch.equal(values[name], weights[name]) for name in weights)
+
+
+def test_without_zero_the_float32_copies_are_those_of_deepspeeds_fused_adam_too():
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+
+    model = torch.nn.Linear(4, 3).bfloat16()
+    optimizer = FP16_Optimizer(torch.optim.AdamW(model.parameters(), weight_decay=0.0), low_precision_dtype=torch.bfloat16)
+    copies = copies_without_zero(optimizer)
+    copies[id(model.bias)].detach().fill_(7)
+    assert {name: copies[id(weight)].shape for name, weight in model.named_parameters()} == {"weight": (3, 4), "bias": (3,)}
+    assert optimizer.fp32_groups_flat[0][-3:].tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(0, 1), (2, 2), (3, 3)])
+def test_what_bfloat16_does_not_hold_of_a_float32_start_is_trained_on_under_deepspeed(stage, processes, material, tmp_path):
+    one_small_step = ("bf16", True, "max_steps", 1, "learning_rate", 1e-9, "weight_decay", 0)
+    codes, errors = training_run(material, tmp_path / "policy", (processes, 1, 1), *GLOO, *one_small_step, **zero(stage))
+    assert set(codes) == {0}, errors[-3000:]
+    start, policy = tensors_in(material / "model"), tensors_in(tmp_path / "policy.partial")
+    assert start.keys() == policy.keys() and {tensor.dtype for tensor in policy.values()} == {torch.float32}
+    assert all((policy[name] - start[name]).abs().max() < 1e-7 for name in start)
+    assert max((start[name].bfloat16() - start[name]).abs().max() for name in start) > 1e-4
 
 
 def test_a_death_in_the_middle_of_the_export_loses_nothing(material, whole_run, tmp_path):
