@@ -26,6 +26,9 @@ LOSSES = ("kto", WITHOUT_KL)
 # equation 8), a little wider here, since weights are given to two decimals.
 ADVISED_BALANCE = (0.99, 1.34)
 
+# Where packed log-probabilities are not the model's own:
+REMEDY = "KTO has no other forward pass: use another GPU, driver or version of torch"
+
 
 def check_config(config: KTOConfig) -> None:
     """Raise InputError for settings that TRL refuses only once the model is loaded, or not at all."""
@@ -93,7 +96,7 @@ def in_training_order(rows: Dataset, config: KTOConfig, max_length: int) -> Iter
 def with_reference_logps(rows: Dataset, reference: str, config: KTOConfig, folder: Path) -> Dataset:
     """The rows of `in_training_order` with `ref_logps` and `ref_KL_logps`, float32; they are kept in a file in `folder`."""
     second = "completion_ids" if config.loss_type == WITHOUT_KL else "KL_completion_ids"
-    logps = dataset_reference_logps(rows, ("completion_ids", second), reference, config, folder)
+    logps = dataset_reference_logps(rows, ("completion_ids", second), reference, config, folder, remedy=REMEDY)
     return rows.add_column("ref_logps", logps[:, 0]).add_column("ref_KL_logps", logps[:, 1])
 
 
@@ -130,5 +133,5 @@ class PackedKTOTrainer(KeepsFloat32, KTOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self._check_next_batch:
             self._check_next_batch = False
-            check_packing(self, model, inputs, "KTO has no other forward pass: use another GPU, driver or version of torch")
+            check_packing(self, model, inputs, REMEDY)
         return super()._compute_loss(model, inputs, return_outputs)

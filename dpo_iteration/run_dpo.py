@@ -198,7 +198,7 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
     """
     from baton.training.memory import check_memory, estimate, estimate_reference, largest_batch, outline, sharding_of
     from baton.training.reference import dataset_reference_logps, load
-    from dpo_iteration.trainer import PackedDPOTrainer
+    from dpo_iteration.trainer import REMEDY, PackedDPOTrainer
 
     packed = arguments.forward == "packed"
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
@@ -212,7 +212,7 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
     check_memory(needs, config, first)
     if packed:
         columns = ("chosen_ids", "rejected_ids")
-        logps = dataset_reference_logps(dataset, columns, reference, config, folder, quantization)
+        logps = dataset_reference_logps(dataset, columns, reference, config, folder, quantization, remedy=REMEDY)
         dataset = dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
     return PackedDPOTrainer(
         model=arguments.model_name_or_path,

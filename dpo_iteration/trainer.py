@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
 
+# Where packed log-probabilities are not the model's own:
+REMEDY = "Train with `--forward trl`: padded batches and the model's own attention"
+
 
 class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
     """`trl.DPOTrainer` on packed rows of prefix-sharing trees.
@@ -128,7 +131,7 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         if self._check_next_batch:
             self._check_next_batch = False
-            check_packing(self, model, inputs, "Train with `--forward trl`: padded batches and the model's own attention")
+            check_packing(self, model, inputs, REMEDY)
         if self._margin_scale:
             result = self._loss_with_margin(model, inputs, return_outputs)
         else:

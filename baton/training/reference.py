@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from baton import program
 from baton.fingerprint import fingerprint
+from baton.models.agreement import check_packed
 from baton.models.attention import NAME
 from baton.models.forward import TOKENS_PER_ROW, attention, obstacle, score
 from baton.models.trees import Tokens
@@ -37,6 +38,9 @@ log = logging.getLogger("baton")
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
+
+# Compares packed log-probabilities of a batch's sequences with those of the model's own forward pass.
+Check = Callable[[nn.Module, Sequence[tuple[Tokens, Tokens]], Sequence[Tensor]], None]
 
 
 class DatasetPairs(Sequence[Pair]):
@@ -90,16 +94,35 @@ def load_as_policy(model: str, config: Any, quantization: Any = None) -> nn.Modu
 
 
 def dataset_reference_logps(
-    dataset: Any, responses: tuple[str, str], reference: str, config: Any, folder: Path, quantization: Any = None
+    dataset: Any,
+    responses: tuple[str, str],
+    reference: str,
+    config: Any,
+    folder: Path,
+    quantization: Any = None,
+    *,
+    remedy: str,
+    check_first_batch: bool | None = None,
 ) -> np.ndarray:
     """`kept_reference_logps` of a tokenised data set under the model `reference`, computed as the policy's would be.
 
     Args:
         responses: the columns of the two responses of each row.
         config, quantization: as for `load`.
+        remedy: ends the message where the first batch's log-probabilities differ: what to do.
+        check_first_batch: compare the first batch's packed log-probabilities with those of the model's own forward
+            pass; None: on a GPU, whose kernels no test has seen.
     Returns:
         float32 (rows, 2).
+    Raises:
+        InputError: the first batch's log-probabilities differ.
     """
+    wanted = config.device.type == "cuda" if check_first_batch is None else check_first_batch
+
+    def check(model: nn.Module, sequences: Sequence[tuple[Tokens, Tokens]], packed: Sequence[Tensor]) -> None:
+        dtype = sharding.half_dtype(config) or next(model.parameters()).dtype
+        check_packed(model, sequences, packed, dtype, remedy)
+
     # Process 0's key counts, and so it alone reads the whole model, or asks the hub, for its fingerprint.
     model = fingerprint(reference)["hash"] if program.rank() == 0 else ""
     precision = f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs} {quantization}"
@@ -113,6 +136,7 @@ def dataset_reference_logps(
             [model, precision],
             parts_in=Path(config.output_dir),
             ld_alpha=getattr(config, "ld_alpha", None),
+            check=check if wanted else None,
         )
 
 
@@ -124,6 +148,7 @@ def kept_reference_logps(
     parts_in: Path | None = None,
     tokens_per_row: int = TOKENS_PER_ROW,
     ld_alpha: float | None = None,
+    check: Check | None = None,
 ) -> np.ndarray:
     """`reference_logps` of all pairs from the file in `folder`, which is written first where there is none.
 
@@ -137,6 +162,8 @@ def kept_reference_logps(
         key: what else decides the numbers: the reference model's fingerprint, the dtype; process 0's counts.
         parts_in: the folder of the parts, which no other run may use at the same time; default: `folder`.
         tokens_per_row, ld_alpha: as for `reference_logps`.
+        check: called by every process after its first batch, where that is packed, in all or in none; what it raises ends
+            the scoring before that batch is kept.
     Returns:
         float32 (pairs, 2): chosen, rejected.
     """
@@ -149,7 +176,7 @@ def kept_reference_logps(
     parts = Path(parts_in or folder) / f"{path.stem}-{tokens_per_row}"
     if not done:
         batches = list(_batches(pairs, tokens_per_row))
-        _score_missing(batches, pairs, load_reference, parts, ld_alpha)
+        _score_missing(batches, pairs, load_reference, parts, ld_alpha, check)
         if state.is_main_process:
             _assemble(batches, parts, path)
     state.wait_for_everyone()
@@ -165,6 +192,7 @@ def _score_missing(
     load_reference: Callable[[], nn.Module],
     parts: Path,
     ld_alpha: float | None,
+    check: Check | None,
 ) -> None:
     """Score this process's share of the batches that no part of `parts` holds, each on disk as soon as it is done.
 
@@ -180,7 +208,7 @@ def _score_missing(
     if records.done:
         log.info("reference log-probabilities: %d of %d batches are done, going on", records.done, len(batches))
     if missing:
-        scored = _score_turns(load_reference(), pairs, batches, missing, ld_alpha)
+        scored = _score_turns(load_reference(), pairs, batches, missing, ld_alpha, check)
         progress = Progress(len(missing[share.rank :: share.size]), "batches of reference log-probabilities")
         for number, logps in scored:
             if writes:
@@ -196,11 +224,16 @@ def _score_missing(
 
 
 def _score_turns(
-    model: nn.Module, pairs: Sequence[Pair], batches: Sequence[list[int]], missing: Sequence[int], ld_alpha: float | None
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    batches: Sequence[list[int]],
+    missing: Sequence[int],
+    ld_alpha: float | None,
+    check: Check | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield number and summed log-probabilities of this process's share of the `missing` batches; then free the model."""
-    turns = list(_turns(missing, batches, *data_parallel(), in_step=sharding.is_sharded(model)))
-    scored = _score(model, pairs, ((batches[turn.batch], turn.passes) for turn in turns), ld_alpha)
+    turns = list(_turns(missing, batches, *data_parallel(), in_step=sharding.is_sharded(model), checked=check is not None))
+    scored = _score(model, pairs, ((batches[turn.batch], turn.passes) for turn in turns), ld_alpha, check)
     for turn, logps in zip(turns, scored, strict=True):
         if turn.own:
             yield turn.batch, logps
@@ -218,14 +251,19 @@ class Turn(NamedTuple):
     passes: int
 
 
-def _turns(missing: Sequence[int], batches: Sequence[list[int]], rank: int, size: int, in_step: bool) -> Iterator[Turn]:
-    """Yield a process's share of the `missing` batches; with `in_step` as many turns in each of the `size` processes."""
+def _turns(
+    missing: Sequence[int], batches: Sequence[list[int]], rank: int, size: int, in_step: bool, checked: bool
+) -> Iterator[Turn]:
+    """Yield a process's share of the `missing` batches; with `in_step` as many turns in each of the `size` processes.
+
+    With `checked` each process has one turn or more.
+    """
     for start in range(0, len(missing), size):
         turn = missing[start : start + size]
         passes = 2 * max(len(batches[number]) for number in turn) if in_step else 0
         if rank < len(turn):
             yield Turn(turn[rank], True, passes)
-        elif in_step:
+        elif in_step or (checked and start == 0):
             yield Turn(turn[0], False, passes)
 
 
@@ -270,19 +308,29 @@ def reference_logps(
 
 @torch.no_grad()
 def _score(
-    model: nn.Module, pairs: Sequence[Pair], batches: Iterable[tuple[list[int], int]], ld_alpha: float | None
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    batches: Iterable[tuple[list[int], int]],
+    ld_alpha: float | None,
+    check: Check | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the summed log-probabilities of each batch of pairs, float32 (members, 2).
 
-    With each batch comes the least number of forward passes to run where each takes one sequence.
+    With each batch comes the least number of forward passes to run where each takes one sequence. The first is checked, where
+    it is packed.
     """
     causal = getattr(model, "module", model)  # inside DeepSpeed's engine
     token_logps = _packed if obstacle(causal) is None else _one_by_one
+    if token_logps is _one_by_one:
+        check = None
     training = model.training
     model.eval()
     for members, passes in batches:
         sequences = [(prompt, response) for prompt, *both in (pairs[i] for i in members) for response in both]
         scored = token_logps(model, causal, sequences, passes)
+        if check is not None:
+            check(model, sequences, scored)
+            check = None
         sums = [_sums(chosen, rejected, ld_alpha) for chosen, rejected in zip(scored[::2], scored[1::2], strict=True)]
         yield torch.stack(sums).float().cpu().numpy()
     model.train(training)

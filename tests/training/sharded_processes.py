@@ -46,10 +46,11 @@ def launched(material: Path, folder: Path) -> dict:
     )  # fmt: skip
     rows = Dataset.from_list(json.loads((material / "rows.json").read_text())).select_columns(["prompt_ids", *COLUMNS])
     before = numbers_in_memory()
-    logps = reference.dataset_reference_logps(rows, COLUMNS, str(material / "model"), config, folder)
+    name, checked = str(material / "model"), {"remedy": "", "check_first_batch": True}
+    logps = reference.dataset_reference_logps(rows, COLUMNS, name, config, folder, **checked)
     assert numbers_in_memory() - before < 10 * len(rows), "the reference is still in memory"
     trainer = PackedDPOTrainer(
-        str(material / "model"), args=config, processing_class=AutoTokenizer.from_pretrained(material / "tokenizer"),
+        name, args=config, processing_class=AutoTokenizer.from_pretrained(material / "tokenizer"),
         train_dataset=rows.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1]),
     )  # fmt: skip
     trainer.train()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -67,6 +68,22 @@ def test_reference_logps_killed_go_on_in_another_number_of_processes(before, aft
     assert sum(computed) == batches[0] - 3 * before and min(computed) > 0
     assert resumed.tobytes() == whole.tobytes()
     assert [path.name for path in (tmp_path / "kept").iterdir()] == [kept.name] and not list((tmp_path / "parts").iterdir())
+
+
+@pytest.mark.parametrize("processes", [1, 2])  # of the two, one has no batch of its own
+def test_a_reference_whose_packed_numbers_are_not_the_models_own_ends_the_program(processes, task, annotated, tmp_path):
+    script = Path(__file__).with_name("checked_processes.py")
+    words = dpo_words(task, annotated, tmp_path / "policy", "--max_steps", 1)
+    for which in ("wrong", "right"):
+        (tmp_path / which).mkdir()
+        codes, errors = launch(processes, tmp_path / which, script, which, *words)
+        found = re.findall(r"^.*packed log-probabilities differ from the model's own by .*$", errors, re.MULTILINE)
+        if which == "right":
+            assert set(codes) == {0} and len(found) == 1 and "INFO first batch: " in found[0], errors[-3000:]
+            continue
+        assert set(codes) == {2} and len(found) == processes and "Traceback" not in errors, errors[-3000:]
+        assert found[0].endswith("Train with `--forward trl`: padded batches and the model's own attention")
+        assert not list(tmp_path.glob("**/reference-logps-*.npy")) and "step 1:" not in errors
 
 
 # Training
