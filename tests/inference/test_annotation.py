@@ -242,7 +242,7 @@ def test_log_probabilities_are_those_of_the_model(models, tmp_path):
     run(LOGPS, 2, output_dir=tmp_path / "two.jsonl", tokens_per_batch=3000, **values)
     for one, two in zip(made, read(tmp_path / "two.jsonl"), strict=True):
         for name in ("policy", "initial"):
-            assert one["logps_by"][name] == pytest.approx(two["logps_by"][name], abs=1e-3)
+            assert one["logps_by"][name] == pytest.approx(two["logps_by"][name], abs=1e-4)
 
 
 def test_a_model_that_cannot_take_packed_trees_gives_the_same_log_probabilities(models, tmp_path):

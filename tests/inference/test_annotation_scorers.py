@@ -363,6 +363,8 @@ def test_a_pair_model_scores_by_mean_probability_to_win(models, tmp_path):
         assert sum(record["rewards"]) == pytest.approx(len(texts) / 2, abs=1e-5)
     twins = read(out)[2]["rewards"]
     assert twins[0] == pytest.approx(twins[1], abs=1e-5)
+    run(REWARDS, 2, dataset_name_or_path=source, output_dir=tmp_path / "two.jsonl", scorer=f"pair:{models / 'lm'}")
+    assert rewards_in(tmp_path / "two.jsonl") == pytest.approx(rewards_in(out), abs=1e-5)
 
 
 def test_a_model_with_its_own_code_runs_only_when_allowed(annotated, models, tmp_path):
