@@ -1,4 +1,4 @@
-"""Run in one or several processes by test_resume_layouts.py: a training program that checks its reference's first batch on a CPU.
+"""Run by test_resume_layouts.py in one or several processes: a training program that checks its reference's first batch.
 
     checked_processes.py {right,wrong} PROGRAM [ARGUMENT …]
 
