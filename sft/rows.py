@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from baton.drops import Drops
-from baton.models.templates import FOREIGN, FROM_TEXT, SAMPLED, decodes_to, has_stopped, response_pieces
+from baton.models.templates import FOREIGN, FROM_TEXT, SAMPLED, decodes_to, has_stopped, prompt_token_ids, response_pieces
 from baton.records import Messages
 
 
@@ -36,9 +36,17 @@ def rows_of_demonstrations(
 def row_of(tokenizer: Any, demonstration: Demonstration) -> tuple[dict[str, list[int]], str]:
     """A row `input_ids`, `labels` (-100 where nothing is learnt), and where the last response's token ids come from."""
     where, messages, sampled, finish_reason = demonstration
-    pieces = response_pieces(tokenizer, messages, where, has_stopped(finish_reason))
-    source = FOREIGN if sampled else FROM_TEXT
     if sampled and decodes_to(tokenizer, sampled, messages[-1]["content"]):
-        pieces[-1], source = (sampled, True), SAMPLED
+        pieces, source = [*_prompt_pieces(tokenizer, messages, where), (sampled, True)], SAMPLED
+    else:
+        pieces, source = response_pieces(tokenizer, messages, where, has_stopped(finish_reason)), FOREIGN if sampled else FROM_TEXT
     input_ids = [id_ for ids, _ in pieces for id_ in ids]
     return {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}, source
+
+
+def _prompt_pieces(tokenizer: Any, messages: Messages, where: str) -> list[tuple[list[int], bool]]:
+    """`response_pieces` before the last response. Alone it is not seen by the template, which often leaves out thoughts."""
+    *prompt, _ = messages
+    if prompt and all(message["role"] != "assistant" for message in prompt):
+        return [(prompt_token_ids(tokenizer, prompt, where), False)]
+    return response_pieces(tokenizer, messages, where)[:-1]

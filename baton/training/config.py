@@ -66,12 +66,13 @@ def loaded_dtype(config: Any, adapter: bool) -> str:
     weights, gradients and Adam's two states are 4 + 4 + 8 = 16 bytes a weight, and bfloat16 weights and gradients beside a
     float32 copy and the states are 2 + 2 + 4 + 8. (Autocast's own bfloat16 copies, 2 bytes, last for the forward pass.)
     DeepSpeed does the latter: it casts what it gets to the dtype that computes.
-    Frozen weights under an adapter are as asked, or as the checkpoint's where autocast computes.
+    Frozen weights under an adapter are as asked, or of the dtype that computes: autocast rounds them to it in each product
+    anyway, and a merged adapter makes a float32 checkpoint, whose next round would take twice the memory.
     """
     computes = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
     if adapter:
         asked = (config.model_init_kwargs or {}).get("dtype")
-        return str(asked or ("float32" if computes == "float32" else "auto")).removeprefix("torch.")
+        return str(asked or computes).removeprefix("torch.")
     return "float32" if config.deepspeed_plugin is None else computes
 
 

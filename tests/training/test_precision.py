@@ -225,7 +225,7 @@ def test_policy_and_reference_are_equal_at_the_first_step_in_two_processes_too(a
         ({"bf16": True}, False, "float32"),
         ({"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}, False, "float32"),
         ({"bf16": False, "model_init_kwargs": {"dtype": "auto"}}, False, "float32"),
-        ({"bf16": True}, True, "auto"),
+        ({"bf16": True}, True, "bfloat16"),
         ({"bf16": False}, True, "float32"),
         ({"bf16": True, "model_init_kwargs": {"dtype": "float16"}}, True, "float16"),
     ],

@@ -34,7 +34,7 @@ from baton.training.rows import rows_on_disk
 from dpo_iteration.choose import at_least_one, choose_pairs, earlier_pairs, pairs_again
 from dpo_iteration.rows import Rows, log_rows, shown
 from sft import run_sft
-from sft.rows import rows_of_demonstrations
+from sft.rows import Demonstration, row_of, rows_of_demonstrations
 from tests.programs import write_jsonl
 
 PROMPT = [{"role": "user", "content": "Continue this review: It opens at sea."}]
@@ -284,6 +284,21 @@ def test_a_demonstration_is_learnt_as_it_was_sampled_and_its_end_only_where_the_
     assert [made[-1] == end for made in learnt] == [True, False, False, True]
     assert all(decodes_to(tokenizer, made, record) for made, record in zip(learnt, (STOPPED, CUT, CUT, CUT), strict=True))
     assert counted[SAMPLED] == 2 * with_ids and counted[FOREIGN] == 1
+
+
+def test_a_sampled_demonstration_is_learnt_though_its_template_leaves_out_thoughts(tokenizer):
+    own = copy.copy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    )
+    text = "A sea.</think>A warm film."
+    ids = [*letters(own, text), own.eos_token_id]
+    with pytest.raises(InputError, match="message 2 differently once it is answered"):
+        row_of(own, Demonstration("here", [*PROMPT, said(text)], None, "stop"))
+    row, source = row_of(own, Demonstration("here", [*PROMPT, said(text)], ids, "stop"))
+    prompt = prompt_token_ids(own, PROMPT, "here")
+    assert source == SAMPLED and row == {"input_ids": [*prompt, *ids], "labels": [-100] * len(prompt) + ids}
 
 
 def test_bad_token_ids_of_a_demonstration_are_refused_and_a_row_that_teaches_nothing_is_dropped(tokenizer, tmp_path):
