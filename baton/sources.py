@@ -21,6 +21,13 @@ def check_model_path(model: str) -> None:
         raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
 
 
+def check_start(model: str) -> None:
+    """`check_model_path` of a model that training starts from; raise InputError for an adapter without its model as well."""
+    check_model_path(model)
+    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
+        raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
+
+
 def template_input(chat_template: str | Path | None) -> dict[str, str]:
     """The file of `--chat_template` as an input of a stage, or nothing. Raises InputError if there is no such file."""
     if not chat_template:

@@ -26,7 +26,7 @@ from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
 from baton.pairs import ChooseType, PairSettings
 from baton.prompts import mixed_records, source_inputs, split_sources
-from baton.sources import check_model_path, refuse_input, template_input
+from baton.sources import check_start, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import batch_split
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
@@ -125,7 +125,7 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     check_lora(arguments)
     for model in (arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path):
-        check_model_path(model)
+        check_start(model)
     dataset_probs(arguments)
 
 

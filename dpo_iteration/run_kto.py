@@ -25,7 +25,7 @@ from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
-from baton.sources import check_model_path, refuse_input, template_input
+from baton.sources import check_start, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import batch_together
 from baton.training.arguments import TrainingProgramArguments
@@ -88,7 +88,7 @@ def check(arguments: Arguments) -> None:
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     for model in (arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path):
-        check_model_path(model)
+        check_start(model)
 
 
 def write_examples(path: Path, arguments: Arguments) -> Account:

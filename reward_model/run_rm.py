@@ -24,7 +24,7 @@ from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.preferences import preference_records
 from baton.prompts import read_records
-from baton.sources import check_model_path, template_input
+from baton.sources import check_start, template_input
 from baton.stage import Stage
 from baton.training.arguments import TrainingProgramArguments
 from reward_model.rows import rows_of_preferences
@@ -142,7 +142,7 @@ def log_quality(quality: dict[str, float]) -> None:
 
 def main() -> None:
     arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
-    check_model_path(arguments.model_name_or_path)
+    check_start(arguments.model_name_or_path)
     source, held_out = arguments.dataset_name_or_path, arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, "pairs": source} | ({"held-out pairs": held_out} if held_out else {})
     inputs |= template_input(arguments.chat_template)

@@ -36,10 +36,11 @@ def rows_of_demonstrations(
 def row_of(tokenizer: Any, demonstration: Demonstration) -> tuple[dict[str, list[int]], str]:
     """A row `input_ids`, `labels` (-100 where nothing is learnt), and where the last response's token ids come from."""
     where, messages, sampled, finish_reason = demonstration
+    source = FOREIGN if sampled else FROM_TEXT
     if sampled and decodes_to(tokenizer, sampled, messages[-1]["content"]):
         pieces, source = [*_prompt_pieces(tokenizer, messages, where), (sampled, True)], SAMPLED
     else:
-        pieces, source = response_pieces(tokenizer, messages, where, has_stopped(finish_reason)), FOREIGN if sampled else FROM_TEXT
+        pieces = response_pieces(tokenizer, messages, where, has_stopped(finish_reason))
     input_ids = [id_ for ids, _ in pieces for id_ in ids]
     return {"input_ids": input_ids, "labels": [id_ if learnt else -100 for ids, learnt in pieces for id_ in ids]}, source
 

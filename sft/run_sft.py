@@ -24,7 +24,7 @@ from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.prompts import read_records
 from baton.records import Messages, as_messages, check_token_ids, prompt_of
-from baton.sources import check_model_path, template_input
+from baton.sources import check_start, template_input
 from baton.stage import Stage
 from baton.training.arguments import TrainingProgramArguments
 from sft.rows import Demonstration, rows_of_demonstrations
@@ -112,7 +112,7 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
 
 def main() -> None:
     arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
-    check_model_path(arguments.model_name_or_path)
+    check_start(arguments.model_name_or_path)
     inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
     inputs |= template_input(arguments.chat_template)
     stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class)

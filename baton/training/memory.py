@@ -8,7 +8,6 @@ GPU's context, together often some GiB. So the estimate distinguishes a 20 GiB m
 import logging
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -67,10 +66,8 @@ def sharding_of(config: Any) -> Sharding:
 def outline(model: str, adapter: Any = None) -> nn.Module:
     """A model, with an adapter if one is given, whose weights have a shape and no content.
 
-    Raises InputError for a folder without a model, an unknown architecture, or an adapter of modules that it does not have.
+    Raises InputError for an unknown architecture, or an adapter of modules that the model does not have.
     """
-    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
-        raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
     configuration = AutoConfig.from_pretrained(model)
     name = (configuration.architectures or [""])[0]
     architecture = getattr(transformers, name, None)

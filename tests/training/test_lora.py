@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from baton.errors import InputError
+from baton.sources import check_start
 from baton.training.adapters import LoraArguments, adapter_config, check_lora
 from baton.training.memory import outline
 from baton.training.reference import reference_logps
@@ -90,7 +91,7 @@ def test_the_adapter_alone_is_saved_and_its_model_can_be_named_again(runs):
     assert (folder / "adapter/adapter_model.safetensors").exists() and (folder / "adapter/tokenizer.json").exists()
     assert not (folder / "adapter/model.safetensors").exists()
     with pytest.raises(InputError, match="holds an adapter without its model; train it with --merge_adapter"):
-        outline(str(folder / "adapter"))
+        check_start(str(folder / "adapter"))
 
 
 def test_the_merged_policy_is_a_plain_folder_with_the_adapters_log_probabilities_also_after_an_interruption(runs, task, base):
