@@ -67,7 +67,7 @@ def stop_at_end_of_turn(folder: Path, tokenizer: Any, messages: Messages, where:
         log.warning("generation_config.json stays as it is: %s", error)
         return
     if end is None:
-        log.warning("the chat template ends a response with ordinary text, not with a token: sample with --stop and that text")
+        log.warning("the chat template ends a response with no token of its own: sample with --stop where it ends with a text")
         return
     path = folder / "generation_config.json"
     settings = orjson.loads((path if path.exists() else folder / "config.json").read_bytes())
