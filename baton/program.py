@@ -146,8 +146,8 @@ def die_with_parent() -> None:
 def _end_with_launcher() -> None:
     """Die with the parent, where a launcher or a script has started this program and waits for it.
 
-    Between the launcher and this process may stand `accelerate launch`, which dies with the launcher; by itself it, or torchrun,
-    is the launcher.
+    Between the launcher and this process may stand `accelerate launch`, which dies with the launcher; by itself it is the
+    launcher, as is torchrun.
     """
     if LOCAL_RANK in os.environ and ERROR_FILE in os.environ:
         die_with_parent()

@@ -21,7 +21,7 @@ def visible() -> list[str]:
             return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
         return listed.stdout.split() if listed.returncode == 0 else []
     names = (name.strip() for name in named.split(","))
-    return list(takewhile(GPU.fullmatch, names))  # CUDA ends at the first other word: -1, or Slurm's NoDevFiles, stands for none
+    return list(takewhile(GPU.fullmatch, names))  # as CUDA: any other word, such as -1 or Slurm's NoDevFiles, ends the list
 
 
 def groups(gpus: Sequence[str], size: int) -> list[list[str]]:
