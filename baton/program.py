@@ -31,6 +31,9 @@ LOCAL_RANK = "LOCAL_RANK"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 PATIENCE = 5.0  # seconds for the first process of a machine to say what another one could say as well
+# Seconds for the launcher to notice that a process was killed (for its memory, for one) and to end the others: what they would
+# say, such as "connection closed by peer", only follows from it.
+NOTICED = 1.0
 
 INTERRUPTED = "interrupted; everything finished so far is kept, run the same command again to go on"
 
@@ -97,6 +100,8 @@ def _report(code: int, message: str) -> None:
     if error_file:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit(code))  # the launcher ends those that stay silent
+        if code == 1:
+            time.sleep(NOTICED)
         if not _is_the_one_to_report(Path(error_file).parents[1] / "reported", interrupted=code == 130):
             return
     if error_file and code != 130:
@@ -141,8 +146,11 @@ def die_with_parent() -> None:
 def _end_with_launcher() -> None:
     """Die with the parent, where a launcher or a script has started this program and waits for it.
 
-    Between the launcher and this process may stand `accelerate launch`, which dies with the launcher.
+    Between the launcher and this process may stand `accelerate launch`, which dies with the launcher; by itself it is the
+    launcher, as is torchrun.
     """
+    if LOCAL_RANK in os.environ and ERROR_FILE in os.environ:
+        die_with_parent()
     if PARENT not in os.environ:
         return
     die_with_parent()

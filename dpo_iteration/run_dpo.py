@@ -240,15 +240,15 @@ def main() -> None:
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
-    chosen = Account()
-    if program.rank() == 0:
-        chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))
 
     from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from dpo_iteration.checks import check_pairs
 
     config = checked_config(arguments, settings, stage)
+    chosen = Account()
+    if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
+        chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     dataset, account = rows_of(arguments, pairs_path, earlier, chosen, tokenizer, config)
     if program.rank() == 0:

@@ -1,9 +1,13 @@
 """The GPUs that may be used."""
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
+
+GPU = re.compile(r"\d+|(GPU|MIG)-.+")  # a number or an identifier, as CUDA_VISIBLE_DEVICES names one
 
 
 def visible() -> list[str]:
@@ -17,7 +21,7 @@ def visible() -> list[str]:
             return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
         return listed.stdout.split() if listed.returncode == 0 else []
     names = (name.strip() for name in named.split(","))
-    return [name for name in names if name and not name.startswith("-")]  # -1 stands for none
+    return list(takewhile(GPU.fullmatch, names))  # as CUDA: any other word, such as -1 or Slurm's NoDevFiles, ends the list
 
 
 def groups(gpus: Sequence[str], size: int) -> list[list[str]]:

@@ -11,7 +11,6 @@ import datasets
 import torch
 
 from baton import program
-from baton.errors import InputError
 
 POLL_SECONDS = 0.2
 
@@ -22,7 +21,7 @@ def rows_on_disk(rows: Callable[[], Iterator[dict[str, Any]]], config: Any, name
     """Training rows as a memory-mapped dataset: process 0 writes them once, every process maps the same file.
 
     The others wait as long as it takes: they ask for a key of the process group's store. A collective would end them after
-    `ddp_timeout`. `rows` must yield at least one. An InputError that it raises is raised here as it is.
+    `ddp_timeout`. `rows` must yield at least one. What it raises, an interrupt among it, is raised here as it is.
     """
     folder = Path(config.output_dir, "rows", name)
     key = f"baton/rows/{next(NUMBERS)}"
@@ -39,8 +38,11 @@ def rows_on_disk(rows: Callable[[], Iterator[dict[str, Any]]], config: Any, name
 
 def _write(rows: Callable[[], Iterator[dict[str, Any]]], folder: Path, name: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+    cause = None
     try:
         dataset = datasets.Dataset.from_generator(rows, cache_dir=str(folder / "cache"), fingerprint=name)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, InputError) else error from None
+    except datasets.exceptions.DatasetGenerationError as error:  # which says nothing of its own
+        cause = error.__cause__ or error
+    if cause is not None:
+        raise cause
     dataset.save_to_disk(folder / "rows")

@@ -4,10 +4,10 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -85,7 +85,8 @@ def _in_workers(make: Make, records: Iterator[Where], workers: int) -> Iterator[
             chunk, failure = _read(records, CHUNK)
             if not chunk:
                 break
-            running.append(pool.submit(_work, chunk))
+            with _interrupts_held():  # workers inherit that, and are started here
+                running.append(pool.submit(_work, chunk))
             if len(running) > 2 * workers:
                 yield running.popleft().result()
         while running:
@@ -94,6 +95,16 @@ def _in_workers(make: Make, records: Iterator[Where], workers: int) -> Iterator[
             raise failure
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Context in which an interrupt waits for its end, in this process and for good in those that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _read(records: Iterator[Where], count: int) -> tuple[list[Where], InputError | None]:
@@ -134,12 +145,11 @@ class _Logged(logging.Handler):
 
 
 def _begin(make: Make, parent: int) -> None:
-    """Prepare a worker: it ends with its parent, which alone is interrupted from a terminal."""
+    """Prepare a worker: it ends with its parent, which alone is interrupted from a terminal (`_interrupts_held`)."""
     global _make, _logged
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     program.die_with_parent()
     if os.getppid() != parent:
-        sys.exit()
+        os._exit(1)
     _make, _logged = make, _Logged()
     log.addHandler(_logged)
     log.propagate = False

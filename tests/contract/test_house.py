@@ -227,7 +227,17 @@ def test_the_commands_exit_code_and_arguments_pass_through_in_env():
     assert (result.returncode, result.stdout) == (7, "<a b><*>")
 
 
-@pytest.mark.parametrize(("visible", "ids"), [("4,5", ["4", "5"]), ("GPU-8f6a", ["GPU-8f6a"]), ("", []), ("-1", [])])
+@pytest.mark.parametrize(
+    ("visible", "ids"),
+    [
+        ("4,5", ["4", "5"]),
+        ("GPU-8f6a, MIG-GPU-8f6a/1/0", ["GPU-8f6a", "MIG-GPU-8f6a/1/0"]),
+        ("", []),
+        ("-1", []),
+        ("2,-1,3", ["2"]),
+        ("NoDevFiles", []),
+    ],
+)
 def test_scripts_use_the_gpus_that_cuda_visible_devices_names(visible, ids):
     result = run("bash", "-c", "source scripts/lib.sh; gpu_ids", CUDA_VISIBLE_DEVICES=visible)
     assert result.stdout.split() == ids and result.returncode == 0

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 
 from baton.errors import InputError
@@ -47,6 +48,51 @@ def test_of_processes_that_fail_one_says_why_and_says_it_last(tmp_path, which, m
     assert output.count(message) == 1 and output.rstrip("=\n").endswith(message), output
     assert "interrupted" not in output
     assert output.count("Traceback") == (2 if which == "bug" else 1)  # one is the launcher's own
+
+
+KILLED = """
+    import os, pathlib, signal, sys, time
+    from baton import program
+    from baton.launch.processes import identify
+    def main():
+        pids = pathlib.Path(sys.argv[1])
+        if program.rank() == 1:
+            pids.write_text(f"{os.getpid()} ")
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not pids.exists() or not pids.read_text().endswith(" ") or identify(int(pids.read_text())):
+            time.sleep(0.01)
+        raise ConnectionError("closed by peer")
+    program.run(main)
+"""
+
+
+def test_where_one_process_was_killed_that_is_said_and_not_what_follows_from_it(tmp_path):
+    words = [*LAUNCH, program(tmp_path, KILLED), tmp_path / "pids"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | ON_CPU, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.rstrip("=\n").splitlines()[-1].strip().startswith("traceback : Signal 9 (SIGKILL)"), done.stderr
+    assert "closed by peer" not in done.stderr
+
+
+WAITS = """
+    import os, signal
+    from baton import program
+    def main():
+        print(os.getpid(), flush=True)
+        signal.pause()
+    program.run(main)
+"""
+
+
+def test_kill_9_of_a_bare_launcher_ends_its_processes(tmp_path):
+    words = [*LAUNCH, program(tmp_path, WAITS)]
+    with subprocess.Popen(words, cwd=ROOT, env=os.environ | ON_CPU, stdout=subprocess.PIPE, text=True) as launcher:
+        started = [psutil.Process(int(launcher.stdout.readline())) for _ in range(2)]
+        launcher.kill()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_a_pods_rank_does_not_turn_a_plain_program_into_another_process(tmp_path):

@@ -1,6 +1,7 @@
 """What the training programs promise where a launcher starts several processes of them on one machine."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -47,6 +48,25 @@ def test_a_bad_record_is_said_once_and_last(task, tmp_path, program):
     data = write_jsonl(tmp_path / "bad.jsonl", [{"response": "A warm film."}])
     output = of_two_processes(*words_of(program, task, tmp_path / "model", data))
     assert_said_once_and_last("bad.jsonl:1: ", output)
+
+
+def test_another_machine_ends_where_the_first_one_finds_a_bad_record(task, tmp_path):
+    data = write_jsonl(tmp_path / "bad.jsonl", [{"response": "A warm film."}])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    words = [*LAUNCH, "--num_machines", 2, "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]
+    program = [*words_of("dpo_iteration/run_dpo.py", task, tmp_path / "model", data), "--max_prompt_length", 64]
+    outputs, machines = [tmp_path / "first", tmp_path / "second"], []
+    for machine, path in enumerate(outputs):
+        with path.open("wb") as output:
+            command = [*map(str, [*words, machine, *program])]
+            machines.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, stdout=output, stderr=output))
+    try:
+        assert all(machine.wait(240) != 0 for machine in machines)  # it would try to reach the first one for half an hour
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert_said_once_and_last("bad.jsonl:1: ", outputs[0].read_text())
 
 
 def test_a_setting_that_its_trainer_refuses_is_said_once_and_last(task, tmp_path):

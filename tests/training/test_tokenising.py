@@ -2,19 +2,23 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+from transformers import TrainingArguments
 
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.models.templates import load_tokenizer
 from baton.training import tokenising
+from baton.training.rows import rows_on_disk
 from dpo_iteration.rows import rows_of_pairs
 from tests.programs import ROOT, read_jsonl
 
@@ -102,6 +106,7 @@ from functools import partial
 from baton.drops import Drops
 from baton.models.templates import load_tokenizer
 from baton.training import tokenising
+from baton.training.rows import rows_on_disk
 from dpo_iteration.rows import rows_of_pairs
 
 if __name__ == "__main__":
@@ -128,6 +133,31 @@ def test_kill_9_of_the_program_ends_its_workers(task, tmp_path):
     for child in alive:
         child.kill()
     assert not alive
+
+
+def test_an_interrupt_from_a_terminal_does_not_reach_workers_that_start(task, tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(WORKERS_AT_WORK)
+    words, environment = [sys.executable, path, task / "base"], os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        while len(children := psutil.Process(program.pid).children()) < 3:  # two workers, and what counts their semaphores
+            time.sleep(0.01)
+        for child in children:
+            child.send_signal(signal.SIGINT)
+        assert program.stdout.readline() == "at work\n"
+        program.kill()
+
+
+@pytest.mark.parametrize("what", [ValueError("a bug"), KeyboardInterrupt()])
+def test_what_ends_the_first_rows_is_raised_as_it_is(tmp_path, what):
+    def rows():
+        raise what
+        yield
+
+    config = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(type(what)) as raised:
+        rows_on_disk(rows, config, "rows")
+    assert raised.value is what
 
 
 def test_processes_wait_for_rows_longer_than_a_collective_would(tmp_path):
