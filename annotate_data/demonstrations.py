@@ -7,7 +7,7 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.pairs import PER_RESPONSE_KEYS
-from baton.records import Messages
+from baton.records import Messages, how_sampled
 
 LOW = "best reward below min_reward"
 
@@ -44,9 +44,5 @@ def demonstration(record: Record, index: int, prompt: Messages) -> Record:
     """Response `index` of a record as a conversation to learn from, with its token ids and finish reason if they are known."""
     rest = {key: value for key, value in record.items() if key not in (*PER_RESPONSE_KEYS, "prompt", "context_messages")}
     messages = [*prompt, {"role": "assistant", "content": record["responses"][index]}]
-    made = {**rest, "messages": messages, "reward": record["rewards"][index]}
-    if record.get("response_token_ids"):
-        made["response_token_ids"] = record["response_token_ids"][index]
-    if record.get("finish_reasons"):
-        made["finish_reason"] = record["finish_reasons"][index]
-    return made
+    sampled = how_sampled(record, index, "response_token_ids", "finish_reason")
+    return {**rest, "messages": messages, "reward": record["rewards"][index], **sampled}

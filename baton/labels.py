@@ -19,7 +19,7 @@ from baton.jsonl import Record
 from baton.pairs import IDENTICAL, PER_RESPONSE_KEYS, checked_pair
 from baton.preferences import preference_of
 from baton.prompts import with_ids
-from baton.records import as_messages, check_token_ids, prompt_of, rewards_of
+from baton.records import as_messages, check_token_ids, how_sampled, prompt_of, rewards_of
 
 BETWEEN = "reward neither above desirable_above nor below undesirable_below"
 AT_MEAN = "reward equal to the mean of its prompt's rewards"
@@ -131,10 +131,7 @@ def _annotated(record: Record, settings: LabelSettings) -> Iterator[tuple[Record
         reason = AT_MEAN
     for index, reward in enumerate(record["rewards"]):
         example = {**shared, "completion": record["responses"][index], "completion_reward": reward}
-        if record.get("response_token_ids"):
-            example["completion_token_ids"] = record["response_token_ids"][index]
-        if record.get("finish_reasons"):
-            example["completion_finish_reason"] = record["finish_reasons"][index]
+        example |= how_sampled(record, index, "completion_token_ids", "completion_finish_reason")
         yield example, True if reward > above else False if reward < below else None, reason
 
 

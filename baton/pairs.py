@@ -19,7 +19,7 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.prompts import with_ids
-from baton.records import check_finite, check_token_ids, prompt_of, rewards_of
+from baton.records import check_finite, check_token_ids, how_sampled, prompt_of, rewards_of
 
 ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p"]
 
@@ -178,9 +178,6 @@ def pair_record(record: Record, chosen: int, rejected: int, margin: float) -> Re
     pair = {name: value for name, value in record.items() if name not in PER_RESPONSE_KEYS}
     for side, index in (("chosen", chosen), ("rejected", rejected)):
         pair[side] = record["responses"][index]
-        if record.get("response_token_ids"):
-            pair[f"{side}_token_ids"] = record["response_token_ids"][index]
-        if record.get("finish_reasons"):
-            pair[f"{side}_finish_reason"] = record["finish_reasons"][index]
+        pair |= how_sampled(record, index, f"{side}_token_ids", f"{side}_finish_reason")
         pair[f"{side}_reward"] = record["rewards"][index]
     return {**pair, "margin": margin}

@@ -81,6 +81,12 @@ def responses_of(record: Record, where: str) -> list[str]:
     return responses
 
 
+def how_sampled(record: Record, index: int, token_ids: str, finish_reason: str) -> Record:
+    """What a generated record knows of how response `index` was sampled: its token ids and finish reason, under these names."""
+    columns = ((token_ids, "response_token_ids"), (finish_reason, "finish_reasons"))
+    return {name: record[column][index] for name, column in columns if record.get(column)}
+
+
 def rewards_of(record: Record, where: str) -> list[float]:
     """The K rewards of an annotated record, a finite number for each response. Raises InputError if not."""
     count, rewards = len(responses_of(record, where)), record.get("rewards")

@@ -132,7 +132,7 @@ def decodes_to(tokenizer: Any, ids: list[int], response: str) -> bool:
     decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     readings = (decoded, " " + decoded, decoded.removeprefix(" "))
     # A response that ended with an end-of-turn token did not end at a stop string.
-    longer = bool(response.strip()) and not set(ids[-1:]) & set(_marks(tokenizer).values())
+    longer = bool(response.strip()) and not any(id_ in _marks(tokenizer).values() for id_ in ids[-1:])
     if response in readings or (longer and any(text.startswith(response) for text in readings)):
         return True
     if not response.strip() and not decoded.strip():

@@ -76,8 +76,9 @@ def quantization_config(arguments: LoraArguments, config: Any) -> Any:
     """Transformers' 4-bit configuration, computing in the precision of the training `config`, or None."""
     from trl import ModelConfig, get_quantization_config
 
-    dtype = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
-    return get_quantization_config(ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=dtype))
+    from baton.training.config import computing_dtype
+
+    return get_quantization_config(ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=computing_dtype(config)))
 
 
 def merge_adapter(model: str, folder: Path, config: Any, dtype: ExportDtype) -> dict[str, float]:

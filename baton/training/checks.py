@@ -11,6 +11,7 @@ from baton.errors import InputError
 from baton.models.agreement import check_batch
 from baton.training.adapters import LoraArguments
 from baton.training.memory import Sharding
+from baton.training.sharding import half_dtype
 
 BF16_SINCE = (8, 0)  # compute capability of the first GPUs (Ampere) that multiply in bf16
 
@@ -98,8 +99,7 @@ def check_packing(trainer: Any, model: torch.nn.Module, inputs: dict[str, torch.
         inputs: the batch: `input_ids`, `attention_mask`, `completion_mask`.
         remedy: ends the message: what to do.
     """
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = mixed.get(trainer.accelerator.mixed_precision, trainer.model.dtype)
+    dtype = half_dtype(trainer.args) or trainer.model.dtype
     training = model.training
     model.eval()
     check_batch(model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"], dtype, remedy)

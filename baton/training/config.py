@@ -69,11 +69,16 @@ def loaded_dtype(config: Any, adapter: bool) -> str:
     Frozen weights under an adapter are as asked, or of the dtype that computes: autocast rounds them to it in each product
     anyway, and a merged adapter makes a float32 checkpoint, whose next round would take twice the memory.
     """
-    computes = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+    computes = computing_dtype(config)
     if adapter:
         asked = (config.model_init_kwargs or {}).get("dtype")
         return str(asked or computes).removeprefix("torch.")
     return "float32" if config.deepspeed_plugin is None else computes
+
+
+def computing_dtype(config: Any) -> str:
+    """The name of the dtype in which a TrainingArguments computes."""
+    return "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
 
 
 def train_in_float32(model: nn.Module) -> None:

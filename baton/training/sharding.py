@@ -6,7 +6,6 @@ the policy's to rounding has to run in the same way.
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState, init_empty_weights
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -86,7 +85,7 @@ def spread_by_fsdp(load: Callable[[], PreTrainedModel], config: Any) -> PreTrain
     first = PartialState().is_main_process
     with nullcontext() if first else init_empty_weights(include_buffers=False):
         model = load().requires_grad_(False)
-    with _environment(FSDP_CPU_RAM_EFFICIENT_LOADING="true"):  # the plugin sets it, for what is loaded later
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="true"):  # the plugin sets it, for what is loaded later
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
             state_dict_type="FULL_STATE_DICT",
@@ -144,21 +143,6 @@ def free(model: nn.Module) -> None:
         if hasattr(parameter, "ds_tensor"):  # what ZeRO-3's hooks refer to is never collected, so it is emptied
             parameter.data = parameter.data.new_empty(0)
             parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Context in which environment variables have other values."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 class KeepsFloat32:
