@@ -176,13 +176,24 @@ def plan_for(output: Path, overwrite: bool, differences_of: Callable[[dict[str, 
     if planned == REFUSES_FINISHED:
         raise InputError(f"{output}: finished, of another task: {'; '.join(found[0])}; --overwrite replaces it")
     if planned == REFUSES_UNFINISHED:
-        if not part_files(output) and not output.exists():
+        if not keeps_work(output, unfinished) and not output.exists():
             return STARTS
         raise InputError(
             f"{output}: unfinished work of another task: {'; '.join(found[1])}; go on with the same arguments, or start afresh "
             "with --overwrite"
         )
     return planned
+
+
+def keeps_work(output: Path, manifest: dict[str, Any]) -> bool:
+    """Whether unfinished work holds what would be lost: records, a training's checkpoint or log-probabilities, a whole output.
+
+    A stage that failed before its first record or checkpoint leaves none of them.
+    """
+    parts = part_files(output)
+    records = any(part.is_file() and part.stat().st_size for part in parts)
+    folders = any(any(part.glob("checkpoint-*")) or any(part.glob("*.partial*")) for part in parts)
+    return "counts" in manifest or records or folders
 
 
 def refuse_own_input(output: Path, inputs: dict[str, str | Path]) -> None:
