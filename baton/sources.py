@@ -44,7 +44,6 @@ def check_hub(model: str, ahead: bool = False) -> None:
     """
     if Path(model).exists() or will_be_made(model):
         return
-    import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -55,15 +54,15 @@ def check_hub(model: str, ahead: bool = False) -> None:
         HfApi().auth_check(model)
     except GatedRepoError:
         raise InputError(
-            f"{model}: a gated model: ask for access on its page, https://huggingface.co/{model}, and then log in: {login} auth "
-            "login, or HF_TOKEN=…"
+            f"{model}: a gated model: ask for access on its page, https://huggingface.co/{model}, and then log in: {login} "
+            "auth login, or HF_TOKEN=…"
         ) from None
     except RepositoryNotFoundError:
         raise InputError(
             f"{model}: not on the Hugging Face hub, or private; if it is private, log in: {login} auth login, or HF_TOKEN=…; a "
             "folder of this machine needs its path"
         ) from None
-    except (httpx.HTTPError, OSError) as error:
+    except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
         problem = f"{model}: not on this machine, and the Hugging Face hub does not answer ({_first_line(error)})"
         if not ahead:
             raise InputError(f"{problem}; where there is no network, give the path of a folder that holds the model") from None

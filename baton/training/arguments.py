@@ -1,6 +1,7 @@
 """The arguments that every training program has beside its trainer's settings. Nothing heavy is imported with this file."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from baton.arguments import Accept, StageArguments, check_known, option, parse_with_rest
@@ -20,6 +21,11 @@ class TrainingProgramArguments(StageArguments):
     metrics_path: str | None = option(
         None, "file for the trainer's numbers, a JSON object a line; default: <output_dir>.metrics.jsonl", changes_result=False
     )
+
+
+def metrics_file(output: str | Path, metrics_path: str | None) -> Path:
+    """The file of a training's metrics: `metrics_path`, by default `<output>.metrics.jsonl`."""
+    return Path(metrics_path or f"{output}.metrics.jsonl")
 
 
 A = TypeVar("A", bound=TrainingProgramArguments)

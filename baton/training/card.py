@@ -8,8 +8,11 @@ import yaml
 from baton.errors import InputError
 from baton.manifest import read_manifest
 from baton.program import harmless
+from baton.training.progress import SHOWN
 
 CARD = "README.md"
+FIGURES = SHOWN[:8]  # without those of the optimizer and of the speed
+NOTHING = (None, False, 0, -1)  # arguments that say: no such thing
 
 
 def write_card(folder: Path, manifest: dict[str, Any], counts: dict[str, Any], history: list[dict[str, Any]]) -> None:
@@ -31,7 +34,10 @@ def card(manifest: dict[str, Any], counts: dict[str, Any], history: list[dict[st
     if "state" not in manifest["inputs"]["model"]:  # a name of the hub, and no folder of this machine
         head = {"base_model": manifest["inputs"]["model"]["path"], **head}
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
-    decides = {**manifest["arguments"], **manifest["settings"]}
+    given = {name: value for name, value in manifest["arguments"].items() if value not in NOTHING}
+    if not given.get("use_peft"):
+        given = {name: value for name, value in given.items() if not name.startswith("lora_")}
+    decides = {**given, **manifest["settings"]}
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"Made by Baton's stage `{manifest['stage']}` from `{inputs['model']}`.\n",
@@ -39,7 +45,7 @@ def card(manifest: dict[str, Any], counts: dict[str, Any], history: list[dict[st
         _table("input", "is", inputs | ({"rewards": ", ".join(rewards)} if rewards else {})),
         f"{counts['in']} in, {counts['out']} trained on, dropped: {dropped}.\n",
         "## Settings\n",
-        _table("setting", "value", {name: value for name, value in sorted(decides.items()) if value is not None}),
+        _table("setting", "value", dict(sorted(decides.items()))),
     ]
     if figures := last_figures(history):
         parts += ["## Figures of the last lines\n", _table("metric", "value", figures)]
@@ -48,10 +54,14 @@ def card(manifest: dict[str, Any], counts: dict[str, Any], history: list[dict[st
 
 
 def last_figures(history: list[dict[str, Any]]) -> dict[str, str]:
-    """The numbers of the last line of training and of the last evaluation, in four digits."""
+    """The FIGURES of the last line of training and of the last evaluation, in four digits."""
     lines = [next((line for line in reversed(history) if name in line), {}) for name in ("loss", "eval_loss")]
-    both = {name: value for line in lines for name, value in line.items() if isinstance(value, int | float)}
-    return {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in both.items()}
+    return {
+        name: f"{value:.4g}"
+        for line in lines
+        for name, value in line.items()
+        if name.removeprefix("eval_") in FIGURES or name in ("step", "epoch")
+    }
 
 
 def named(source: dict[str, Any]) -> str:

@@ -5,12 +5,14 @@ import importlib.util
 import netrc
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from baton import program
 from baton.errors import InputError
+from baton.sources import check_hub
 
 WANDB_HOST = "https://api.wandb.ai"
 FOLDERS = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR"}  # the variable that says where each writes
@@ -29,12 +31,24 @@ def check_reports(settings: dict[str, Any]) -> None:
     """Raise InputError where a report is requested that could not be written: it would end the training as it begins."""
     for name in sorted(requested(settings)):
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"`report_to: {name}` needs {name} in the training environment: {sys.executable} -m pip install {name}")
+            raise InputError(
+                f"`report_to: {name}` needs {name} in the training environment: {sys.executable} -m pip install {name}"
+            )
     if "wandb" in requested(settings) and program.rank() == 0 and not wandb_can_start():
         raise InputError(
             f"`report_to: wandb`, but nobody is logged in: {Path(sys.prefix, 'bin/wandb')} login, or WANDB_API_KEY=…; or "
             "WANDB_MODE=offline keeps the reports on this machine"
         )
+
+
+def check_outside(settings: dict[str, Any], models: Iterable[str], ahead: bool) -> None:
+    """Raise InputError for a report that could not be written, and for a model of the hub that could not be fetched.
+
+    Nothing heavy is imported for this. Args: `ahead`: as for `check_hub`.
+    """
+    check_reports(settings)
+    for model in dict.fromkeys(models):
+        check_hub(model, ahead)
 
 
 def wandb_can_start() -> bool:
