@@ -165,6 +165,10 @@ def test_dpo_killed_and_started_again_ends_with_the_same_weights(task, annotated
     expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert expected.keys() == got.keys() and all((expected[name] == got[name]).all() for name in expected)
 
+    expected, got = (read_jsonl(tmp_path / f"{name}.metrics.jsonl") for name in ("whole", "killed"))
+    assert [line["step"] for line in got] == [*range(1, 9), 8]  # that of the end too
+    assert [line.get("loss") for line in got] == [line.get("loss") for line in expected]
+
 
 def test_dpo_mixes_files_and_the_pairs_of_earlier_rounds_and_shows_what_it_trains_on(task, annotated, tmp_path):
     rounds = [tmp_path / f"round{number}" / "pairs.jsonl" for number in (1, 2)]
