@@ -127,7 +127,7 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
 
     settings = settings | {"max_length": arguments.max_length}
     config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
-    check_settings(config, sharding_of(config))
+    check_settings(config, sharding_of(config), evaluates=True)
     return config
 
 

@@ -259,6 +259,9 @@ def test_every_trainer_refuses_a_training_of_no_steps_before_it_loads_a_model(ta
     done = run_program(program, *words, "--output_dir", tmp_path / "model", "--max_steps", 0, *SMALL)
     assert done.returncode == 2, done.stderr
     assert "`max_steps`: 0 would train by epochs" in done.stderr and "runs on:" not in done.stderr
+    if program != "reward_model/run_rm.py":  # which holds pairs out
+        done = run_program(program, *words, "--output_dir", tmp_path / "model", "--eval_strategy", "steps", *SMALL)
+        assert done.returncode == 2 and "`eval_strategy`: this program has no data to evaluate on" in done.stderr
 
 
 def test_yaml_file_with_an_unknown_key_names_the_nearest(task, annotated, tmp_path):
