@@ -116,7 +116,8 @@ def refuse_missing(scores: Scores, reasons: Counter[str]) -> None:
     missing = {name: ids for name in scores.scorers if (ids := scores.unscored(name))}
     if not missing:
         return
-    lines = [f"{scores.partial.count - scores.partial.done} of {scores.partial.count} scores are missing, so there is no output:"]
+    count = scores.partial.count
+    lines = [f"{count - scores.partial.done} of {count} scores are missing, so there is no output:"]
     for name, ids in missing.items():
         more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
         lines.append(f"  {name}: of {len(ids)} records: {', '.join(ids[:NAMED])}{more}")

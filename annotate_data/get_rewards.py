@@ -47,9 +47,7 @@ class Arguments(StageArguments):
     )
     scorer: list[str] | None = option(None, "scorers, each [NAME=]KIND:TARGET (see above)", changes_result=False)
     weights: list[float] | None = option(None, "weight of each scorer in `rewards` (default: 1 each)")
-    chat_template: Path | None = option(
-        None, "Jinja file, for a reward model that has no chat template", changes_result=False
-    )
+    chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template", changes_result=False)
     max_length: int | None = option(
         None, "tokens of a conversation; longer ones lose their beginning (default: the model's limit)", ge=8
     )

@@ -23,7 +23,7 @@ class Refused(Exception):
 
 
 def proxy_settings() -> dict[str, Any]:
-    """What makes an httpx client go through the proxies of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY; never to this machine.
+    """What makes an httpx client use the proxies of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, but not for this machine.
 
     Raises InputError for a proxy that httpx cannot use.
     """

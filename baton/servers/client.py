@@ -10,7 +10,6 @@ import tenacity
 from baton.errors import FailuresListed, InputError
 from baton.servers.addresses import PASSING, Refused, Transient, error_text, proxy_settings
 
-
 ALONE = 3  # requests in a row that fail, with no answer to any in between: then the service is away
 
 
@@ -69,7 +68,8 @@ class Client:
         if status in (401, 403):
             raise InputError(f"{url}: refuses the API key (status {status}): give it with --api_key")
         if 300 <= status < 400 or status in (404, 405, 407):
-            raise InputError(f"{name}: {url}: status {status}: {error_text(answer)}; are the address and the model's name right?")
+            said = f"status {status}: {error_text(answer)}"
+            raise InputError(f"{name}: {url}: {said}; are the address and the model's name right?")
         if status >= 400:
             raise Refused(f"status {status}: {error_text(answer)}")
         try:

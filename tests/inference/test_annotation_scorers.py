@@ -226,7 +226,7 @@ def test_a_text_that_a_service_does_not_answer_keeps_no_other_from_its_score_and
 def test_a_service_that_refuses_everything_is_a_mistake_and_leaves_no_output(tmp_path):
     source = write(tmp_path / "in.jsonl", [{**GOOD, "id": "the-id"}, GOOD])
     for status, message in ((400, "no such thing"), (404, "are the address and the model's name right?")):
-        with misbehaving(lambda number, body, status=status: (status, b"no such thing")) as (url, seen):
+        with misbehaving(lambda number, body, status=status: (status, b"no such thing")) as (url, _):
             values = {"dataset_name_or_path": source, "output_dir": tmp_path / "o.jsonl", "scorer": f"http:{url}"}
             log = run(REWARDS, code=2, workers=1, **values)
         assert "prompt the-id" in log
@@ -260,7 +260,7 @@ def test_services_outside_are_asked_through_the_proxy_and_those_here_never(tmp_p
     proxy = Proxy()
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     source = write(tmp_path / "in.jsonl", [GOOD])
-    variables = environment() | {name: f"http://127.0.0.1:{proxy.server_port}" for name in ("HTTP_PROXY", "HTTPS_PROXY")}
+    variables = environment() | dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), f"http://127.0.0.1:{proxy.server_port}")
     variables |= {"NO_PROXY": "spared.invalid"}
 
     def ask(url, code, **changes):
@@ -528,7 +528,7 @@ def test_bad_scorers_are_refused_before_anything_runs(models, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def rule(prompts, responses, records): pass\nreturn 1\n")
     for changes, message in [
-        ({"scorer": "somewhere"}, "expected [NAME=]KIND:TARGET, with KIND one of bt, vllm, pair, custom, function, http, judge"),
+        ({"scorer": "somewhere"}, "expected [NAME=]KIND:TARGET, with KIND one of bt, vllm, pair, custom, function, http"),
         ({"scorer": f"fn:{rules}:rule"}, "no kind `fn`; expected [NAME=]KIND:TARGET, with KIND one of bt, vllm"),
         ({"scorer": f"btt:{models / 'rm'}"}, "did you mean `bt`?"),
         ({"scorer": [rule, rule]}, "another one is called function already"),
