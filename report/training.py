@@ -11,6 +11,9 @@ from report.rounds import rounds_in
 
 Line = dict[str, Any]
 
+# In a round's folder: where the loop has the trainer write, and where the trainer writes by itself.
+FILES = ("metrics.jsonl", "policy.metrics.jsonl")
+
 # What may be drawn: the keys of which a training has one, heading, what it is. The first six that there are.
 PANELS = (
     (("loss",), "Loss", "of a step's batch"),
@@ -27,7 +30,7 @@ def read_trainings(run_dir: Path) -> dict[int, list[Line]]:
 
     A last line without its end is left out: it is being written. Raises InputError, naming file:line, for a bad one.
     """
-    found = {number: _lines(folder / "metrics.jsonl") for number, folder in rounds_in(run_dir).items()}
+    found = {number: _lines(folder) for number, folder in rounds_in(run_dir).items()}
     return {number: lines for number, lines in found.items() if lines}
 
 
@@ -78,8 +81,9 @@ def _known(lines: Sequence[Line], keys: Sequence[str]) -> list[tuple[int, float]
     ]
 
 
-def _lines(path: Path) -> list[Line]:
-    if not path.exists():
+def _lines(folder: Path) -> list[Line]:
+    path = next((path for name in FILES if (path := folder / name).exists()), None)
+    if path is None:
         return []
     lines = []
     for number, text in enumerate(path.read_bytes().splitlines(keepends=True), 1):
