@@ -111,7 +111,7 @@ def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path])
                 )
         _refuse_others_at_work(shard, any_number=bool(other))
         if not shard.lock.take():
-            raise AtWork(f"{shard.output}: another process is working on it; wait for it or stop it")
+            raise AtWork(f"{shard.output}: another process is working on it{shard.lock.holder()}; wait for it or stop it")
         if begun is None or other:
             remove_partial(shard.prefix)
             goes_on = not overwrite and any(not differences_of(known) for known in shard_manifests(shard.prefix).values())
@@ -165,8 +165,8 @@ def _refuse_others_at_work(shard: Shard, any_number: bool) -> None:
         lock = Lock(_lock_path(shard.prefix, index, count))
         if not lock.take():
             raise AtWork(
-                f"{shard.output}: another process is working on shard {index} of {count}; wait for it or stop it, and then run "
-                "this command again"
+                f"{shard.output}: another process is working on shard {index} of {count}{lock.holder()}; wait for it or stop it, "
+                "and then run this command again"
             )
         lock.release()
 

@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from baton.launch.unit import made_for
+
 GPU = re.compile(r"\d+|(GPU|MIG)-.+")  # a number or an identifier, as CUDA_VISIBLE_DEVICES names one
 
 
 def visible() -> list[str]:
-    """The GPUs in CUDA_VISIBLE_DEVICES where it is set, else all of the machine; none without a driver."""
+    """The GPUs in CUDA_VISIBLE_DEVICES where it is set, else all of the machine; none without a driver.
+
+    None either where the environments are made for the CPU: what is installed there can use no GPU.
+    """
+    if made_for("inference") == "cpu":
+        return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
