@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from baton.ahead import will_be_made
 from baton.errors import InputError
 
 
@@ -12,6 +13,8 @@ def check_model_path(model: str) -> None:
     A name of the form `owner/name` that is no local path is taken for a model of the Hugging Face hub.
     """
     path = Path(model)
+    if will_be_made(model):
+        return
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
             raise InputError(f"{model}: no config.json in this folder, so it holds no model")
@@ -24,7 +27,7 @@ def check_model_path(model: str) -> None:
 def check_start(model: str) -> None:
     """`check_model_path` of a model that training starts from; raise InputError for an adapter without its model as well."""
     check_model_path(model)
-    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
+    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists() and not will_be_made(model):
         raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
 
 
@@ -48,7 +51,7 @@ def check_reward_model(path: str) -> None:
     """Raise InputError, without any heavy import, if a local model has not the one output of a reward model."""
     check_model_path(path)
     file = Path(path, "config.json")
-    if file.exists():
+    if file.exists() and not will_be_made(path):
         config = json.loads(file.read_text(encoding="utf-8"))
         names = config.get("architectures") or []
         labels = config.get("num_labels") or len(config.get("id2label") or "12")

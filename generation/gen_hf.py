@@ -32,7 +32,7 @@ from baton.sources import check_model_path
 from baton.stage import Stage
 from generation import sampling
 from generation.api import Service, ask, check_logps
-from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
+from generation.arguments import GenerationArguments, check, check_first_prompts, prompt_inputs, read_prompts
 
 log = logging.getLogger("baton")
 
@@ -70,6 +70,8 @@ def main() -> None:
     elif not arguments.model:
         log.warning("give --tokenizer or --model: without both, the answers of another model count as the same task")
     output = Path(arguments.output_dir)
+    if arguments.check:
+        check_first_prompts(arguments)
 
     stage = Stage.begin("generate through servers", arguments, output, inputs)
     if stage is None:

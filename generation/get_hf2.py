@@ -24,7 +24,7 @@ from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
 from baton.sources import check_model_path
 from generation import engine, sampling
-from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
+from generation.arguments import GenerationArguments, check, check_first_prompts, prompt_inputs, read_prompts
 
 
 class Arguments(GenerationArguments):
@@ -50,6 +50,8 @@ def main() -> None:
     with shards.noting_refusal(*named_shard(sys.argv[1:])):
         arguments = parse(Arguments, __doc__ or "")
         inputs = checked_inputs(arguments)
+    if arguments.check:
+        check_first_prompts(arguments)
     prefix, shard = Path(arguments.output_dir), (arguments.local_index, arguments.my_world_size)
     stage = shards.begin("generate", arguments, prefix, *shard, inputs)
     if stage is None:
