@@ -193,8 +193,8 @@ def _refuse_others_at_work(shard: Shard, any_number: bool) -> None:
         lock = Lock(_lock_path(shard.prefix, index, count))
         if not lock.take():
             raise AtWork(
-                f"{shard.output}: another process is working on shard {index} of {count}{lock.holder()}; wait for it or stop it, "
-                "and then run this command again"
+                f"{shard.output}: another process is working on shard {index} of {count}{lock.holder()}; wait for it or stop "
+                "it, and then run this command again"
             )
         lock.release()
 

@@ -1,4 +1,4 @@
-"""Environments for tests of what the scripts choose and start: made for a device as their stamps say, with nothing installed."""
+"""Environments for tests of what the scripts choose and start: made for a device as their stamps say, and nothing new in them."""
 
 import hashlib
 import os

@@ -53,7 +53,7 @@ def test_environments_stay_for_the_device_that_they_were_made_for(tmp_path, devi
 
 def test_another_device_is_installed_where_it_is_requested_and_a_change_that_was_cut_short_goes_on(tmp_path):
     envs = made_for("cuda", tmp_path / "envs", python=Path("/bin/false"))  # whose pip fails
-    none = {name: "exit 1" for name in ("python3.11", "python3", "python")}  # nothing is installed
+    none = dict.fromkeys(("python3.11", "python3", "python"), "exit 1")  # nothing is installed
     for words in (["--device", "cpu"], []):
         done = setup(envs, "gpu", *words, **none)
         assert done.returncode == 1 and "packages for cpu with venv" in done.stderr, done.stderr
@@ -167,7 +167,7 @@ def test_vllm_without_its_gpu_is_refused_before_it_is_imported(tmp_path, device,
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
-    assert ("its vLLM cannot run on a CPU. Use a GPU" in done.stderr) == (code == 2)
+    assert ("whose vLLM cannot run on a CPU: use a GPU" in done.stderr) == (code == 2)
 
 
 def shell(lines: str, envs: Path = Path(sys.prefix).parent) -> subprocess.CompletedProcess[str]:
@@ -192,9 +192,10 @@ def test_in_env_reads_no_packages_of_the_users_own():
 
 
 def test_the_commands_that_the_documentation_names_are_those_of_the_environment():
-    done = shell("in_env training bash -c 'command -v accelerate hf wandb tensorboard'; in_env inference bash -c 'command -v hf'")
-    bins = [Path(sys.prefix).parent / name / "bin" for name in ("training", "inference")]
-    assert done.stdout.split() == [*(str(bins[0] / name) for name in ("accelerate", "hf", "wandb", "tensorboard")), f"{bins[1]}/hf"]
+    for environment, commands in (("training", "accelerate hf wandb tensorboard"), ("inference", "accelerate hf")):
+        done = shell(f"in_env {environment} bash -c 'command -v {commands}'")
+        folder = Path(sys.prefix).parent / environment / "bin"
+        assert done.stdout.split() == [str(folder / name) for name in commands.split()]
 
 
 PROGRAM = """
