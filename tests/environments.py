@@ -1,4 +1,4 @@
-"""Environments for tests of what the scripts choose and start: made for a device as their stamps say, and nothing new in them."""
+"""Environments for tests of what the scripts choose and start: made for a device, as their stamps say."""
 
 import hashlib
 import os

@@ -37,8 +37,8 @@ def check_vllm() -> None:
     if made_for("inference") == "cuda" and not visible():
         raise InputError(
             "no GPU may be used (GPUS=0 in a recipe, CUDA_VISIBLE_DEVICES), and the inference environment is made for CUDA, "
-            "whose vLLM cannot run on a CPU: use a GPU, or --backend hf, or environments for the CPU: BATON_ENVS=.envs-cpu bash "
-            "scripts/setup_envs.sh --device cpu, and BATON_ENVS=.envs-cpu before this command"
+            "whose vLLM cannot run on a CPU: use a GPU, or --backend hf, or environments for the CPU (BATON_ENVS=.envs-cpu "
+            "bash scripts/setup_envs.sh --device cpu, and BATON_ENVS=.envs-cpu before this command)"
         )
 
 
