@@ -20,8 +20,8 @@ from baton.program import LOCAL_RANK
 
 RUNS, UNCHECKED = "would run", "would run; a program from outside Baton, not checked"
 NO_OVERWRITE = (
-    "(run_loop.sh has no --overwrite: start another run with --run_dir, or move the rounds that are to be made anew out of this "
-    "run's folder, each with all later ones and their heldout/)"
+    "(run_loop.sh has no --overwrite: start another run with --run_dir, or move the rounds that are to be made anew out of the "
+    "run's folder, with all later ones and their heldout/)"
 )
 OUTPUTS = ("--output_dir", "--pairs_path")  # what a unit would have made, where its program refuses
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,7 @@ def written_recipe(folder: Path, text: str) -> Path:
 def commands(planned: str) -> dict[str, str]:
     """The command line of each stage, by its name, as `--plan` prints them."""
     lines = planned.splitlines()
-    pairs = zip(lines, lines[1:], strict=False)
-    return {name.split(":")[0]: line for name, line in pairs if line.startswith("    in_env ")}
+    return {name.split(":")[0]: line for name, line in pairwise(lines) if line.startswith("    in_env ")}
 
 
 @pytest.mark.parametrize(
