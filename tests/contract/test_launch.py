@@ -175,6 +175,19 @@ def test_kill_9_of_a_script_ends_the_stage_that_it_runs(tmp_path):
     wait_until_ended(pid)
 
 
+def test_a_stage_that_starts_when_its_script_is_dead_does_not_run(tmp_path):
+    """Also where nobody has collected the script yet, as under a shell or a container's first process that is busy."""
+    ran = tmp_path / "ran"
+    script = subprocess.Popen(["sleep", "600"])
+    script.kill()
+    os.waitid(os.P_PID, script.pid, os.WEXITED | os.WNOWAIT)  # dead, and left uncollected
+    try:
+        done = run(*on_training("unit", program(tmp_path, f"open({str(ran)!r}, 'w')")), BATON_PARENT=str(script.pid))
+    finally:
+        script.wait()
+    assert done.returncode == 130 and not ran.exists()
+
+
 def test_an_interrupted_launcher_ends_its_units_first_and_exits_with_130(tmp_path):
     pids = tmp_path / "pids"
     path = program(
