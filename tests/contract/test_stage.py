@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,6 +171,13 @@ def test_another_input_is_refused_by_name(prompts, output, finished):
     assert_complete(output, 301)
 
 
+def test_no_stage_that_ends_by_itself_leaves_its_lock(prompts, output):
+    stop_at(start(prompts, output, "--wait_after", "9"), 9, signal.SIGINT)
+    assert list(output.parent.glob("*.partial")) and not list(output.parent.glob("*.lock"))
+    assert run(prompts, output, "--K", "2")[0] == 2  # unfinished work of another task
+    assert not list(output.parent.glob("*.lock"))
+
+
 def test_an_input_that_is_no_longer_given_is_refused_by_name(prompts, output):
     arguments, inputs = StageArguments(), {"data": prompts, "data2": prompts}
     output.touch()
@@ -300,7 +308,7 @@ def test_a_second_process_on_the_same_output_is_refused(prompts, output):
     for flags in ((), ("--overwrite",)):
         code, log = run(prompts, output, *flags)
         assert code == 2
-        assert "another process is working on it" in log
+        assert f"another process is working on it (process {first.pid} on {socket.gethostname()}, since 20" in log
     assert first.communicate()[1]
     assert first.returncode == 0
     assert_complete(output)
