@@ -105,7 +105,8 @@ def test_samples_of_another_chat_template_are_said_at_the_start_and_among_the_la
 def test_evaluation_does_not_change_what_is_learnt_and_pairs_beyond_the_most_are_counted(task, annotated, tmp_path):
     dropout = ["--use_peft", "--lora_dropout", 0.2, "--disable_dropout", "false"]  # which takes random numbers at each step
     words = ["--model_name_or_path", task / "base", "--train_dir", annotated, "--max_steps", 3, "--max_length", 128]
-    words += ["--max_training_samples", 20, "--max_prompt_length", 64, "--use_cpu", "true", "--bf16", "false", "--logging_steps", 1, *dropout]
+    words += ["--max_training_samples", 20]
+    words += ["--max_prompt_length", 64, "--use_cpu", "true", "--bf16", "false", "--logging_steps", 1, *dropout]
     policies = []
     for evaluation in ([], ["--eval_dir", task / "data/rm_test.jsonl", "--eval_strategy", "steps", "--eval_steps", 1]):
         output = tmp_path / f"policy{len(evaluation)}"
