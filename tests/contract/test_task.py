@@ -206,6 +206,15 @@ def test_a_folder_with_the_same_content_elsewhere_is_the_same_input(tmp_path):
     assert difference(known, tmp_path / "copy")
 
 
+def test_a_models_card_is_no_part_of_the_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("What a reader should know.")
+    assert difference(before, tmp_path) is None and fingerprint(tmp_path)["hash"] == before["hash"]
+    (tmp_path / "config.json").write_text("{} ")
+    assert "has changed" in difference(before, tmp_path)
+
+
 def test_a_file_that_moves_to_another_name_in_a_folder_is_another_input(tmp_path):
     known = fingerprint(weights(tmp_path / "model", MIB))
     (tmp_path / "model/config.json").rename(tmp_path / "model/generation_config.json")
