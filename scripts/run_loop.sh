@@ -171,7 +171,7 @@ relay() {
     if [[ $REFERENCE == previous ]]; then reference=$policy; fi
     train "round$round-train" dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$policy" \
       --ref_model "$reference" --dataset_name_or_path "$folder/data_with_rewards.jsonl" --pairs_path "$folder/pairs.jsonl" \
-      --output_dir "$folder/policy" --seed "$((SEED + round))" "${template_args[@]}" "${DPO_ARGS[@]}"
+      --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + round))" "${template_args[@]}" "${DPO_ARGS[@]}"
 
     policy=$folder/policy
     if [[ -n $HELDOUT_PROMPTS ]]; then evaluate "$round" "$policy"; fi
@@ -206,5 +206,5 @@ if [[ -f $run_dir/recipe.env ]] && ! diff -q "$run_dir/recipe.env" <(resolved_re
 fi
 resolved_recipe >"$run_dir/recipe.env"
 relay
-if [[ -n $HELDOUT_PROMPTS ]]; then in_env training python report/summarize.py --run_dir "$run_dir"; fi
+in_env training python report/summarize.py --run_dir "$run_dir"
 say "done: the last policy is $policy"
