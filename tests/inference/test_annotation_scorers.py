@@ -155,18 +155,19 @@ def lengths(body):
 
 
 def test_a_service_that_fails_at_first_is_asked_again(tmp_path):
-    troubles = {
+    troubles = {  # of three records, each asked for until it is answered
         1: (500, b"busy"),
         2: (429, b"slow down"),
-        3: None,
-        4: (200, b'{"rewards": [1.0,'),
-        5: (200, b'{"rewards": [1.0]}'),
+        4: None,
+        5: (200, b'{"rewards": [1.0,'),
+        7: (200, b'{"rewards": [1.0]}'),
+        8: (425, b"too early"),
     }
-    source, out = write(tmp_path / "in.jsonl", [GOOD]), tmp_path / "o.jsonl"
+    source, out = write(tmp_path / "in.jsonl", [GOOD] * 3), tmp_path / "o.jsonl"
     with misbehaving(lambda number, body: troubles.get(number) if number in troubles else lengths(body)) as (url, seen):
-        run(REWARDS, dataset_name_or_path=source, output_dir=out, scorer=f"http:{url}", tries=6)
-    assert len(seen) == 6
-    assert read(out)[0]["rewards"] == [6.0, 6.0]
+        run(REWARDS, dataset_name_or_path=source, output_dir=out, scorer=f"http:{url}", tries=3, workers=1)
+    assert len(seen) == 9
+    assert [record["rewards"] for record in read(out)] == [[6.0, 6.0]] * 3
     assert seen[0]["query"] == ["Helloa", "Hellob"]
     assert seen[0]["prompts"] == ["Hello", "Hello"]
 
