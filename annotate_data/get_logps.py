@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from annotate_data.work import Responses, check_output
+from baton.ahead import will_be_made
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -51,10 +52,15 @@ def main() -> None:
         **{f"model {name}": path for name, path in paths.items()},
         **template_input(arguments.chat_template),
     }
-    stage = Stage.begin("logps", arguments, arguments.output_dir, inputs)
+
+    def read_responses() -> Responses:
+        return Responses(arguments.dataset_name_or_path, arguments.dataset_key)
+
+    check = None if will_be_made(arguments.dataset_name_or_path) else lambda stage: read_responses()
+    stage = Stage.begin("logps", arguments, arguments.output_dir, inputs, check=check)
     if stage is None:
         return
-    responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key)
+    responses = read_responses()
 
     from annotate_data.annotate import annotate
     from annotate_data.causal_lm import CausalLM

@@ -1,5 +1,6 @@
 """Locks between processes, on a file: held until released, or until the process that holds it ends, however it ends."""
 
+import atexit
 import errno
 import fcntl
 import os
@@ -45,6 +46,7 @@ class Lock:
                 raise
             if self._is_of(file):
                 self.file = file
+                atexit.register(self.release)  # for a program that stops with a message; one that is killed leaves the file
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
                 file.flush()
@@ -62,6 +64,7 @@ class Lock:
     def release(self) -> None:
         """Give the lock up, if it is held."""
         if self.file is not None:
+            atexit.unregister(self.release)
             self.path.unlink(missing_ok=True)
             self.file.close()
             self.file = None

@@ -1,10 +1,16 @@
 """Where models and their chat templates come from: what can be refused before anything is loaded is refused here."""
 
 import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from baton.ahead import will_be_made
 from baton.errors import InputError
+
+log = logging.getLogger("baton")
 
 
 def check_model_path(model: str) -> None:
@@ -29,6 +35,53 @@ def check_start(model: str) -> None:
     check_model_path(model)
     if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists() and not will_be_made(model):
         raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
+
+
+def check_hub(model: str, ahead: bool = False) -> None:
+    """Raise InputError for a model of the Hugging Face hub that is not on this machine and cannot be fetched: one request.
+
+    `ahead` of the work, a hub that does not answer is a warning: it may answer by then.
+    """
+    if Path(model).exists() or will_be_made(model):
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if any(isinstance(try_to_load_from_cache(model, name), str) for name in ("config.json", "adapter_config.json")):
+        return
+    login = Path(sys.prefix, "bin/hf")
+    try:
+        HfApi().auth_check(model)
+    except GatedRepoError:
+        raise InputError(
+            f"{model}: a gated model: ask for access on its page, https://huggingface.co/{model}, and then log in: {login} "
+            "auth login, or HF_TOKEN=…"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{model}: not on the Hugging Face hub, or private; if it is private, log in: {login} auth login, or HF_TOKEN=…; a "
+            "folder of this machine needs its path"
+        ) from None
+    except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+        problem = f"{model}: not on this machine, and the Hugging Face hub does not answer ({_first_line(error)})"
+        if not ahead:
+            raise InputError(f"{problem}; where there is no network, give the path of a folder that holds the model") from None
+        log.warning("%s", problem)
+
+
+@contextmanager
+def loading(*models: str) -> Iterator[None]:
+    """Context that loads models; raises InputError where one cannot be fetched or read. Errors of the system pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise InputError(f"{' or '.join(dict.fromkeys(models))}: cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def template_input(chat_template: str | Path | None) -> dict[str, str]:
