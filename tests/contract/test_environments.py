@@ -86,7 +86,8 @@ case "$1 $2 $3" in
   "-m baton.launch run") shift 3; echo "$CUDA_VISIBLE_DEVICES|$*" >>"$RECORD" ;;
   "-m baton.launch plan") cat >/dev/null ;;
   report/*) ;;
-  *) exec "$REAL" "$@" ;;
+  "-m baton.launch "*) exec "$REAL" "$@" ;;
+  *) exit 1 ;;  # pip, for one, must never reach an environment that is in use
 esac"""
 
 
