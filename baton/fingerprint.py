@@ -60,6 +60,15 @@ def cached_commit(name: str) -> str | None:
     return None
 
 
+def cached_folder(model: str) -> Path | None:
+    """Where the hub's cache holds the files of a model at its commit that was last loaded here, or None."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
+    reference = folder / "refs/main"
+    return folder / "snapshots" / reference.read_text(encoding="ascii").strip() if reference.is_file() else None
+
+
 def latest_commit(name: str) -> str | None:
     """The hub's latest commit of a model or dataset, which is about to be loaded; the cached one if the hub does not answer."""
     from huggingface_hub import HfApi

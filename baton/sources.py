@@ -1,9 +1,13 @@
 """Where models and their chat templates come from: what can be refused before anything is loaded is refused here."""
 
 import json
+import sys
 from pathlib import Path
 
 from baton.errors import InputError
+from baton.fingerprint import cached_folder
+
+HUB_SECONDS = 5  # how long to wait for the hub to say whether it gives a model
 
 
 def check_model_path(model: str) -> None:
@@ -19,6 +23,57 @@ def check_model_path(model: str) -> None:
         raise InputError(f"{model}: expected a model's folder, this is a file")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir():
         raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
+
+
+def check_hub(model: str, weights: bool = True) -> None:
+    """Raise InputError, in seconds and without a download, for a model of the Hugging Face hub that cannot be had from here.
+
+    The hub is asked only for what is neither a local path nor in its cache on this machine (of which `weights=False` needs the
+    tokenizer alone). To be called where the model is about to be loaded, and before any heavy import.
+    """
+    if Path(model).exists() or _in_cache(model, weights):
+        return
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    log_in = f"log in with `{Path(sys.prefix, 'bin/hf')} auth login`, or set HF_TOKEN"
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f"{model}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set; give a local folder")
+    try:
+        # Of a gated model the hub shows everything but the files.
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=HUB_SECONDS)
+    except EntryNotFoundError:
+        return  # an adapter, for one; what it lacks is said when it is loaded
+    except GatedRepoError:
+        raise InputError(
+            f"{model}: the hub gives this model only to those who were granted access: ask for it at "
+            f"{constants.ENDPOINT}/{model}, then {log_in}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{model}: neither a folder here nor a model that the hub shows to you: correct the name, or, if it is private, "
+            f"{log_in}"
+        ) from None
+    except Exception as error:  # the kinds of failures of a network are too many to name
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+        if status in (401, 403):
+            raise InputError(f"{model}: the hub refuses it (status {status}): {log_in}") from None
+        reason = f"status {status}" if status else str(error) or type(error).__name__
+        raise InputError(
+            f"{model}: neither a folder here nor in the hub's cache, and the hub at {constants.ENDPOINT} does not answer "
+            f"({reason}); check the network, or give a local folder"
+        ) from None
+
+
+def _in_cache(model: str, weights: bool) -> bool:
+    """Whether the cache of the hub holds the model: all files of its weights, or, without `weights`, its tokenizer."""
+    folder = cached_folder(model)
+    names = {path.name for path in folder.iterdir()} if folder and folder.is_dir() else set()
+    if not weights:
+        return "tokenizer_config.json" in names
+    for index in (name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))):
+        return names.issuperset(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+    return any(name.endswith((".safetensors", ".bin")) for name in names)
 
 
 def check_start(model: str) -> None:
