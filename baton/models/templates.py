@@ -1,5 +1,6 @@
 """Chat templates: from a conversation to the token ids that a model reads, and from sampled ids to their text."""
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
     if tokenizer.chat_template is None:
         raise InputError(f"{model}: its tokenizer has no chat template; give one as a Jinja file with --chat_template")
     return tokenizer
+
+
+def template_hash(tokenizer: Any) -> str:
+    """The first 16 hexadecimal digits of SHA-256 over the Jinja text of the template that writes conversations.
+
+    Of a tokenizer with several templates it is the default one. Raises InputError if there is none.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no chat template: {error}") from None
+    return hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
 def prompt_text(tokenizer: Any, messages: Messages, where: str) -> str:
