@@ -22,7 +22,7 @@ from baton.launch.words import new_parser, parse_known
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
-from baton.sources import check_model_path
+from baton.sources import check_hub, check_model_path
 from generation import engine, sampling
 from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
 
@@ -87,6 +87,7 @@ def checked_inputs(arguments: Arguments) -> dict[str, str | Path]:
 def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, drops: Drops) -> int:
     """Sample responses to the unfinished prompts, each on disk once it is finished; returns the tokens."""
     shard = arguments.local_index, arguments.my_world_size
+    check_hub(arguments.model_name_or_path)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     sampling.check_templates(tokenizer, prompts, shard)
     if arguments.backend == "hf":

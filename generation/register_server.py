@@ -48,19 +48,15 @@ def start(arguments: argparse.Namespace, vllm_options: list[str]) -> None:
     if ports[-1] > LAST_PORT:
         raise InputError(f"--port {arguments.port}: {count} servers would need port {ports[-1]}; the last one is {LAST_PORT}")
 
-    options = ["--tensor-parallel-size", str(size), "--disable-uvicorn-access-log"]
-    options += ["--max-num-seqs", str(arguments.max_num_seqs), "--gpu-memory-utilization", arguments.gpu_memory_utilization]
-    for name, value in (("--max-model-len", arguments.max_model_len), ("--dtype", arguments.dtype)):
-        options += [name, value] if value is not None else []
-    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    names = ("tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "max_model_len", "dtype")
+    settings = {name: getattr(arguments, name) for name in names}
+    gpus_each = size if visible else 0
+    options, variables = servers.engine_options(settings, gpus_each, count)
     if arguments.api_key is not None:
         variables["VLLM_API_KEY"] = arguments.api_key
-    if not visible:
-        options += servers.CPU_OPTIONS
-        variables |= servers.cpu_variables(count)
 
     places = [servers.Place(arguments.host, port) for port in ports]
-    started = servers.start_missing(places, model, [*options, *vllm_options], size if visible else 0, variables)
+    started = servers.start_missing(places, model, [*options, *vllm_options], gpus_each, variables)
     if started:
         log.info("%s: servers to start: %d; it may take minutes; logs: %s/PORT.log", model, len(started), servers.folder())
     for server in servers.wait_until_ready(ports, started, arguments.timeout):

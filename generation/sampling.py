@@ -8,12 +8,14 @@ import xxhash
 
 from baton.drops import Drops
 from baton.jsonl import Record
-from baton.models.templates import prompt_text, prompt_token_ids
+from baton.models.templates import prompt_text, prompt_token_ids, template_hash
 from baton.pairs import PER_RESPONSE_KEYS
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
 from generation.arguments import GenerationArguments
+
+TEMPLATE_HASH = "chat_template_hash"
 
 
 class Task(NamedTuple):
@@ -58,13 +60,17 @@ def unfinished(
     drops: Drops,
     context: int | None,
 ) -> Iterator[Task]:
-    """Yield what is still to do; drop prompts that fill a context of `context` tokens (None: not known)."""
+    """Yield what is still to do; drop prompts that fill a context of `context` tokens (None: not known).
+
+    The records say which chat template made the token ids, so that later stages can compare theirs.
+    """
+    template = {TEMPLATE_HASH: template_hash(tokenizer)}
     for position, where, record, messages in prompts.shard(*shard):
         if position in partial:
             continue
         token_ids = prompt_token_ids(tokenizer, messages, where)
         if context is None or len(token_ids) < context:
-            yield Task(position, where, record, token_ids)
+            yield Task(position, where, record | template, token_ids)
         else:
             reason = f"prompt longer than the context of {context} tokens"
             drops.add(reason, f"{record['id']} ({where}, {len(token_ids)} tokens)")

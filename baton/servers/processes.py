@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from baton import launch
 from baton.errors import InputError, UnitFailed
@@ -17,6 +17,7 @@ from baton.launch.unit import ROOT, end_of_log
 from baton.locks import Lock
 
 POLL_SECONDS = 0.5
+SERVE = Path(__file__).with_name("serve.py")  # started with -P: its folder is no place to import from
 
 # On a CPU each engine is one process: as two, the one would spin while the other works. Statistics, which bare vLLM does not
 # count either, would cost a tenth of the speed.
@@ -129,7 +130,7 @@ def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int
     unit = Unit(
         name=f"the server on port {place.port}",
         environment="inference",
-        program=("-m", "vllm.entrypoints.openai.api_server", "--model", model, *address, *options),
+        program=("-P", str(SERVE), "--model", model, *address, *options),
         gpus=gpus,
         log=_file(place.port, "log"),
         variables=variables,
@@ -138,6 +139,19 @@ def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int
     _file(place.port, "what").write_text(f"{place.host} {model}\n")
     _file(place.port, "pid").write_text(f"{process.pid} {process.started}\n")
     return Server(place, model, process)
+
+
+def engine_options(settings: Mapping[str, Any], gpus: int, servers: int) -> tuple[list[str], dict[str, str]]:
+    """The words of vLLM's command line, and environment variables, for each of several servers on this machine.
+
+    `settings` are values by vLLM's names, with `_` for `-`; those that are None are left out. `gpus` is how many GPUs each of
+    the servers has, 0 on a CPU.
+    """
+    options = ["--disable-uvicorn-access-log"]
+    for name, value in settings.items():
+        options += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    return (options, variables) if gpus else (options + CPU_OPTIONS, variables | cpu_variables(servers))
 
 
 def cpu_variables(servers: int) -> dict[str, str]:

@@ -7,14 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from baton.launch.processes import Process, is_alive
 from tests.inference.misbehaving_server import MisbehavingServer
 from tests.inference.tiny_policy import make_tiny_policy
-from tests.programs import ROOT, run_program
+from tests.programs import ROOT, run_program, start
 
 REGISTER = ["bash", str(ROOT / "generation/register_server.sh")]
 
@@ -213,6 +215,34 @@ def test_prompts_beyond_the_servers_context_are_dropped_and_a_refusal_names_the_
     assert tokens.returncode == 0, tokens.stderr
     assert "1 prompt longer than the context of 200 tokens" in tokens.stderr
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 3, 2)
+
+
+def test_servers_of_a_program_end_with_it_at_kill_9_too_and_any_others_complete_its_task(pair, policy, tmp_path):
+    prefix, prompts = tmp_path / "gen_data", write(tmp_path, 200)
+    output, states = Path(f"{prefix}.jsonl"), Path(f"{prefix}.servers")
+    task = ["--dataset_name_or_path", prompts, "--K", 2, "--max_new_tokens", 40, "--temperature", 0.7, "--response_logps"]
+    own = ["generation/run_servers.py", "--model_name_or_path", policy, "--output_dir", prefix, *task]
+    program = start(*own, "--max_workers", 8, output=str(tmp_path))
+    while finished_lines(output) < 3:
+        program.join(0.02)
+        assert program.exitcode is None, (tmp_path / "stderr").read_text()
+    (server,) = (Process(*map(int, path.read_text().split())) for path in states.glob("*.pid"))
+    assert is_alive(server)
+    program.kill()
+    while is_alive(server):  # else the test's time limit ends it
+        time.sleep(0.02)
+    kept = finished_lines(output)
+    assert 3 <= kept < 200
+    with_client = run_program(
+        "generation/gen_hf.py", "--output_dir", output, "--ports", *pair.ports, "--tokenizer", policy, *task
+    )
+    assert with_client.returncode == 0, with_client.stderr
+    assert "going on where it stopped" in with_client.stderr
+    assert_each_prompt_once(output, 200, 2)
+    again = run_program(*own)
+    assert again.returncode == 0, again.stderr
+    assert "up to date" in again.stderr
+    assert "servers start" not in again.stderr
 
 
 def test_one_of_two_servers_killed_in_the_middle_loses_no_prompt(pair, policy, tmp_path):
