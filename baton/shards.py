@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from baton.ahead import RESUMES, UP_TO_DATE
 from baton.arguments import StageArguments
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.locks import Lock
 from baton.manifest import in_progress, manifest_path, put_aside, read_manifest, remove, write_manifest
 from baton.partial import part_files
-from baton.stage import RESUMES, STARTS, UP_TO_DATE, Stage, refuse_own_input, remove_partial, replace_output, started
+from baton.stage import STARTS, Stage, look_ahead, refuse_own_input, remove_partial, replace_output, started
 from baton.task import differences, task_of
 
 log = logging.getLogger("baton")
@@ -80,6 +81,9 @@ def begin(
     another number of them. `<shard>.refused` then holds the message, so that merging does not take an old shard for this one.
     """
     shard = Shard(prefix, index, count, task_of(name, arguments, {}))
+    if arguments.check:
+        look_ahead(shard.output, inputs, arguments.overwrite, lambda: _plan(shard, arguments.overwrite, inputs)[0])
+        return None
     shard.output.parent.mkdir(parents=True, exist_ok=True)
     with noting_refusal(prefix, index):
         planned = _plan_and_lock(shard, arguments.overwrite, inputs)
@@ -88,8 +92,8 @@ def begin(
     return None if planned.startswith(UP_TO_DATE) else shard
 
 
-def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path]) -> str:
-    """What is to be done; where it is something, the shard's lock is taken and its place made ready."""
+def _plan(shard: Shard, overwrite: bool, inputs: dict[str, str | Path]) -> tuple[str, dict[str, Any] | None, list[str]]:
+    """What is to be done; the manifest of the task in progress at the prefix; in what that one is another task."""
     refuse_own_input(shard.output, inputs)
     if in_progress(shard.prefix).is_dir():
         raise InputError(f"{in_progress(shard.prefix)}: the folder of a training; choose another --output_dir for the shards")
@@ -98,30 +102,43 @@ def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path])
     def differences_of(manifest: dict[str, Any]) -> list[str]:
         return differences(manifest, task, inputs)
 
+    begun = read_manifest(in_progress(shard.prefix))
+    other = [] if begun is None else differences_of(begun)
+    if not overwrite:
+        if up_to_date := _finished(shard, None if other else begun, differences_of):
+            return up_to_date, begun, other
+        if other and part_files(shard.prefix):
+            raise InputError(
+                f"{shard.output}: unfinished work of another task: {'; '.join(other)}; go on with the same arguments, or "
+                "start afresh with --overwrite"
+            )
+    return RESUMES if begun and not other and not overwrite else STARTS, begun, other
+
+
+def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path]) -> str:
+    """What is to be done; where it is something, the shard's lock is taken and its place made ready."""
     with Lock(_lock_path(shard.prefix)):
-        begun = read_manifest(in_progress(shard.prefix))
-        other = [] if begun is None else differences_of(begun)
-        if not overwrite:
-            if up_to_date := _finished(shard, None if other else begun, differences_of):
-                return up_to_date
-            if other and part_files(shard.prefix):
-                raise InputError(
-                    f"{shard.output}: unfinished work of another task: {'; '.join(other)}; go on with the same arguments, or "
-                    "start afresh with --overwrite"
-                )
+        planned, begun, other = _plan(shard, overwrite, inputs)
+        manifests = shard_manifests(shard.prefix)
+        same = {index: known for index, known in manifests.items() if not differences(known, shard.manifest, inputs)}
+        if planned.startswith(UP_TO_DATE):
+            number = finished_number(same)
+            if number and begun and not other:
+                _delete_leftovers(shard.prefix, number)  # a program was killed before it could
+            return planned
         _refuse_others_at_work(shard, any_number=bool(other))
         if not shard.lock.take():
             raise AtWork(f"{shard.output}: another process is working on it; wait for it or stop it")
         if begun is None or other:
             remove_partial(shard.prefix)
-            goes_on = not overwrite and any(not differences_of(known) for known in shard_manifests(shard.prefix).values())
-            shard.manifest = started(task, inputs) | {ONLY_NUMBER: shard.count if goes_on else None}
+            goes_on = not overwrite and bool(same)
+            shard.manifest = started(shard.manifest, inputs) | {ONLY_NUMBER: shard.count if goes_on else None}
             write_manifest(in_progress(shard.prefix), shard.manifest)
         else:
             shard.manifest = begun
         if overwrite:
             _clear_place(shard)
-        return RESUMES if begun and not other and not overwrite else STARTS
+        return planned
 
 
 def _finished(shard: Shard, begun: dict[str, Any] | None, differences_of: DifferencesOf) -> str | None:
@@ -136,8 +153,6 @@ def _finished(shard: Shard, begun: dict[str, Any] | None, differences_of: Differ
     other = {index: found for index, manifest in manifests.items() if (found := differences_of(manifest))}
     same = {index: manifest for index, manifest in manifests.items() if index not in other}
     number = finished_number(same)
-    if number and begun is not None:
-        _delete_leftovers(shard.prefix, number)  # a program was killed before it could
     if same.get(shard.index, {}).get("shard") == [shard.index, shard.count]:
         return UP_TO_DATE
     if number:

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from baton.ahead import later, will_be_made
 from baton.errors import InputError
 from baton.fingerprint import cached_folder
 
@@ -16,6 +17,8 @@ def check_model_path(model: str) -> None:
     A name of the form `owner/name` that is no local path is taken for a model of the Hugging Face hub.
     """
     path = Path(model)
+    if will_be_made(model):
+        return
     if path.is_dir():
         if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
             raise InputError(f"{model}: no config.json in this folder, so it holds no model")
@@ -65,6 +68,18 @@ def check_hub(model: str, weights: bool = True) -> None:
         ) from None
 
 
+def check_hub_ahead(model: str, output: Path, weights: bool = True) -> None:
+    """For `--check`: have `check_hub` made, once, for a model that the work on `output` would load.
+
+    With HF_HUB_OFFLINE the plan of another machine can be made, where the models are.
+    """
+    if will_be_made(output) and not will_be_made(model):
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        if not HF_HUB_OFFLINE:
+            later(f"hub model {model} {weights}", lambda: check_hub(model, weights))
+
+
 def _in_cache(model: str, weights: bool) -> bool:
     """Whether the cache of the hub holds the model: all files of its weights, or, without `weights`, its tokenizer."""
     folder = cached_folder(model)
@@ -79,7 +94,7 @@ def _in_cache(model: str, weights: bool) -> bool:
 def check_start(model: str) -> None:
     """`check_model_path` of a model that training starts from; raise InputError for an adapter without its model as well."""
     check_model_path(model)
-    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
+    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists() and not will_be_made(model):
         raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
 
 
@@ -103,7 +118,7 @@ def check_reward_model(path: str) -> None:
     """Raise InputError, without any heavy import, if a local model has not the one output of a reward model."""
     check_model_path(path)
     file = Path(path, "config.json")
-    if file.exists():
+    if file.exists() and not will_be_made(path):
         config = json.loads(file.read_text(encoding="utf-8"))
         names = config.get("architectures") or []
         labels = config.get("num_labels") or len(config.get("id2label") or "12")

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from baton import program
+from baton import ahead, program
+from baton.ahead import RESUMES, UP_TO_DATE
 from baton.arguments import StageArguments
 from baton.drops import Drops
 from baton.errors import InputError
@@ -24,8 +25,8 @@ from baton.task import differences, fingerprints, task_of, trainer_settings
 
 log = logging.getLogger("baton")
 
-UP_TO_DATE, COMPLETES = "up to date", "up to date: complete but for its name"
-RESUMES, STARTS = "going on where it stopped", "starting"
+COMPLETES = "complete but for its name"
+STARTS = "starting"
 REFUSES_FINISHED, REFUSES_UNFINISHED = "refuses to replace it", "refuses to mix with it"
 
 NOTHING, SAME, OTHER = "nothing", "the same task", "another task"
@@ -56,11 +57,13 @@ class Stage:
         inputs: dict[str, str | Path],
         settings: dict[str, Any] | None = None,
         config_class: Callable[[], type] | None = None,
+        check: Callable[["Stage"], object] | None = None,
     ) -> "Stage | None":
-        """Start or resume the work on `output`, or return None (and say so) where it is up to date.
+        """Start or resume the work on `output`, or return None (and say so) where it is up to date, or for `--check`.
 
         `settings` decide the result beside the arguments; where `config_class` gives a trainer's configuration, they are its
-        settings as the user wrote them. Where work starts afresh, what `output` held before is kept as `<output>.old` until
+        settings as the user wrote them. `check` is what `--check` also calls where there is work to do: what needs heavy
+        imports and raises InputError. Where work starts afresh, what `output` held before is kept as `<output>.old` until
         the new output is complete. Raises InputError where `output` holds, or is being given, the result of another task; the
         message names the differences.
         """
@@ -72,6 +75,11 @@ class Stage:
             return plan_for(output, arguments.overwrite, lambda manifest: differences(manifest, task, inputs, config_class))
 
         stage = cls(output, task, Lock(output.with_name(output.name + ".partial.lock")))
+        if arguments.check:
+            planned = look_ahead(output, inputs, arguments.overwrite, plan)
+            if check and planned != UP_TO_DATE:
+                ahead.later(f"{name} {task['settings']}", lambda: check(stage))
+            return None
         planned = plan()
         if program.rank() == 0 and planned != UP_TO_DATE:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -182,6 +190,25 @@ def plan_for(output: Path, overwrite: bool, differences_of: Callable[[dict[str, 
             f"{output}: unfinished work of another task: {'; '.join(found[1])}; go on with the same arguments, or start afresh "
             "with --overwrite"
         )
+    return planned
+
+
+def look_ahead(output: Path, inputs: dict[str, str | Path], overwrite: bool, plan: Callable[[], str]) -> str:
+    """What `plan` says for `--check`, logged, and noted for the programs that follow.
+
+    Raises InputError for an input that is not there, and for an output that was made from an input which will be made anew.
+    """
+    for name, source in inputs.items():
+        ahead.check_there(source, name)
+    changing = [source for source in inputs.values() if ahead.will_be_made(source)]
+    if changing and not overwrite and (output.exists() or part_files(output)):
+        raise InputError(
+            f"{output}: made from an earlier {changing[0]}, which is to be made anew: move {output} away, or delete "
+            "it, and run the same command again"
+        )
+    planned = STARTS if changing else plan()
+    log.info("%s: %s", output, planned)
+    ahead.note(output, planned)
     return planned
 
 

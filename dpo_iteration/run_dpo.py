@@ -236,7 +236,8 @@ def main() -> None:
     pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
     earlier = earlier_pairs(pairs_path, arguments.history)
     inputs = inputs_of(arguments, reference, pairs_path, earlier)
-    stage = Stage.begin("dpo", arguments, output, inputs, settings | split_that_decides(settings), config_class)
+    checked = partial(checked_config, arguments, settings)
+    stage = Stage.begin("dpo", arguments, output, inputs, settings | split_that_decides(settings), config_class, checked)
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
@@ -245,7 +246,7 @@ def main() -> None:
     from baton.training.config import log_training
     from dpo_iteration.checks import check_pairs
 
-    config = checked_config(arguments, settings, stage)
+    config = checked(stage)
     chosen = Account()
     if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
         chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))

@@ -163,8 +163,9 @@ def main() -> None:
     output = Path(arguments.output_dir)
     examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
     refuse_input(examples_path, inputs, "--examples_path")
+    checked = partial(checked_config, arguments, settings)
     # KTO's KL term is a mean over the examples that all processes compute at a time.
-    stage = Stage.begin("kto", arguments, output, inputs, settings | batch_together(settings), config_class)
+    stage = Stage.begin("kto", arguments, output, inputs, settings | batch_together(settings), config_class, checked)
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
@@ -173,7 +174,7 @@ def main() -> None:
     from baton.training.config import log_training
     from dpo_iteration.kto import balance_advice
 
-    config = checked_config(arguments, settings, stage)
+    config = checked(stage)
     # With the process group there, or another machine would not notice that this fails.
     labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)

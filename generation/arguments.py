@@ -1,10 +1,17 @@
 """The arguments that every generation program has: which prompts, and how to sample."""
 
+from itertools import islice
+from pathlib import Path
+
+from baton.ahead import check_there
 from baton.arguments import StageArguments, option
 from baton.errors import InputError
 from baton.mixing import Selection, parse_probs
-from baton.prompts import PromptSet, source_inputs, split_sources
+from baton.prompts import PromptSet, read_records, source_inputs, split_sources
+from baton.records import prompt_of
 from baton.sources import template_input
+
+CHECKED = 1000  # records of a prompt set that `--check` reads
 
 
 class GenerationArguments(StageArguments):
@@ -28,7 +35,11 @@ class GenerationArguments(StageArguments):
     max_new_tokens: int = option(1024, "tokens of a response at most", ge=1)
     stop: list[str] = option([], "strings that end a response")
     eos_ids: list[int] = option([], "token ids that end a response, beside the model's own")
-    seed: int = option(42, "seed of the sampling and of the prompts' shuffle", ge=0)
+    seed: int = option(42, "seed of the sampling", ge=0)
+    data_seed: int | None = option(
+        None, "seed of the prompts' shuffle and draws; --seed if not given. Rounds that take windows of one set need the same",
+        ge=0,
+    )  # fmt: skip
     response_logps: bool = option(
         False, "keep the log-probability, in nats, of each sampled token under the distribution that was sampled"
     )
@@ -62,8 +73,17 @@ def selection(arguments: GenerationArguments) -> Selection:
         max_samples=arguments.max_samples,
         iteration=arguments.iter,
         batch_size=arguments.rollout_batch_size,
-        seed=arguments.seed,
+        seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
     )
+
+
+def check_first_prompts(arguments: GenerationArguments) -> None:
+    """For `--check`: raise InputError for a local set that is not there, or whose first records hold no prompt."""
+    for source in split_sources(arguments.dataset_name_or_path):
+        check_there(source, "prompts")
+        if Path(source).is_file():
+            for where, record in islice(read_records(source), CHECKED):
+                prompt_of(record, where, arguments.dataset_key)
 
 
 def read_prompts(arguments: GenerationArguments) -> PromptSet:

@@ -29,11 +29,11 @@ from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
 from baton.servers.pool import Refused, Servers, Transient, base_url
-from baton.sources import check_hub, check_model_path
+from baton.sources import check_hub, check_hub_ahead, check_model_path
 from baton.stage import Stage
 from generation import sampling
 from generation.api import Service, ask, check_logps
-from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
+from generation.arguments import GenerationArguments, check, check_first_prompts, prompt_inputs, read_prompts
 
 log = logging.getLogger("baton")
 
@@ -92,8 +92,12 @@ def sample(
     if policy:
         check_model_path(policy)
         inputs["tokenizer"] = policy
+    if arguments.check:
+        check_first_prompts(arguments)
     stage = Stage.begin("generate through servers", arguments, output, inputs)
     if stage is None:
+        if policy:
+            check_hub_ahead(policy, output, weights=False)
         return
     prompts = read_prompts(arguments)
     partial, drops = PartialRecords(output, len(prompts)), Drops()

@@ -22,9 +22,9 @@ from baton.launch.words import new_parser, parse_known
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
-from baton.sources import check_hub, check_model_path
+from baton.sources import check_hub, check_hub_ahead, check_model_path
 from generation import engine, sampling
-from generation.arguments import GenerationArguments, check, prompt_inputs, read_prompts
+from generation.arguments import GenerationArguments, check, check_first_prompts, prompt_inputs, read_prompts
 
 
 class Arguments(GenerationArguments):
@@ -50,9 +50,12 @@ def main() -> None:
     with shards.noting_refusal(*named_shard(sys.argv[1:])):
         arguments = parse(Arguments, __doc__ or "")
         inputs = checked_inputs(arguments)
+    if arguments.check:
+        check_first_prompts(arguments)
     prefix, shard = Path(arguments.output_dir), (arguments.local_index, arguments.my_world_size)
     stage = shards.begin("generate", arguments, prefix, *shard, inputs)
     if stage is None:
+        check_hub_ahead(arguments.model_name_or_path, shards.shard_path(prefix, arguments.local_index))
         return
     prompts = read_prompts(arguments)
     span = shard_range(len(prompts), *shard)

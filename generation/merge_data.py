@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from baton import program
+from baton.ahead import will_be_made
 from baton.arguments import StageArguments, option, parse
 from baton.drops import Drops
 from baton.errors import InputError
@@ -35,10 +36,12 @@ def main() -> None:
     arguments = parse(Arguments, __doc__ or "")
     base, output = arguments.base_path, Path(arguments.output_dir)
     shards = [Path(f"{base}{index}.jsonl") for index in range(number_of_shards(base, arguments.num_datasets))]
-    for shard in shards:
-        check_there(base, shard)
-    manifests = [read_manifest(shard) for shard in shards]
-    facts = check_one_run(shards, manifests)
+    manifests, facts = [], {}
+    if not any(map(will_be_made, shards)):
+        for shard in shards:
+            check_there(base, shard)
+        manifests = [read_manifest(shard) for shard in shards]
+        facts = check_one_run(shards, manifests)
 
     stage = Stage.begin("merge", arguments, output, {f"shard{i}": shard for i, shard in enumerate(shards)})
     if stage is None:

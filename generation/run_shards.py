@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from baton import launch, program
+from baton import ahead, launch, program
 from baton.arguments import read_yaml
 from baton.errors import InputError
 from baton.launch import gpus
@@ -31,8 +31,9 @@ def main() -> None:
     shards = arguments.my_world_size or slots
 
     output = arguments.output_dir
+    run = look_ahead if arguments.check else launch.run
     place = ["--my_world_size", str(shards), "--tensor_parallel_size", str(size), "--output_dir", output]
-    launch.run(
+    run(
         [
             Unit(
                 name=f"shard {index} of {shards}",
@@ -46,7 +47,13 @@ def main() -> None:
     )
     merge = ["--base_path", output, "--output_dir", f"{output}.jsonl", "--num_datasets", str(shards)]
     merge += ["--overwrite", arguments.overwrite] if arguments.overwrite else []
-    launch.run([Unit(name="merge", environment="inference", program=(str(FOLDER / "merge_data.py"), *merge))])
+    run([Unit(name="merge", environment="inference", program=(str(FOLDER / "merge_data.py"), *merge))])
+
+
+def look_ahead(units: list[Unit]) -> None:
+    """Look at what the programs of units would do, for `--check`."""
+    for unit in units:
+        ahead.look(unit.program)
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -56,6 +63,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--my_world_size", type=positive, metavar="N", help="how many shards [one per GPU or group of GPUs]")
     parser.add_argument("--tensor_parallel_size", type=positive, default=1, help="GPUs that share a model [%(default)s]")
     parser.add_argument("--overwrite", nargs="?", const="true", help="sample and merge afresh where an output already exists")
+    parser.add_argument("--check", action="store_true", help="say what each shard and the merge would do, and do nothing")
     parser.add_argument("--model", help="the same as --model_name_or_path")
     parser.add_argument("--prompts", help="the same as --dataset_name_or_path")
     if words and not words[0].startswith("-"):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from baton import jsonl, program
+from baton.ahead import will_be_made
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -25,7 +26,7 @@ class Arguments(StageArguments):
 def main() -> None:
     arguments = parse(Arguments, __doc__)
     source = arguments.dataset_name_or_path
-    if not source.is_file():
+    if not source.is_file() and not will_be_made(source):
         raise InputError(f"{source}: no such file; name a generated JSONL file with --dataset_name_or_path")
     stage = Stage.begin("score_gold", arguments, arguments.output_dir, {"dataset": source})
     if stage is None:

@@ -146,7 +146,8 @@ def main() -> None:
     source, held_out = arguments.dataset_name_or_path, arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, "pairs": source} | ({"held-out pairs": held_out} if held_out else {})
     inputs |= template_input(arguments.chat_template)
-    stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class)
+    checked = partial(checked_config, arguments, settings)
+    stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class, checked)
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
@@ -157,7 +158,7 @@ def main() -> None:
     from baton.training.checkpoints import SCRATCH, train
     from baton.training.config import log_training
 
-    config = checked_config(arguments, settings, stage)
+    config = checked(stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     rows, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config)
     held_out_rows, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config)

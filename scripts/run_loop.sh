@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
 # Online iterative DPO, round after round: sample from the policy, score, pick pairs, train, and start again from the new policy.
-# usage: bash scripts/run_loop.sh RECIPE [--run_dir DIR]      for example: bash scripts/run_loop.sh configs/recipes/llama3-8b.env
+# usage: bash scripts/run_loop.sh RECIPE [--run_dir DIR] [--plan]
+# for example: bash scripts/run_loop.sh configs/recipes/llama3-8b.env
 #
-# A recipe is a shell file of variables; configs/recipes/ has some, and llama3-8b.env says what each one means. The loop holds no
-# state: every stage knows whether it is done, so after any failure the same command goes on where the run stopped.
+# --plan prints the command of every stage, says which are up to date, and runs nothing. A recipe is a shell file of variables,
+# which docs/loop.md explains; configs/recipes/ has some. The loop holds no state: every stage knows whether it is done, so
+# after any failure the same command goes on where the run stopped. All stages are checked before the first one starts.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-usage() { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
-recipe="" run_dir=""
+recipe="" run_dir="" show_plan=""
 while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
+    --plan) show_plan=yes; shift ;;
     --run_dir) (($# > 1)) || die "--run_dir needs a value"; run_dir=$(realpath -m "$2"); shift 2 ;;
-    -*) die "unknown argument '$1'; there are --run_dir and --help" ;;
+    -*) die "unknown argument '$1'; there are --run_dir, --plan and --help" ;;
     *) [[ -z $recipe ]] || die "one recipe at a time, got '$recipe' and '$1'"; recipe=$(realpath -m "$1"); shift ;;
   esac
 done
@@ -24,100 +27,184 @@ cd "$BATON_ROOT"
 
 visible=$(gpu_ids)
 read -ra gpus <<<"$visible"
-# What a recipe may leave out.
-K=8 TEMPERATURE=1.0 TOP_P=1.0 MAX_NEW_TOKENS=1024 MAX_MODEL_LEN=4096 GENERATE_ARGS=() REWARD_ARGS=()
-DATASET_KEY="" REFERENCE=initial GPUS=${#gpus[@]} SEED=${SEED:-0}
-ACCELERATE_CONFIG=configs/zero2.yaml DPO_CONFIG=configs/training.yaml DPO_ARGS=()
-HELDOUT_PROMPTS="" HELDOUT_K=1 GOLD_SCORER=""
+# The variables of a recipe, with what each is where the recipe leaves it out.
+INITIAL_POLICY="" REWARD_MODEL="" ROUNDS="" REFERENCE=initial SEED=${SEED:-0}
+PROMPTS=() PROMPT_ARGS=() DATASET_KEY="" ROLLOUT_BATCH_SIZE="" SYSTEM_PROMPT="" CHAT_TEMPLATE=""
+K=8 TEMPERATURE=1.0 TOP_P=1.0 MAX_NEW_TOKENS=1024 MAX_MODEL_LEN=4096 GENERATE_WITH=shards GENERATE_ARGS=()
+SCORERS=() WEIGHTS=() REWARD_ARGS=()
+GPUS=${#gpus[@]} ACCELERATE_CONFIG=configs/zero2.yaml DPO_CONFIG=configs/training.yaml DPO_ARGS=()
+HELDOUT_PROMPTS="" HELDOUT_K=1 HELDOUT_ARGS=() EVAL_SCORERS=() GOLD_SCORER=""
 NAME=$(basename "$recipe" .env)
+variables=(
+  INITIAL_POLICY REWARD_MODEL ROUNDS REFERENCE SEED DATASET_KEY ROLLOUT_BATCH_SIZE SYSTEM_PROMPT CHAT_TEMPLATE
+  K TEMPERATURE TOP_P MAX_NEW_TOKENS MAX_MODEL_LEN GENERATE_WITH GPUS ACCELERATE_CONFIG DPO_CONFIG
+  HELDOUT_PROMPTS HELDOUT_K GOLD_SCORER NAME
+)
+lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS HELDOUT_ARGS EVAL_SCORERS)
 export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$NAME}
 run_dir=$RUN_DIR
+mapfile -t before < <(compgen -v)
 # shellcheck source=/dev/null
 source "$recipe"
-# These become words of command lines, which every user of the machine can read; printf has none of its own.
-printf '%s\0' "${GENERATE_ARGS[@]}" "${REWARD_ARGS[@]}" "${DPO_ARGS[@]}" |
-  in_env inference python -m baton.launch refuse-secrets --name "$recipe" || exit
-for variable in INITIAL_POLICY REWARD_MODEL PROMPTS; do
+mapfile -t new < <(LC_ALL=C comm -13 <(printf '%s\n' "${before[@]}" before | LC_ALL=C sort) <(compgen -v | LC_ALL=C sort))
+
+# Prints VARIABLE=WORD for each word of the recipe's lists.
+list_words() {
+  local name
+  for name in "${lists[@]}"; do
+    local -n words=$name
+    ((${#words[@]} == 0)) || printf "$name=%s\0" "${words[@]}"
+  done
+}
+list_words |
+  in_env inference python -m baton.launch recipe --name "$recipe" --known "${variables[@]}" "${lists[@]}" --new "${new[@]}" || exit
+for variable in INITIAL_POLICY PROMPTS; do
   [[ -n ${!variable:-} ]] || die "$recipe: sets no $variable"
 done
 [[ $REFERENCE =~ ^(initial|previous)$ ]] || die "$recipe: REFERENCE is initial or previous, not '$REFERENCE'"
-((GPUS <= ${#gpus[@]})) || die "$recipe: GPUS=$GPUS, but there are ${#gpus[@]} to use"
+[[ $GENERATE_WITH =~ ^(shards|servers)$ ]] || die "$recipe: GENERATE_WITH is shards or servers, not '$GENERATE_WITH'"
+for variable in K HELDOUT_K ROUNDS ROLLOUT_BATCH_SIZE MAX_NEW_TOKENS MAX_MODEL_LEN; do
+  [[ ${!variable} =~ ^([1-9][0-9]*)?$ ]] || die "$recipe: $variable is a whole number from 1, not '${!variable}'"
+done
+[[ $GPUS =~ ^[0-9]+$ ]] || die "$recipe: GPUS is a whole number, not '$GPUS'"
+[[ $SEED =~ ^[0-9]+$ ]] || die "$recipe: SEED is a whole number, not '$SEED'"
+((K > 1)) || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
+if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
+  die "$recipe: sets both REWARD_MODEL and SCORERS: give the model among the scorers, SCORERS=(bt:$REWARD_MODEL …)"
+elif [[ -z $REWARD_MODEL ]] && ((${#SCORERS[@]} == 0)); then
+  die "$recipe: sets neither REWARD_MODEL nor SCORERS: what scores the responses?"
+fi
+if ((GPUS > ${#gpus[@]})); then
+  [[ -n $show_plan ]] || die "$recipe: GPUS=$GPUS, but there are ${#gpus[@]} to use"
+  say "the recipe needs $GPUS GPUs, and this machine has ${#gpus[@]}: the plan is that of a machine with $GPUS"
+  mapfile -t gpus < <(seq 0 $((GPUS - 1)))
+fi
 CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:0:GPUS}")   # no stage takes one that the recipe leaves to others
 export CUDA_VISIBLE_DEVICES LAUNCHER=${LAUNCHER:-local}
 ROUNDS=${ROUNDS:-${#PROMPTS[@]}}
 ((${#PROMPTS[@]} == 1 || ${#PROMPTS[@]} >= ROUNDS)) || die "$recipe: $ROUNDS ROUNDS, but PROMPTS names ${#PROMPTS[@]} sets"
-
-mkdir -p "$run_dir"
-if [[ -f $run_dir/recipe.env ]] && ! cmp -s "$recipe" "$run_dir/recipe.env"; then
-  say "the recipe has changed since this run began:"
-  diff "$run_dir/recipe.env" "$recipe" >&2 || true
+if [[ -n $ROLLOUT_BATCH_SIZE ]] && ((${#PROMPTS[@]} > 1)); then
+  die "$recipe: ROLLOUT_BATCH_SIZE takes windows of one prompt set, but PROMPTS names ${#PROMPTS[@]}; join them: PROMPTS=(A,B)"
 fi
-cp "$recipe" "$run_dir/recipe.env"
 
-# Samples K responses a prompt, in shards on all GPUs: generate STAGE POLICY PROMPTS K OUTPUT_PREFIX [ARGUMENT ...]
+# Prints the recipe as it is run: every variable with its value.
+resolved_recipe() {
+  local name
+  for name in "${variables[@]}"; do printf '%s=%q\n' "$name" "${!name}"; done
+  for name in "${lists[@]}"; do
+    local -n values=$name
+    printf '%s=(%s)\n' "$name" "$( ((${#values[@]} == 0)) || printf '%q ' "${values[@]}")"
+  done
+}
+
+# While the plan is made, a file that stages are written down in; then empty. After it: the names of those that are up to date.
+plan="" up_to_date=""
+
+# Runs a stage unless it is up to date: step NAME inference|training [OPTION ...] PROGRAM [ARGUMENT ...]
+step() {
+  local words=(--name "$1" --environment "${@:2}")
+  if [[ -n $plan ]]; then
+    printf '%s\0' "${#words[@]}" "${words[@]}" >>"$plan"
+  elif [[ $'\n'$up_to_date$'\n' == *$'\n'$1$'\n'* ]]; then
+    say "$1: up to date"
+  else
+    stage "$@"
+  fi
+}
+
+# Samples K responses a prompt on all GPUs, in shards or through servers: generate STAGE POLICY PROMPTS K PREFIX [ARGUMENT ...]
 generate() {
-  stage "$1" inference generation/run_shards.py --model_name_or_path "$2" --dataset_name_or_path "$3" --K "$4" \
+  step "$1" inference "generation/run_$GENERATE_WITH.py" --model_name_or_path "$2" --dataset_name_or_path "$3" --K "$4" \
     --output_dir "$5" --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" \
-    --max_model_len "$MAX_MODEL_LEN" "${GENERATE_ARGS[@]}" "${@:6}"
+    --max_model_len "$MAX_MODEL_LEN" ${DATASET_KEY:+--dataset_key "$DATASET_KEY"} \
+    ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} "${template_args[@]}" "${GENERATE_ARGS[@]}" "${@:6}"
 }
 
 # Scores responses on all GPUs, or on the CPU: score STAGE PROGRAM [ARGUMENT ...]
 score() {
-  stage "$1" inference --gpus "$GPUS" "${@:2}"
+  step "$1" inference --gpus "$GPUS" "${@:2}"
 }
 
 # Runs a training program on all GPUs, or on the CPU: train STAGE PROGRAM [ARGUMENT ...]
 train() {
-  stage "$1" training --gpus "$GPUS" --accelerate_config "$ACCELERATE_CONFIG" "${@:2}"
+  step "$1" training --gpus "$GPUS" --accelerate_config "$ACCELERATE_CONFIG" "${@:2}"
 }
-
-# The initial policy has to see the prompts as they were sampled.
-logps_args=()
-for ((i = 0; i + 1 < ${#GENERATE_ARGS[@]}; i++)); do
-  [[ ${GENERATE_ARGS[i]} != --chat_template ]] || logps_args=(--chat_template "${GENERATE_ARGS[i + 1]}")
-done
 
 # Samples and scores the held-out prompts; the policy's own log-probabilities come from sampling: evaluate ROUND POLICY
 evaluate() {
   local round=$1 policy=$2 folder=$run_dir/heldout/round$1
   generate "evaluate$round-generate" "$policy" "$HELDOUT_PROMPTS" "$HELDOUT_K" "$folder/gen_data" --seed "$((SEED + 1000))" \
-    --response_logps
+    --response_logps "${HELDOUT_ARGS[@]}"
   score "evaluate$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
-    --reward_name_or_path "$REWARD_MODEL" --output_dir "$folder/data_with_rewards.jsonl" "${REWARD_ARGS[@]}"
+    --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" "${EVAL_SCORERS[@]}" \
+    --weights "${weights[@]}" "${EVAL_SCORERS[@]/*/0}" "${REWARD_ARGS[@]}"
   score "evaluate$round-logps" annotate_data/get_logps.py --dataset_name_or_path "$folder/data_with_rewards.jsonl" \
-    --models "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl" "${logps_args[@]}"
+    --models "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl" "${template_args[@]}"
   if [[ -n $GOLD_SCORER ]]; then
-    stage "evaluate$round-gold" inference "$GOLD_SCORER" \
+    step "evaluate$round-gold" inference "$GOLD_SCORER" \
       --dataset_name_or_path "$folder/data_with_logps.jsonl" --output_dir "$folder/evaluated.jsonl"
-  else
+  elif [[ -z $plan ]]; then
     ln -sfn data_with_logps.jsonl "$folder/evaluated.jsonl"
   fi
 }
 
+# All rounds, one stage after another; `policy` is then the last round's.
+relay() {
+  local round folder prompts reference window
+  policy=$INITIAL_POLICY
+  if [[ -n $HELDOUT_PROMPTS ]]; then evaluate 0 "$policy"; fi
+  for ((round = 1; round <= ROUNDS; round++)); do
+    folder=$run_dir/round$round
+    prompts=${PROMPTS[$((round - 1))]:-${PROMPTS[0]}}
+
+    # Windows of one prompt set follow each other in one shuffle of it, so its seed is the same in all rounds.
+    window=(--data_seed "$SEED" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --iter "$((round - 1))")
+    [[ -n $ROLLOUT_BATCH_SIZE ]] || window=()
+    generate "round$round-generate" "$policy" "$prompts" "$K" "$folder/gen_data" --seed "$((SEED + round))" \
+      "${window[@]}" "${PROMPT_ARGS[@]}"
+
+    score "round$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
+      --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
+
+    # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step.
+    reference=$INITIAL_POLICY
+    if [[ $REFERENCE == previous ]]; then reference=$policy; fi
+    train "round$round-train" dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$policy" \
+      --ref_model "$reference" --dataset_name_or_path "$folder/data_with_rewards.jsonl" --pairs_path "$folder/pairs.jsonl" \
+      --output_dir "$folder/policy" --seed "$((SEED + round))" "${template_args[@]}" "${DPO_ARGS[@]}"
+
+    policy=$folder/policy
+    if [[ -n $HELDOUT_PROMPTS ]]; then evaluate "$round" "$policy"; fi
+  done
+}
+
+# All stages see one chat template.
+template_args=()
+[[ -z $CHAT_TEMPLATE ]] || template_args=(--chat_template "$CHAT_TEMPLATE")
+# The reward is the weighted sum of the scorers'. In evaluation the EVAL_SCORERS score too, with weight 0: `rewards_by` has them.
+scorers=("${SCORERS[@]}")
+((${#scorers[@]})) || scorers=("bt:$REWARD_MODEL")
+weights=("${WEIGHTS[@]}")
+((${#weights[@]})) || weights=("${scorers[@]/*/1}")
+
 say "run: $run_dir ($ROUNDS rounds, $GPUS GPUs)"
-policy=$INITIAL_POLICY
-if [[ -n $HELDOUT_PROMPTS ]]; then evaluate 0 "$policy"; fi
-for ((round = 1; round <= ROUNDS; round++)); do
-  folder=$run_dir/round$round
-  prompts=${PROMPTS[$((round - 1))]:-${PROMPTS[0]}}
-  mkdir -p "$folder"
+plan=$(mktemp)
+trap 'rm -f "$plan_file"' EXIT
+plan_file=$plan
+relay
+plan=""
+if [[ -n $show_plan ]]; then
+  in_env training python -m baton.launch plan --show <"$plan_file"
+  exit
+fi
+up_to_date=$(in_env training python -m baton.launch plan <"$plan_file") || die "nothing was started"
 
-  generate "round$round-generate" "$policy" "$prompts" "$K" "$folder/gen_data" --seed "$((SEED + round))" \
-    ${DATASET_KEY:+--dataset_key "$DATASET_KEY"}
-
-  score "round$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
-    --reward_name_or_path "$REWARD_MODEL" --output_dir "$folder/data_with_rewards.jsonl" "${REWARD_ARGS[@]}"
-
-  # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step.
-  reference=$INITIAL_POLICY
-  if [[ $REFERENCE == previous ]]; then reference=$policy; fi
-  train "round$round-train" dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$policy" \
-    --ref_model "$reference" --dataset_name_or_path "$folder/data_with_rewards.jsonl" --pairs_path "$folder/pairs.jsonl" \
-    --output_dir "$folder/policy" --seed "$((SEED + round))" "${DPO_ARGS[@]}"
-
-  policy=$folder/policy
-  if [[ -n $HELDOUT_PROMPTS ]]; then evaluate "$round" "$policy"; fi
-done
-
+mkdir -p "$run_dir"
+if [[ -f $run_dir/recipe.env ]] && ! diff -q "$run_dir/recipe.env" <(resolved_recipe) >/dev/null; then
+  say "the recipe has changed since this run began:"
+  diff "$run_dir/recipe.env" <(resolved_recipe) >&2 || true
+fi
+resolved_recipe >"$run_dir/recipe.env"
+relay
 if [[ -n $HELDOUT_PROMPTS ]]; then in_env training python report/summarize.py --run_dir "$run_dir"; fi
 say "done: the last policy is $policy"

@@ -115,7 +115,8 @@ def main() -> None:
     check_start(arguments.model_name_or_path)
     inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
     inputs |= template_input(arguments.chat_template)
-    stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class)
+    checked = partial(checked_config, arguments, settings)
+    stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class, checked)
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
@@ -128,7 +129,7 @@ def main() -> None:
     from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
-    config = checked_config(arguments, settings, stage)
+    config = checked(stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     rows, drops = rows_of(arguments, count, tokenizer, config)
     trainer = SFTTrainer(model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer)

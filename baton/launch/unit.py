@@ -44,14 +44,20 @@ def uses_accelerate(unit: Unit) -> bool:
 def command_line(unit: Unit) -> list[str]:
     """The words to execute. Raises InputError if the environment is missing, or for a secret among the words."""
     refuse_secrets(unit.name, unit.program)
-    python = str(environment_folder(unit.environment) / "bin/python")
+    launcher = launcher_words(unit)
+    launcher[0] = str(environment_folder(unit.environment) / "bin/python")
+    return [*launcher, *unit.program]
+
+
+def launcher_words(unit: Unit) -> list[str]:
+    """The words that start a unit's program, in its environment: `python`, or `accelerate launch` as a module of it."""
     if not uses_accelerate(unit):
-        return [python, *unit.program]
+        return ["python"]
     # On a CPU --multi_gpu stands for several processes, and a variable says that they use no GPU: see `variables`.
     kind = ["--config_file", unit.accelerate_config] if unit.gpus and unit.accelerate_config else ["--multi_gpu"]
     # Port 0 is any free one: the usual 29500 may belong to another run on this machine.
-    launcher = [python, "-m", "accelerate.commands.launch", *kind, "--main_process_port", "0"]
-    return [*launcher, "--num_processes", str(unit.processes), *unit.program]
+    port = ["--main_process_port", "0"]
+    return ["python", "-m", "accelerate.commands.launch", *kind, *port, "--num_processes", str(unit.processes)]
 
 
 def refuse_secrets(name: str, words: Iterable[str]) -> None:

@@ -1,0 +1,90 @@
+"""Looking ahead, for `--check`: what stage programs would do, found out without doing any of it.
+
+The programs of a whole run are looked at in order and in one process. What one would make, such as a round's policy, is not
+there yet: for those after it, it stands for itself (`will_be_made`).
+"""
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from baton.errors import InputError
+
+UP_TO_DATE, RESUMES = "up to date", "going on where it stopped"
+
+Check = Callable[[], object]  # raises InputError
+
+
+@dataclass
+class Outlook:
+    """What the programs that this process has looked at would do.
+
+    `planned` says it for each output, by its full path; where work is to be done, the output is also in `to_make`. `checks`
+    are those that need heavy imports, one of a kind: they are made once, after all others.
+    """
+
+    planned: dict[Path, str] = field(default_factory=dict)
+    to_make: set[Path] = field(default_factory=set)
+    checks: dict[str, Check] = field(default_factory=dict)
+    several: bool = False  # whether other programs follow
+
+
+OUTLOOK = Outlook()
+
+
+def note(output: Path, planned: str) -> None:
+    """Remember what is planned for an output: `up to date`, or what is to be done."""
+    OUTLOOK.planned[output.resolve()] = planned
+    if not planned.startswith(UP_TO_DATE):
+        OUTLOOK.to_make.add(output.resolve())
+
+
+def will_be_made(source: str | Path) -> bool:
+    """Whether a program that was looked at would make `source`, or the folder that it is in."""
+    path = Path(source).resolve()
+    return not OUTLOOK.to_make.isdisjoint((path, *path.parents))
+
+
+def later(kind: str, check: Check) -> None:
+    """Make a check that needs heavy imports: now for one program alone, and once for all of its kind where several follow."""
+    OUTLOOK.checks.setdefault(kind, check)
+    if not OUTLOOK.several:
+        make_checks()
+
+
+def make_checks() -> None:
+    """Make the checks that were put off."""
+    for check in OUTLOOK.checks.values():
+        check()
+
+
+def check_there(source: str | Path, name: str) -> None:
+    """Raise InputError where an input is a local path with nothing there, and nothing will be made there."""
+    text = str(source)
+    is_local = text.startswith((".", "/", "~")) or Path(text).suffix in (".jsonl", ".json", ".gz", ".parquet")
+    if is_local and not Path(text).exists() and not will_be_made(text):
+        raise InputError(f"{text}: no such file or folder (the input `{name}`)")
+
+
+def look(words: Sequence[str]) -> list[str]:
+    """Look at what the stage program with these words (a file and its arguments) would do; returns what is planned.
+
+    Its `main` runs here with `--check`. Raises InputError where the program would.
+    """
+    before = dict(OUTLOOK.planned)
+    with _command_line([*words, "--check"]):
+        runpy.run_path(words[0])["main"]()
+    return [planned for output, planned in OUTLOOK.planned.items() if output not in before]
+
+
+@contextmanager
+def _command_line(words: list[str]):
+    kept = sys.argv
+    sys.argv = words
+    try:
+        yield
+    finally:
+        sys.argv = kept
