@@ -28,6 +28,7 @@ from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
+from baton.servers import processes
 from baton.servers.pool import Refused, Servers, Transient, base_url
 from baton.sources import check_hub, check_hub_ahead, check_model_path
 from baton.stage import Stage
@@ -68,6 +69,7 @@ def main() -> None:
         raise InputError("which servers? give --ports 8000 8001 … or --url http://host:8000/v1 …")
     if not all(0 < port < 65536 for port in arguments.ports):
         raise InputError(f"--ports {arguments.ports}: a port is a number from 1 to 65535")
+    processes.check_not_refused(arguments.ports)
     if not arguments.tokenizer and not arguments.model:
         log.warning("give --tokenizer or --model: without both, the answers of another model count as the same task")
     key = arguments.api_key.get_secret_value() if arguments.api_key else os.environ.get("VLLM_API_KEY")

@@ -17,6 +17,7 @@ from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.words import new_parser, parse_known, positive
 from baton.servers import processes as servers
+from baton.sources import check_hub, check_model_path
 
 log = logging.getLogger("baton")
 
@@ -55,6 +56,7 @@ def start(arguments: argparse.Namespace, vllm_options: list[str]) -> None:
     if arguments.api_key is not None:
         variables["VLLM_API_KEY"] = arguments.api_key
 
+    check_hub(model)
     places = [servers.Place(arguments.host, port) for port in ports]
     started = servers.start_missing(places, model, [*options, *vllm_options], gpus_each, variables)
     if started:
@@ -92,11 +94,12 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check_model(model: str) -> str:
-    """A hub name as it is, a folder as a full path. Raises InputError for a folder without a model."""
-    if not (Path(model).exists() or model[0] in "./~"):
+    """A hub name as it is, a folder as a full path. Raises InputError for a folder without a model, or a name of neither."""
+    check_model_path(model)
+    if not Path(model).exists():
         return model
     if not Path(model, "config.json").is_file():
-        raise InputError(f"{model}: no config.json there, so it holds no model")
+        raise InputError(f"{model}: no config.json in this folder; a server needs a whole model")
     return os.path.realpath(model)
 
 

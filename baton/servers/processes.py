@@ -1,6 +1,7 @@
 """vLLM servers that run on this machine, as processes with a state on disk: start, find, wait for and stop them.
 
-Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model) and PORT.log.
+Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model) and PORT.log; and PORT.refused where
+the last call wanted another model there, so that a client whose caller missed this does not take the one for the other.
 """
 
 import http.client
@@ -91,6 +92,14 @@ def describe(server: Server) -> str:
     return f"port {server.port}  pid {server.process.pid}  {state:8}  {server.model}  log {server.log}"
 
 
+def check_not_refused(ports: Iterable[int]) -> None:
+    """Raise InputError if the last call that was to start a server on one of these ports wanted another model there."""
+    for port in ports:
+        server, refusal = find(port), _file(port, "refused")
+        if server and is_alive(server) and refusal.exists():
+            raise InputError(f"{refusal.read_text()}; then start the servers again")
+
+
 def runs_already(place: Place, model: str) -> bool:
     """Whether a server that was started here runs on the port, with this model; what is left of a dead one is removed.
 
@@ -99,7 +108,10 @@ def runs_already(place: Place, model: str) -> bool:
     server = find(place.port)
     if server and is_alive(server):
         if server.model != model:
-            raise InputError(f"port {place.port} already serves {server.model}; --stop ends it")
+            refusal = f"port {place.port} already serves {server.model}, not {model}; `register_server.sh --stop` ends it"
+            _file(place.port, "refused").write_text(refusal)
+            raise InputError(refusal)
+        _file(place.port, "refused").unlink(missing_ok=True)
         return True
     if server:
         stop([server])
@@ -189,7 +201,7 @@ def stop(servers: Iterable[Server]) -> None:
     servers = list(servers)
     processes.end(server.process for server in servers)
     for server in servers:
-        for kind in ("pid", "what"):
+        for kind in ("pid", "what", "refused"):
             _file(server.port, kind).unlink(missing_ok=True)
 
 

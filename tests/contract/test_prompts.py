@@ -127,6 +127,12 @@ def test_every_format_is_read_alike(tmp_path, name):
             ":2: the record has no `prompt` or `context_messages`",
         ),
         ("p.jsonl", b'{"prompt": "  "}\n', ":1: `prompt` is empty"),
+        (
+            "p.json",  # as early versions of Online-RLHF write their records
+            b'{"type": "text_only", "instances": [{"prompt": "<|start_header_id|>user<|end_header_id|>\\n\\nA film?<|eot_id|>'
+            b'<|start_header_id|>assistant<|end_header_id|>\\n\\n", "responses": ["Dune."]}]}',
+            ": item 1: `prompt` is a text that a chat template has written already",
+        ),
         ("p.jsonl", b'{"prompt": 5}\n', ":1: `prompt` must be a string or a list of messages"),
         ("p.jsonl", b'{"prompt": []}\n', ":1: `prompt` must be"),
         ("p.jsonl", b'{"prompt": [{"role": "user"}]}\n', ":1: `prompt`: `content` must be a string"),

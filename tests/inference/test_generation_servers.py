@@ -11,9 +11,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
-from baton.launch.processes import Process, is_alive
+from baton.launch.processes import identify, is_alive
 from tests.inference.misbehaving_server import MisbehavingServer
 from tests.inference.tiny_policy import make_tiny_policy
 from tests.programs import ROOT, run_program, start
@@ -134,6 +135,22 @@ def test_a_second_call_finds_the_servers_running_and_status_shows_them(pair):
         assert re.search(rf"port {port}  pid \d+  ready ", again.stdout)
 
 
+def test_a_client_does_not_take_a_server_of_another_model_for_the_one_that_was_refused(pair, tmp_path):
+    """As where a script starts the next round's servers, and goes on although the last round's are still there."""
+    (tmp_path / "next").mkdir()
+    (tmp_path / "next/config.json").write_text("{}")
+    register = ["--num_servers", 2, "--port", pair.ports[0]]
+    refused = pair.register(tmp_path / "next", *register)
+    client = gen_hf(write(tmp_path, 1), "--ports", *pair.ports, "--K", 1, "--max_new_tokens", 4)
+    sampled = run_program(*client, env=pair.env)
+    for result in (refused, sampled):
+        assert result.returncode == 2
+        message = rf"port {pair.ports[0]} already serves \S+policy0, not \S+next; `register_server.sh --stop` ends it"
+        assert re.search(message, result.stderr)
+    assert pair.start().returncode == 0
+    assert run_program(*client, env=pair.env).returncode == 0
+
+
 def test_sampled_token_ids_and_finish_reasons_come_back(pair, policy, tmp_path):
     from transformers import AutoTokenizer
 
@@ -226,10 +243,11 @@ def test_servers_of_a_program_end_with_it_at_kill_9_too_and_any_others_complete_
     while finished_lines(output) < 3:
         program.join(0.02)
         assert program.exitcode is None, (tmp_path / "stderr").read_text()
-    (server,) = (Process(*map(int, path.read_text().split())) for path in states.glob("*.pid"))
-    assert is_alive(server)
+    (server,) = (int(path.read_text().split()[0]) for path in states.glob("*.pid"))
+    started = [identify(each.pid) for each in (psutil.Process(server), *psutil.Process(server).children(recursive=True))]
+    assert len(started) > 1  # the engine is a process of its own
     program.kill()
-    while is_alive(server):  # else the test's time limit ends it
+    while any(map(is_alive, started)):  # else the test's time limit ends it
         time.sleep(0.02)
     kept = finished_lines(output)
     assert 3 <= kept < 200
