@@ -1,7 +1,7 @@
 """vLLM servers that run on this machine, as processes with a state on disk: start, find, wait for and stop them.
 
-Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model) and PORT.log; and PORT.refused where
-the last call wanted another model there, so that a client whose caller missed this does not take the one for the other.
+Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model) and PORT.log. A fourth,
+PORT.refused, is there where the last call wanted another model on the port: clients, whose caller may not know, refuse too.
 """
 
 import http.client
