@@ -19,6 +19,10 @@ from baton.parallel import MODEL_PARALLEL_SIZES
 from baton.program import LOCAL_RANK
 
 RUNS, UNCHECKED = "would run", "would run; a program from outside Baton, not checked"
+NO_OVERWRITE = (
+    "(run_loop.sh has no --overwrite: start another run with --run_dir, or move the rounds that are to be made anew out of the "
+    "run's folder, with all later ones and their heldout/)"
+)
 OUTPUTS = ("--output_dir", "--pairs_path")  # what a unit would have made, where its program refuses
 
 
@@ -69,7 +73,8 @@ def problems(entries: Sequence[Planned]) -> str:
     for entry in entries:
         if entry.problem:
             names.setdefault(entry.problem, []).append(entry.unit.name)
-    return "\n".join(f"{', '.join(having)}: {problem}" for problem, having in names.items())
+    said = [f"{', '.join(having)}: {problem}" for problem, having in names.items()]
+    return "\n".join([*said, NO_OVERWRITE] if any("--overwrite" in problem for problem in names) else said)
 
 
 def _look(unit: Unit) -> Planned:

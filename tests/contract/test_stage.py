@@ -56,6 +56,23 @@ def run(prompts: Path, output: Path, *flags: str, **options) -> tuple[int, str]:
     return process.returncode, log
 
 
+def test_check_says_what_would_be_done_and_does_nothing(prompts: Path, output: Path):
+    code, log = run(prompts, output, "--check")
+    assert code == 0 and "starting" in log and list(output.parent.iterdir()) == [prompts]
+    code, log = run(prompts, output, "--check", "--K", "none")
+    assert code == 2 and "`K`" in log
+    stop_at(start(prompts, output, "--wait_after", "3"), 3, signal.SIGKILL)
+    before = {path: path.stat().st_mtime_ns for path in output.parent.iterdir()}
+    code, log = run(prompts, output, "--check")
+    assert code == 0 and "going on where it stopped" in log
+    code, log = run(prompts, output, "--check", "--K", "2")
+    assert code == 2 and "K (1, now 2)" in log
+    assert before == {path: path.stat().st_mtime_ns for path in output.parent.iterdir()}
+    assert run(prompts, output)[0] == 0
+    code, log = run(prompts, output, "--check")
+    assert code == 0 and "up to date" in log
+
+
 def stop_at(process: subprocess.Popen, position: int, number: signal.Signals) -> tuple[int, str]:
     """Sends a signal once the stage has said that the record at `position` is on disk."""
     for line in process.stdout:

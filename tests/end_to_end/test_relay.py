@@ -101,16 +101,18 @@ def written(run_dir):
 
 def test_relay_run_again_does_nothing_twice(run_dir):
     before = written(run_dir)
+    planned = shell(*run_loop(run_dir), "--plan")
+    assert planned.returncode == 0 and "16 stages, 16 of them up to date" in planned.stdout, planned.stdout + planned.stderr
     done = shell(*run_loop(run_dir))
     assert done.returncode == 0, done.stderr
     assert before and before == written(run_dir)
 
 
-def test_failed_stage_stops_the_loop_with_its_message(run_dir, tmp_path):
+def test_a_mistyped_setting_is_refused_before_any_stage_starts(run_dir):
     (run_dir / "broken.env").write_text(RECIPE + "DPO_ARGS=(--learning_rat 1)\n")
     done = shell(*run_loop(run_dir, "broken.env"))
     assert done.returncode == 2
-    assert "round1-train: failed with exit code 2" in done.stderr and "learning_rat" in done.stderr
+    assert "round1-train" in done.stderr and "learning_rat" in done.stderr and "nothing was started" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""What run_loop.sh refuses and what it plans before any stage starts."""
+
+import json
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from baton import ahead
+from baton.errors import InputError
+from baton.launch import recipe
+from baton.launch.plan import listing, plan, problems
+from baton.launch.unit import Unit
+
+ROOT = Path(__file__).resolve().parents[2]
+KNOWN = ("INITIAL_POLICY", "MAX_NEW_TOKENS", "LEARNING_RATE_OF_NOTHING", "K")
+
+
+def run_loop(*words: object) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "scripts/run_loop.sh", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_looked_at_yet():
+    ahead.OUTLOOK = ahead.Outlook()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with what a recipe names: a policy, a reward model, prompts, a function that scores. Nothing can be loaded."""
+    for name, config in (("policy", {}), ("reward", {"architectures": ["X"], "num_labels": 1})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for name in ("prompts", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(8)))
+    (tmp_path / "rule.py").write_text("def brevity(prompts, responses, records):\n    return [-len(r) for r in responses]\n")
+    return tmp_path
+
+
+def written_recipe(folder: Path, text: str) -> Path:
+    """A recipe for the folder: what every recipe needs on a CPU, and `text`."""
+    path = folder / "own.env"
+    path.write_text(f"INITIAL_POLICY={folder}/policy\nPROMPTS=({folder}/prompts.jsonl)\nGPUS=0\n{text}")
+    return path
+
+
+def commands(planned: str) -> dict[str, str]:
+    """The command line of each stage, by its name, as `--plan` prints them."""
+    lines = planned.splitlines()
+    return {name.split(":")[0]: line for name, line in pairwise(lines) if line.startswith("    in_env ")}
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ("MAX_NEW_TOKEN", "unknown variable MAX_NEW_TOKEN: did you mean MAX_NEW_TOKENS"),
+        ("BLUE", "unknown variable BLUE: there are INITIAL_POLICY, MAX_NEW_TOKENS"),
+    ],
+)
+def test_a_variable_that_there_is_not_is_refused_with_the_nearest(new, message):
+    with pytest.raises(InputError, match=message):
+        recipe.check("own.env", [], KNOWN, [new])
+
+
+def test_a_recipe_may_have_variables_of_its_own_and_variables_for_programs(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    recipe.check("own.env", [], KNOWN, ["base", "VLLM_CPU_KVCACHE_SPACE", "K", "BASH_REMATCH"])
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "message"),
+    [
+        ("GENERATE_ARGS", "--dtype float32", r"GENERATE_ARGS=\(--dtype float32\)"),
+        ("GENERATE_ARGS", "--chat_template=x.jinja", "set CHAT_TEMPLATE"),
+        ("DPO_ARGS", "--chat_template", "set CHAT_TEMPLATE"),
+        ("GENERATE_ARGS", "--max_samples", "would choose among the held-out prompts too: put it into PROMPT_ARGS"),
+        ("REWARD_ARGS", "--scorer", "set SCORERS"),
+    ],
+)
+def test_a_word_that_cannot_be_meant_is_refused(name, word, message):
+    with pytest.raises(InputError, match=message):
+        recipe.check("own.env", [(name, word)], KNOWN, [])
+
+
+def test_a_template_of_the_reward_model_is_its_own():
+    recipe.check("own.env", [("REWARD_ARGS", "--chat_template"), ("PROMPT_ARGS", "--max_samples")], KNOWN, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SCORERS=(bt:reward)\nMAX_NEW_TOKEN=24\n", "did you mean MAX_NEW_TOKENS?"),
+        ("", "sets neither REWARD_MODEL nor SCORERS"),
+        ("REWARD_MODEL=reward\nK=1\n", "a preference pair needs 2 responses"),
+        ("REWARD_MODEL=reward\nK=many\n", "K is a whole number from 1, not 'many'"),
+        ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused_and_nothing_is_written(folder, text, message):
+    done = run_loop(written_recipe(folder, text), "--run_dir", folder / "run")
+    assert done.returncode == 2 and message in done.stderr
+    assert not (folder / "run").exists()
+
+
+def test_the_plan_shows_every_stage_with_windows_own_heldout_settings_and_scorers_without_a_reward_model(folder):
+    text = f"""
+ROUNDS=2
+ROLLOUT_BATCH_SIZE=4
+PROMPT_ARGS=(--max_samples 6)
+CHAT_TEMPLATE={folder}/own.jinja
+SYSTEM_PROMPT='Be brief.'
+DATASET_KEY=prompt
+SCORERS=(short=function:{folder}/rule.py:brevity bt:{folder}/reward)
+WEIGHTS=(0.5 1)
+EVAL_SCORERS=(judge_of_all=function:{folder}/rule.py:brevity)
+HELDOUT_PROMPTS={folder}/heldout.jsonl
+HELDOUT_ARGS=(--temperature 0.7)
+DPO_CONFIG=configs/quickstart/dpo.yaml
+"""
+    (folder / "own.jinja").write_text("{{ messages[0].content }}")
+    done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "run").exists()
+    lines = commands(done.stdout)
+    assert list(lines) == [
+        *("evaluate0-generate", "evaluate0-rewards", "evaluate0-logps"),
+        *("round1-generate", "round1-rewards", "round1-train"),
+        *("evaluate1-generate", "evaluate1-rewards", "evaluate1-logps"),
+        *("round2-generate", "round2-rewards", "round2-train"),
+        *("evaluate2-generate", "evaluate2-rewards", "evaluate2-logps"),
+    ]
+    for round_, line in ((0, lines["round1-generate"]), (1, lines["round2-generate"])):
+        assert f"--data_seed 0 --rollout_batch_size 4 --iter {round_} --max_samples 6" in line
+    assert "--max_samples" not in lines["evaluate0-generate"] and "--temperature 0.7" in lines["evaluate0-generate"]
+    assert "--temperature 0.7" not in lines["round1-generate"]
+    for name, line in lines.items():
+        assert ("--chat_template" in line) == (not name.endswith("rewards")), name
+        assert ("'Be brief.'" in line and "--dataset_key prompt" in line) == name.endswith("generate"), name
+    assert "--weights 0.5 1 " in f"{lines['round1-rewards']} " and "judge_of_all" not in lines["round1-rewards"]
+    assert "judge_of_all" in lines["evaluate1-rewards"] and lines["evaluate1-rewards"].endswith("--weights 0.5 1 0")
+    assert f"--model_name_or_path {folder}/run/round1/policy" in lines["round2-train"]
+    assert "15 stages, 0 of them up to date" in done.stdout
+
+
+def units_of_two_rounds(folder: Path, config: Path) -> list[Unit]:
+    train = [
+        Unit(
+            name=f"round{number}-train",
+            environment="training",
+            program=(
+                *("dpo_iteration/run_dpo.py", str(config), "--model_name_or_path", f"{folder}/policy"),
+                *("--dataset_name_or_path", f"{folder}/pairs{number}.jsonl", "--output_dir", f"{folder}/out{number}"),
+            ),
+        )
+        for number in (1, 2)
+    ]
+    reward = ("annotate_data/get_rewards.py", "--dataset_name_or_path", f"{folder}/pairs1.jsonl", "--output_dir")
+    scorer = f"function:{folder}/rule.py:breviti"
+    return [*train, Unit(name="score", environment="inference", program=(*reward, f"{folder}/r.jsonl", "--scorer", scorer))]
+
+
+def test_what_is_wrong_with_any_stage_is_said_of_all_at_once_before_one_starts(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = folder / "dpo.yaml"
+    config.write_text("learning_rat: 1\nuse_cpu: true\n")
+    (folder / "pairs1.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"], "rewards": [0, 1]}\n')
+    entries = plan(units_of_two_rounds(folder, config))
+    said = problems(entries)
+    assert "learning_rat" in said and f"round2-train: {folder}/pairs2.jsonl: no such file" in said
+    assert "score: " in said and "breviti" in said
+    assert "no such file" in listing(entries)
+    assert not (folder / "out1.partial").exists() and not list(folder.glob("*.lock"))
+
+
+def test_of_a_program_from_outside_nothing_is_run(folder):
+    (folder / "own.py").write_text(f"open('{folder}/ran', 'w').close()\ndef main(): open('{folder}/ran', 'w').close()\n")
+    units = [Unit(name=name, environment="inference", program=(str(folder / name),)) for name in ("own.py", "none.py")]
+    outside, missing = plan(units)
+    assert outside.planned.startswith("would run") and outside.problem is None and not (folder / "ran").exists()
+    assert "none.py: no such program" in missing.problem
