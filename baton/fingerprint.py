@@ -38,7 +38,9 @@ def difference(known: dict[str, Any], source: str | Path) -> str | None:
     path = Path(source)
     if path.exists():
         same = known.get("state") == _state(_files(path)) or known["hash"] == fingerprint(source)["hash"]
-        return None if same else f"the content of {source} has changed"
+        if same:
+            return None
+        return f"the content of {source} has changed" if known["path"] == str(source) else f"{source} is not {known['path']}"
     if "state" in known:
         return f"{source} is no longer there"
     name, _, before = known["hash"].partition("@")

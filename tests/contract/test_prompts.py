@@ -246,3 +246,9 @@ def test_memory_grows_by_a_few_bytes_a_record_whatever_the_records_hold(tmp_path
         output.unlink()
         output.with_name(output.name + ".partial").unlink()
     assert (peaks[200_000] - peaks[10_000]) / 190_000 < 100  # bytes a record; a record has 430
+
+
+def test_a_missing_file_whose_twin_has_another_ending_is_named_with_it(tmp_path):
+    write_lines(tmp_path / "gen_data.json", RECORDS)  # as Online-RLHF's README merges to .json and annotates .jsonl
+    with pytest.raises(InputError, match=r"gen_data\.jsonl: no such file or directory; did you mean \S+gen_data\.json\?"):
+        list(read_records(str(tmp_path / "gen_data.jsonl")))

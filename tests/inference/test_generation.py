@@ -241,7 +241,10 @@ def test_a_second_iteration_with_the_same_paths_is_not_merged_into_the_first_one
         assert refused.returncode == 2
     result = merge(tmp_path, 2)
     assert result.returncode == 2
-    assert re.search(r"gen_data0\.jsonl: .*refused .*prompts: the content of \S+ has changed", result.stderr)
+    of_another = r"gen_data0\.jsonl: .*refused .*prompts: \S+/second/prompts\.jsonl is not \S+/prompts\.jsonl"
+    assert re.search(of_another, result.stderr)
+    advice = f"to keep it, give another --output_dir, such as {tmp_path}/gen_data_2; to replace it, add --overwrite"
+    assert advice in result.stderr
     for index in (0, 1):  # the first iteration's own lines, and then others that are refused before the task is known
         succeed(*program("get_hf2.py", dataset_name_or_path=prompts, local_index=index, **flags))
     assert "up to date" in merge(tmp_path, 2).stderr

@@ -318,7 +318,7 @@ def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path):
     [
         ([], "which model"),
         (["--ports", "8000"], "unknown option '--ports'"),
-        (["./nowhere"], "no config.json"),
+        (["./nowhere"], "./nowhere: no such folder"),
         (["some/model", "--num_servers", "none"], "--num_servers must be a positive number, not 'none'"),
         (["some/model", "--max_num_seqs", "many"], "--max_num_seqs must be a positive number, not 'many'"),
         (["some/model", "--port"], "--port needs a value"),
