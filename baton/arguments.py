@@ -44,6 +44,7 @@ class StageArguments(BaseModel):
 
 
 A = typing.TypeVar("A", bound=StageArguments)
+Accept = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def parse(model: type[A], description: str, argv: Sequence[str] | None = None) -> A:
@@ -58,13 +59,15 @@ def parse_with_rest(
     description: str,
     config_class: Callable[[], type],
     argv: Sequence[str] | None = None,
+    accept: Accept = dict,
 ) -> tuple[A, dict[str, Any]]:
-    """Read `model`, and return beside it the settings that it does not know, unchecked: see `build_config`.
+    """Read `model`, and return beside it the settings that it does not know, their values unchecked: see `build_config`.
 
     `config_class` gives the dataclass that such settings belong to (a trainer's configuration); it is called for
-    `--help` alone, so that a library is not imported just to parse.
+    `--help` alone, so that a library is not imported just to parse. `accept` gets the file's settings, and then the flags', and
+    returns them by the names of this program; it raises InputError for those that it does not know.
     """
-    settings = _read_settings(model, description, config_class, argv)
+    settings = _read_settings(model, description, config_class, argv, accept)
     rest = {name: settings.pop(name) for name in list(settings) if name not in model.model_fields}
     return _validate(model, settings), rest
 
@@ -113,7 +116,11 @@ def build_config(config_class: type, settings: dict[str, Any], own_names: typing
 
 
 def _read_settings(
-    model: type[A], description: str, config_class: Callable[[], type] | None, argv: Sequence[str] | None
+    model: type[A],
+    description: str,
+    config_class: Callable[[], type] | None,
+    argv: Sequence[str] | None,
+    accept: Accept = dict,
 ) -> dict[str, Any]:
     """Every setting of the YAML file and the flags, by name, flags first; values are not converted yet."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -139,7 +146,7 @@ def _read_settings(
         flags, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
-    return settings | vars(flags) | _loose_flags(unknown)
+    return accept(settings) | accept(vars(flags) | _loose_flags(unknown))
 
 
 def _where(error: Exception) -> str:

@@ -91,11 +91,12 @@ def _hub_hash(name: str, commit: str | None) -> str:
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """The files of a folder by their names in it, hidden ones left out; of a file itself, under no name."""
+    """The files of a folder by their names in it, hidden ones and its README.md left out; of a file itself, under no name."""
     if path.is_file():
         return {"": path}
     files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-    seen = {str(name): file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)}
+    hidden = {name for name in files if any(part.startswith(".") for part in name.parts)}
+    seen = {str(name): file for name, file in files.items() if name not in hidden | {Path("README.md")}}
     return dict(sorted(seen.items()))
 
 

@@ -1,12 +1,17 @@
 """Where models and their chat templates come from: what can be refused before anything is loaded is refused here."""
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from baton.ahead import later, will_be_made
 from baton.errors import InputError
 from baton.fingerprint import cached_folder
+
+log = logging.getLogger("baton")
 
 HUB_SECONDS = 5  # how long to wait for the hub to say whether it gives a model
 
@@ -28,20 +33,22 @@ def check_model_path(model: str) -> None:
         raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
 
 
-def check_hub(model: str, weights: bool = True) -> None:
+def check_hub(model: str, ahead: bool = False, weights: bool = True) -> None:
     """Raise InputError, in seconds and without a download, for a model of the Hugging Face hub that cannot be had from here.
 
     The hub is asked only for what is neither a local path nor in its cache on this machine (of which `weights=False` needs the
-    tokenizer alone). To be called where the model is about to be loaded, and before any heavy import.
+    tokenizer alone). To be called where the model is about to be loaded, and before any heavy import. `ahead` of the work, a
+    hub that cannot be asked is a warning: it may answer by then.
     """
-    if Path(model).exists() or _in_cache(model, weights):
+    if Path(model).exists() or will_be_made(model) or _in_cache(model, weights):
         return
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     log_in = f"log in with `{Path(sys.prefix, 'bin/hf')} auth login`, or set HF_TOKEN"
     if constants.HF_HUB_OFFLINE:
-        raise InputError(f"{model}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set; give a local folder")
+        _cannot_ask(f"{model}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set; give a local folder", ahead)
+        return
     try:
         # Of a gated model the hub shows everything but the files.
         get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=HUB_SECONDS)
@@ -61,11 +68,18 @@ def check_hub(model: str, weights: bool = True) -> None:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
         if status in (401, 403):
             raise InputError(f"{model}: the hub refuses it (status {status}): {log_in}") from None
-        reason = f"status {status}" if status else str(error) or type(error).__name__
-        raise InputError(
+        reason = f"status {status}" if status else _first_line(error)
+        _cannot_ask(
             f"{model}: neither a folder here nor in the hub's cache, and the hub at {constants.ENDPOINT} does not answer "
-            f"({reason}); check the network, or give a local folder"
-        ) from None
+            f"({reason}); check the network, or give a local folder",
+            ahead,
+        )
+
+
+def _cannot_ask(problem: str, ahead: bool) -> None:
+    if not ahead:
+        raise InputError(problem) from None
+    log.warning("%s", problem)
 
 
 def check_hub_ahead(model: str, output: Path, weights: bool = True) -> None:
@@ -77,7 +91,7 @@ def check_hub_ahead(model: str, output: Path, weights: bool = True) -> None:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
         if not HF_HUB_OFFLINE:
-            later(f"hub model {model} {weights}", lambda: check_hub(model, weights))
+            later(f"hub model {model} {weights}", lambda: check_hub(model, weights=weights))
 
 
 def _in_cache(model: str, weights: bool) -> bool:
@@ -96,6 +110,21 @@ def check_start(model: str) -> None:
     check_model_path(model)
     if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists() and not will_be_made(model):
         raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
+
+
+@contextmanager
+def loading(*models: str) -> Iterator[None]:
+    """Context that loads models; raises InputError where one cannot be fetched or read. Errors of the system pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise InputError(f"{' or '.join(dict.fromkeys(models))}: cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def template_input(chat_template: str | Path | None) -> dict[str, str]:

@@ -184,13 +184,24 @@ def plan_for(output: Path, overwrite: bool, differences_of: Callable[[dict[str, 
     if planned == REFUSES_FINISHED:
         raise InputError(f"{output}: finished, of another task: {'; '.join(found[0])}; --overwrite replaces it")
     if planned == REFUSES_UNFINISHED:
-        if not part_files(output) and not output.exists():
+        if not keeps_work(output, unfinished) and not output.exists():
             return STARTS
         raise InputError(
             f"{output}: unfinished work of another task: {'; '.join(found[1])}; go on with the same arguments, or start afresh "
             "with --overwrite"
         )
     return planned
+
+
+def keeps_work(output: Path, manifest: dict[str, Any]) -> bool:
+    """Whether unfinished work holds what would be lost: records, a training's checkpoint or log-probabilities, a whole output.
+
+    A stage that failed before its first record or checkpoint leaves none of them.
+    """
+    parts = part_files(output)
+    records = any(part.is_file() and part.stat().st_size for part in parts)
+    folders = any(any(part.glob("checkpoint-*")) or any(part.glob("*.partial*")) for part in parts)
+    return "counts" in manifest or records or folders
 
 
 def look_ahead(output: Path, inputs: dict[str, str | Path], overwrite: bool, plan: Callable[[], str]) -> str:
@@ -201,7 +212,8 @@ def look_ahead(output: Path, inputs: dict[str, str | Path], overwrite: bool, pla
     for name, source in inputs.items():
         ahead.check_there(source, name)
     changing = [source for source in inputs.values() if ahead.will_be_made(source)]
-    if changing and not overwrite and (output.exists() or part_files(output)):
+    unfinished = read_manifest(in_progress(output)) or {}
+    if changing and not overwrite and (output.exists() or keeps_work(output, unfinished)):
         raise InputError(
             f"{output}: made from an earlier {changing[0]}, which is to be made anew: move {output} away, or delete "
             "it, and run the same command again"

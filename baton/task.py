@@ -39,7 +39,7 @@ EXECUTION_SETTINGS = frozenset(
 )
 # The best checkpoint can only be one that was saved.
 SAVING = {"save_strategy", "save_steps"}
-VERSION = 3  # of the manifest: those of another version say other things of a task
+VERSION = 4  # of the manifest: those of another version say other things of a task
 # Their product with the number of data-parallel processes decides the result, and not how it is split.
 BATCH_SPLIT = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # with the trainers' defaults
 # Of `model_init_kwargs`: where and how a model is loaded.

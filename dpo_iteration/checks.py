@@ -18,8 +18,6 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
     check_settings(config, sharding, arguments)
     if "exo_pair" in config.loss_type and not config.label_smoothing:
         raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
-    if config.eval_strategy != "no":
-        raise InputError("`eval_strategy`: run_dpo.py has no held-out pairs to evaluate on; leave it out")
     if config.sync_ref_model and arguments.forward == "packed":
         raise InputError("`sync_ref_model` changes the reference, whose log-probabilities are computed once; add --forward trl")
     if config.sync_ref_model and arguments.use_peft:

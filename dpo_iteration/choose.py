@@ -20,14 +20,29 @@ log = logging.getLogger("baton")
 
 NO_MARGIN = "pairs without a margin"
 EARLIER = "pairs of earlier rounds"
+BEYOND = "beyond max_training_samples"
 
 
-def write_pairs(path: Path, records: Iterable[tuple[str, Record]], source: str, settings: PairSettings) -> Account:
-    """Write the pairs of the records of `source` to `path`; returns what became of the records. Raises as `at_least_one`."""
+def write_pairs(
+    path: Path, records: Iterable[tuple[str, Record]], source: str, settings: PairSettings, most: int = -1
+) -> Account:
+    """Write the pairs of the records of `source` to `path`, the first `most` of them, all if that is below 1.
+
+    Returns what became of the records. Raises as `at_least_one`.
+    """
     account = Account()
     pairs = choose_pairs(records, settings, account.drops, account.counted)
-    jsonl.write(path, at_least_one(pairs, source, account.drops))
+    jsonl.write(path, at_least_one(first_pairs(pairs, most, account.drops), source, account.drops))
     return account
+
+
+def first_pairs(pairs: Iterable[Record], most: int, drops: Drops) -> Iterator[Record]:
+    """Yield the first `most` pairs, all if that is below 1; `drops` gets the others."""
+    for number, pair in enumerate(pairs):
+        if 0 < most <= number:
+            drops.add(BEYOND, pair["id"])
+        else:
+            yield pair
 
 
 def choose_pairs(

@@ -4,11 +4,21 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from baton.drops import Drops
 from baton.jsonl import Record
-from baton.models.templates import FOREIGN, FROM_TEXT, SAMPLED, prompt_token_ids, sampled_or_tokenised
+from baton.models.templates import (
+    FOREIGN,
+    FROM_TEXT,
+    OTHER_TEMPLATE,
+    SAMPLED,
+    prompt_token_ids,
+    sampled_or_tokenised,
+    template_hash,
+    template_warning,
+)
 from baton.program import harmless
 from dpo_iteration.account import IN, in_words
 
@@ -27,7 +37,8 @@ class Rows:
 
     Sampled token ids are used as they are where this tokenizer is the one that sampled them, else the text is tokenised; the
     end-of-turn token is there only where the response stopped by itself. A prompt longer than `max_prompt_length` tokens is
-    dropped; a response is cut so that prompt and response have at most `max_length` tokens.
+    dropped; a response is cut so that prompt and response have at most `max_length` tokens. Records whose `chat_template_hash`
+    is not that of this tokenizer are counted, unless a model with another tokenizer sampled them.
     """
 
     tokenizer: Any
@@ -36,8 +47,12 @@ class Rows:
     drops: Drops
     counted: Counter[str]
 
+    @cached_property
+    def template(self) -> str:
+        return template_hash(self.tokenizer)
+
     def of_pairs(self, pairs: Iterable[tuple[str, Record]]) -> Iterator[dict[str, Any]]:
-        """Yield `prompt_ids`, `chosen_ids`, `rejected_ids` and `margin` for each ("file:line", pair)."""
+        """Yield `prompt_ids`, `chosen_ids`, `rejected_ids` and `margin`, None if unknown, for each ("file:line", pair)."""
         for where, pair in pairs:
             row = self._row(pair, ("chosen", "rejected"), where)
             if row is None:
@@ -47,7 +62,8 @@ class Rows:
             elif not row["chosen_ids"] or not row["rejected_ids"]:
                 self.drops.add(NO_TOKEN, pair["id"])
             else:
-                yield {**row, "margin": float(pair.get("margin") or 0.0)}
+                margin = pair.get("margin")
+                yield {**row, "margin": None if margin is None else float(margin)}
 
     def of_examples(self, examples: Iterable[tuple[str, Record]]) -> Iterator[dict[str, Any]]:
         """Yield `prompt_ids`, `completion_ids` and `label` for each ("file:line", labelled example)."""
@@ -66,14 +82,19 @@ class Rows:
         if len(prompt_ids) > self.max_prompt_length:
             self.drops.add(f"prompt longer than max_prompt_length {self.max_prompt_length} tokens", record["id"])
             return None
-        row = {"prompt_ids": prompt_ids}
+        row, sources = {"prompt_ids": prompt_ids}, set()
         for side in sides:
-            ids = self._response_ids(record, side, where)
+            ids, source = self._response_ids(record, side, where)
+            sources.add(source)
             self.counted[CUT] += len(prompt_ids) + len(ids) > self.max_length
             row[f"{side}_ids"] = ids[: self.max_length - len(prompt_ids)]
+        template = record.get("chat_template_hash")
+        if template and template != self.template and FOREIGN not in sources:
+            self.counted[f"{OTHER_TEMPLATE} {template}"] += 1
         return row
 
-    def _response_ids(self, record: Record, side: str, where: str) -> list[int]:
+    def _response_ids(self, record: Record, side: str, where: str) -> tuple[list[int], str]:
+        """The token ids of a response, and where they come from."""
         tokenizer, counted = self.tokenizer, self.counted
         sampled, reason = record.get(f"{side}_token_ids"), record.get(f"{side}_finish_reason")
         ids, source = sampled_or_tokenised(tokenizer, record["prompt"], record[side], sampled, reason, where)
@@ -84,7 +105,7 @@ class Rows:
         counted[SAMPLED] += source == SAMPLED
         counted[FROM_TEXT] += source != SAMPLED
         counted[FOREIGN] += source == FOREIGN
-        return ids
+        return ids, source
 
 
 def rows_of_pairs(
@@ -114,6 +135,8 @@ def log_rows(rows: Any, tokenizer: Any, drops: Drops, counted: Counter[str]) -> 
             counted[FOREIGN],
             counted[SAMPLED] + counted[FROM_TEXT],
         )
+    if warning := template_warning(counted, tokenizer):
+        log.warning("%s", warning)
     for number in sorted({len(rows) * i // EXAMPLES for i in range(EXAMPLES)}):
         log.info("row %d, what is learnt in ⟦ ⟧:\n%s", number, shown(rows[number], tokenizer))
 
@@ -126,6 +149,8 @@ def shown(row: dict[str, Any], tokenizer: Any) -> str:
     """
     lines = []
     for name, ids in row.items():
+        if ids is None:
+            continue
         if not name.endswith("_ids"):
             lines.append(f"  {name:10} {ids}")
             continue

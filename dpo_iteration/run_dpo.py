@@ -5,7 +5,8 @@
 
 Several input files may be mixed, and the pairs of earlier rounds (`history`); <pairs_path> holds this round's own alone.
 Every field of TRL's DPOConfig is accepted in the YAML file and as a flag (`beta`, `loss_type`, `label_smoothing`, …). The
-reference policy's log-probabilities are computed once, before the policy is loaded, and kept beside the output. With
+reference policy's log-probabilities are computed once, before the policy is loaded, and kept beside the output. With `eval_dir`
+the policy is evaluated on other pairs, at `eval_steps` and at the end. The names of Online-RLHF's files are understood. With
 `--use_peft` an adapter is trained; `--merge_adapter` writes it merged into the policy, as the next round needs it.
 """
 
@@ -13,25 +14,28 @@ import copy
 import logging
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from baton import jsonl, program
-from baton.arguments import option, parse_with_rest
+from baton.arguments import option
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.mixing import parse_probs
-from baton.models.templates import load_tokenizer
+from baton.models.templates import load_tokenizer, template_warning
 from baton.pairs import ChooseType, PairSettings
-from baton.prompts import mixed_records, source_inputs, split_sources
-from baton.sources import check_start, refuse_input, template_input
+from baton.prompts import mixed_records, read_records, source_inputs, split_sources
+from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
-from baton.task import batch_split
+from baton.task import batch_split, spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
+from baton.training.arguments import metrics_file, parse_training
+from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
-from dpo_iteration.choose import NO_MARGIN, at_least_one, earlier_pairs, pairs_again, write_pairs
+from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again, write_pairs
+from dpo_iteration.online_rlhf import own_names
 from dpo_iteration.rows import log_rows, rows_of_pairs
 
 log = logging.getLogger("baton")
@@ -48,6 +52,9 @@ LOSS_TYPES = (
 LOSSES_OVER_A_BATCH = {"aot", "aot_unpaired", "bco_pair", "sft"}
 
 
+HELD_OUT_PAIRS = 100  # of `eval_dir`, as in Online-RLHF
+
+
 class Arguments(LoraArguments):
     """What this program adds to DPOConfig."""
 
@@ -56,12 +63,19 @@ class Arguments(LoraArguments):
     dataset_name_or_path: str = option(
         ...,
         "annotated responses (`prompt`, `responses`, `rewards`), preferences (`chosen`, `rejected`) or Baton's own pairs: "
-        "a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset; several with commas between",
+        "a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset; several with commas between; `train_dir` too",
         changes_result=False,
     )
     dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
     history: int = option(0, "train also on the pairs of so many earlier rounds; needs folders round1, round2, …", ge=0)
+    eval_dir: str | None = option(
+        None,
+        f"evaluate on the first {HELD_OUT_PAIRS} pairs of this file or dataset, of annotated responses two random ones, at "
+        "`eval_steps` and at the end",
+        changes_result=False,
+    )
+    max_training_samples: int = option(-1, "train on the first so many pairs of the data; -1: on all", ge=-1)
     output_dir: str = option(
         ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
     )
@@ -124,9 +138,22 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     check_lora(arguments)
-    for model in (arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path):
+    for model in models_of(arguments):
         check_start(model)
     dataset_probs(arguments)
+    for name in ("do_eval", "eval_strategy"):
+        if not arguments.eval_dir and spelling(settings.get(name)) not in (None, False, "no"):
+            raise InputError(f"`{name}` needs pairs to evaluate on: name a file of them with --eval_dir, or leave it out")
+
+
+def models_of(arguments: Arguments) -> tuple[str, str]:
+    """The starting policy and the reference."""
+    return arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path
+
+
+def held_out_source(arguments: Arguments, settings: dict[str, Any]) -> str | None:
+    """Where the pairs to evaluate on are, or None; `do_eval: false` leaves them alone."""
+    return None if spelling(settings.get("do_eval")) is False else arguments.eval_dir
 
 
 def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
@@ -139,16 +166,22 @@ def records_of(arguments: Arguments) -> Iterator[tuple[str, Record]]:
     return mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, dataset_probs(arguments), arguments.seed)
 
 
-def inputs_of(arguments: Arguments, reference: str, pairs_path: Path, earlier: list[Path]) -> dict[str, str | Path]:
-    """What the run reads, by name, for the manifest. Raises InputError where the pairs would replace one of them."""
+def inputs_of(
+    arguments: Arguments, held_out: str | None, pairs_path: Path, metrics_path: Path, earlier: list[Path]
+) -> dict[str, str | Path]:
+    """What the run reads, by name, for the manifest. Raises InputError where a file that it writes would replace one."""
+    _, reference = models_of(arguments)
     inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path, "reference": reference}
     inputs |= source_inputs("data", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
+    inputs |= {"held-out data": held_out} if held_out else {}
     refuse_input(pairs_path, inputs, "--pairs_path")
+    refuse_input(metrics_path, inputs, "--metrics_path")
     return inputs | {f"pairs of {path.parent.name}": path for path in earlier}
 
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's DPOConfig. Raises InputError for settings that cannot train."""
+    check_outside(settings, models_of(arguments), ahead=arguments.check)
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
     from dpo_iteration.checks import check_training
@@ -179,7 +212,39 @@ def rows_of(
         total = None if earlier else account.counted[IN] - account.drops.counts.total()
         return at_least_one(tokenised(make, pairs, account.drops, account.counted, total), str(pairs_path), account.drops)
 
-    return rows_on_disk(token_ids, config, "pairs"), account
+    return rows_on_disk(token_ids, config, "pairs", pair_features()), account
+
+
+def held_out_rows(arguments: Arguments, source: str, tokenizer: Any, config: Any) -> tuple[Any, Account]:
+    """The token ids of the pairs to evaluate on, a dataset, and their account. Raises InputError if there is no pair.
+
+    They are not filtered, so that their difficulty does not depend on how pairs are chosen for the training.
+    """
+    from baton.training.rows import rows_on_disk
+
+    account = Account()
+    make = partial(rows_of_pairs, tokenizer, arguments.max_length, arguments.max_prompt_length)
+
+    def token_ids():
+        settings = PairSettings(choose_type="random", seed=arguments.seed)
+        records = read_records(source, arguments.dataset_split)
+        pairs = choose_pairs(records, settings, account.drops, account.counted)
+        first = ((source, pair) for pair in islice(pairs, HELD_OUT_PAIRS))
+        return at_least_one(make(first, account.drops, account.counted), source, account.drops)
+
+    rows = rows_on_disk(token_ids, config, "held_out", pair_features())
+    if source in split_sources(arguments.dataset_name_or_path):
+        log.warning("`eval_dir` is data that is trained on, so what is evaluated is not held out")
+    log.info("evaluating on %d pairs, dropped: %s", len(rows), account.drops)
+    return rows, account
+
+
+def pair_features() -> Any:
+    """The columns of `rows_of_pairs`: not every pair has a margin."""
+    from datasets import Features, List, Value
+
+    token_ids = {name: List(Value("int64")) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    return Features({**token_ids, "margin": Value("float64")})
 
 
 def check_margins(without: int, margin_scale: float) -> None:
@@ -191,11 +256,15 @@ def check_margins(without: int, margin_scale: float) -> None:
         )
 
 
-def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any, reference: str, folder: Path) -> Any:
+def make_trainer(
+    arguments: Arguments, config: Any, tokenizer: Any, dataset: Any, held_out: Any | None, reference: str, folder: Path
+) -> Any:
     """The trainer, its models loaded: the reference first, and alone, for its log-probabilities, which are kept in `folder`.
 
-    Logs the memory that this takes, before anything is loaded.
+    Logs the memory that this takes, before anything is loaded. `held_out` are rows to evaluate on.
     """
+    from datasets import concatenate_datasets
+
     from baton.training.memory import check_memory, estimate, estimate_reference, largest_batch, outline, sharding_of
     from baton.training.reference import dataset_reference_logps, load
     from dpo_iteration.trainer import REMEDY, PackedDPOTrainer
@@ -212,8 +281,10 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
     check_memory(needs, config, first)
     if packed:
         columns = ("chosen_ids", "rejected_ids")
-        logps = dataset_reference_logps(dataset, columns, reference, config, folder, quantization, remedy=REMEDY)
-        dataset = dataset.add_column("ref_chosen_logps", logps[:, 0]).add_column("ref_rejected_logps", logps[:, 1])
+        every = dataset if held_out is None else concatenate_datasets([dataset, held_out])
+        logps = dataset_reference_logps(every, columns, reference, config, folder, quantization, remedy=REMEDY)
+        dataset, rest = with_logps(dataset, logps), logps[len(dataset) :]
+        held_out = None if held_out is None else with_logps(held_out, rest)
     return PackedDPOTrainer(
         model=arguments.model_name_or_path,
         ref_model=load(reference, config, quantization) if in_memory else None,
@@ -221,6 +292,7 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
         quantization_config=quantization,
         args=config,
         train_dataset=dataset,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         packed=packed,
         margin_scale=arguments.margin_scale,
@@ -228,14 +300,27 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
     )
 
 
+def with_logps(rows: Any, logps: Any) -> Any:
+    """Rows with the first of the reference's log-probabilities (…, 2) as columns."""
+    chosen, rejected = logps[: len(rows)].T
+    return rows.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+
+def last_evaluation(history: list[dict[str, float]]) -> dict[str, float]:
+    """The numbers of the last evaluation among what the trainer has logged."""
+    last = next((line for line in reversed(history) if "eval_loss" in line), {})
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
+
+
 def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
+    arguments, settings = parse_training("dpo_iteration/run_dpo.py", Arguments, __doc__, config_class, rewrite=own_names)
     check(arguments, settings)
-    reference = arguments.ref_model or arguments.model_name_or_path
     output = Path(arguments.output_dir)
     pairs_path = Path(arguments.pairs_path or f"{output}.pairs.jsonl")
+    metrics_path = metrics_file(output, arguments.metrics_path)
     earlier = earlier_pairs(pairs_path, arguments.history)
-    inputs = inputs_of(arguments, reference, pairs_path, earlier)
+    source = held_out_source(arguments, settings)
+    inputs = inputs_of(arguments, source, pairs_path, metrics_path, earlier)
     checked = partial(checked_config, arguments, settings)
     stage = Stage.begin("dpo", arguments, output, inputs, settings | split_that_decides(settings), config_class, checked)
     if stage is None:
@@ -249,16 +334,22 @@ def main() -> None:
     config = checked(stage)
     chosen = Account()
     if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
-        chosen = write_pairs(pairs_path, records_of(arguments), arguments.dataset_name_or_path, pair_settings(arguments))
+        data, most = arguments.dataset_name_or_path, arguments.max_training_samples
+        chosen = write_pairs(pairs_path, records_of(arguments), data, pair_settings(arguments), most)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     dataset, account = rows_of(arguments, pairs_path, earlier, chosen, tokenizer, config)
+    held_out, held_out_account = held_out_rows(arguments, source, tokenizer, config) if source else (None, Account())
     if program.rank() == 0:
         log_rows(dataset, tokenizer, account.drops, account.counted)
-        check_margins(account.counted[NO_MARGIN], arguments.margin_scale)
+        check_margins(account.counted[NO_MARGIN] + held_out_account.counted[NO_MARGIN], arguments.margin_scale)
     check_pairs(len(dataset), config)
-    trainer = make_trainer(arguments, config, tokenizer, dataset, reference, pairs_path.parent)
+    place_reports(settings, metrics_path)
+    model, reference = models_of(arguments)
+    with loading(model, reference):
+        trainer = make_trainer(arguments, config, tokenizer, dataset, held_out, reference, pairs_path.parent)
     log_training(trainer)
-    metrics = train(trainer, stage, arguments.export_dtype)
+    counts = {"in": account.counted[IN], "out": len(dataset), "dropped": dict(account.drops.counts)}
+    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
     if program.rank() == 0:
         if arguments.merge_adapter:
             metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype)
@@ -266,8 +357,12 @@ def main() -> None:
         conversation = [*first["prompt"], {"role": "assistant", "content": first["chosen"]}]
         stop_at_end_of_turn(stage.partial_folder, tokenizer, conversation, where)
         log.info("pairs: %s", in_words(account.counted))
+        if held_out is not None:
+            metrics |= last_evaluation(trainer.state.log_history)
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         stage.finish(**counts, pairs=account.facts, metrics=metrics, scratch=SCRATCH)
+        if warning := template_warning(account.counted, tokenizer):
+            log.warning("%s", warning)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from baton import jsonl, program
-from baton.arguments import option, parse_with_rest
+from baton.arguments import option
 from baton.errors import InputError
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.launch.check import check_processes
-from baton.models.templates import load_tokenizer
+from baton.models.templates import load_tokenizer, template_warning
 from baton.prompts import read_records
-from baton.sources import check_start, refuse_input, template_input
+from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import batch_together
-from baton.training.arguments import TrainingProgramArguments
+from baton.training.arguments import TrainingProgramArguments, metrics_file, parse_training
+from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account
 from dpo_iteration.rows import log_rows, rows_of_examples
 
@@ -87,8 +88,13 @@ def check(arguments: Arguments) -> None:
     label_settings(arguments)
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
-    for model in (arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path):
+    for model in models_of(arguments):
         check_start(model)
+
+
+def models_of(arguments: Arguments) -> tuple[str, str]:
+    """The starting policy and the reference."""
+    return arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path
 
 
 def write_examples(path: Path, arguments: Arguments) -> Account:
@@ -125,6 +131,7 @@ def rows_of(arguments: Arguments, path: Path, labelled: Account, tokenizer: Any,
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's KTOConfig. Raises InputError for settings that cannot train."""
+    check_outside(settings, models_of(arguments), ahead=arguments.check)
     from baton.training.checks import check_settings
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
@@ -143,7 +150,7 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
     from baton.training.rows import rows_on_disk
     from dpo_iteration import kto
 
-    reference = arguments.ref_model or arguments.model_name_or_path
+    _, reference = models_of(arguments)
     dataset = rows_on_disk(partial(kto.in_training_order, dataset, config, arguments.max_length), config, "in_order")
     return kto.PackedKTOTrainer(
         arguments.model_name_or_path,
@@ -155,14 +162,16 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any
 
 
 def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
+    arguments, settings = parse_training("dpo_iteration/run_kto.py", Arguments, __doc__, config_class)
     check(arguments)
-    source, reference = arguments.dataset_name_or_path, arguments.ref_model or arguments.model_name_or_path
-    inputs = {"model": arguments.model_name_or_path, "reference": reference, "data": source}
+    model, reference = models_of(arguments)
+    inputs = {"model": model, "reference": reference, "data": arguments.dataset_name_or_path}
     inputs |= template_input(arguments.chat_template)
     output = Path(arguments.output_dir)
     examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
+    metrics_path = metrics_file(output, arguments.metrics_path)
     refuse_input(examples_path, inputs, "--examples_path")
+    refuse_input(metrics_path, inputs, "--metrics_path")
     checked = partial(checked_config, arguments, settings)
     # KTO's KL term is a mean over the examples that all processes compute at a time.
     stage = Stage.begin("kto", arguments, output, inputs, settings | batch_together(settings), config_class, checked)
@@ -186,9 +195,12 @@ def main() -> None:
         log.info("%d desirable and %d undesirable examples", desirable, undesirable)
         if advice := balance_advice(desirable, undesirable, config):
             log.warning("%s", advice)
-    trainer = make_trainer(arguments, config, tokenizer, dataset, examples_path.parent)
+    place_reports(settings, metrics_path)
+    with loading(model, reference):
+        trainer = make_trainer(arguments, config, tokenizer, dataset, examples_path.parent)
     log_training(trainer)
-    metrics = train(trainer, stage, arguments.export_dtype)
+    counts = {"in": account.counted[IN], "out": len(dataset), "dropped": dict(account.drops.counts)}
+    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
     if program.rank() == 0:
         where, first = next(jsonl.read(examples_path))
         conversation = [*first["prompt"], {"role": "assistant", "content": first["completion"]}]
@@ -196,6 +208,8 @@ def main() -> None:
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         examples = {"desirable": desirable, "undesirable": undesirable, **account.facts}
         stage.finish(**counts, examples=examples, metrics=metrics, scratch=SCRATCH)
+        if warning := template_warning(account.counted, tokenizer):
+            log.warning("%s", warning)
 
 
 if __name__ == "__main__":

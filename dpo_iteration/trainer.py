@@ -6,7 +6,9 @@ seen.
 """
 
 import logging
+import time
 
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftModel
@@ -18,7 +20,7 @@ from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_p
 from baton.models.trees import distinct_tokens
 from baton.training.checks import check_packing
 from baton.training.config import train_in_float32
-from baton.training.metrics import LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
+from baton.training.metrics import EvaluateAtEnd, LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 from baton.training.sharding import KeepsFloat32
 from dpo_iteration.margin import check_margin, offset_term, with_margin
 
@@ -87,6 +89,8 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
         weights = weights_of(self.model.get_base_model() if adapted else self.model)
         self._line = LineOfMetrics(weights, passes=2 if adapted else 3, peak=peak_flops(self.accelerator.device))
         plain = self.loss_types == ["sigmoid"] and not margin_scale and not self.use_weighting
+        if self.eval_dataset is not None:
+            self.add_callback(EvaluateAtEnd())
         self.add_callback(WarnOfTrouble(self.beta, starts_at_ln_2=plain and self.loss_weights == [1.0]))
 
     def _replace_forward(self) -> None:
@@ -122,6 +126,14 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
     def train(self, *args, **kwargs):
         self._line.start()
         return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """TRL's, which leaves the training as it is: its random numbers and its speed do not count the evaluation."""
+        begun = time.perf_counter()
+        with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
+            metrics = super().evaluate(*args, **kwargs)
+        self._line.since += time.perf_counter() - begun
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:

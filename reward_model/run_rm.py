@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from baton import program
-from baton.arguments import option, parse_with_rest
+from baton.arguments import option
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -24,9 +24,10 @@ from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.preferences import preference_records
 from baton.prompts import read_records
-from baton.sources import check_start, template_input
+from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
-from baton.training.arguments import TrainingProgramArguments
+from baton.training.arguments import TrainingProgramArguments, metrics_file, parse_training
+from baton.training.reports import check_outside, place_reports
 from reward_model.rows import rows_of_preferences
 
 log = logging.getLogger("baton")
@@ -119,6 +120,7 @@ def count_pairs(arguments: Arguments) -> int:
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's RewardConfig. Raises InputError for settings that cannot train."""
+    check_outside(settings, [arguments.model_name_or_path], ahead=arguments.check)
     from baton.training.checks import check_settings
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
@@ -141,11 +143,13 @@ def log_quality(quality: dict[str, float]) -> None:
 
 
 def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
+    arguments, settings = parse_training("reward_model/run_rm.py", Arguments, __doc__, config_class)
     check_start(arguments.model_name_or_path)
     source, held_out = arguments.dataset_name_or_path, arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, "pairs": source} | ({"held-out pairs": held_out} if held_out else {})
     inputs |= template_input(arguments.chat_template)
+    metrics_path = metrics_file(arguments.output_dir, arguments.metrics_path)
+    refuse_input(metrics_path, inputs, "--metrics_path")
     checked = partial(checked_config, arguments, settings)
     stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class, checked)
     if stage is None:
@@ -162,20 +166,24 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     rows, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config)
     held_out_rows, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config)
-    trainer = RewardTrainer(
-        model=arguments.model_name_or_path,
-        args=config,
-        train_dataset=rows,
-        eval_dataset=held_out_rows,
-        processing_class=tokenizer,
-    )
+    place_reports(settings, metrics_path)
+    with loading(arguments.model_name_or_path):
+        trainer = RewardTrainer(
+            model=arguments.model_name_or_path,
+            args=config,
+            train_dataset=rows,
+            eval_dataset=held_out_rows,
+            processing_class=tokenizer,
+        )
     log_training(trainer)
-    metrics = train(trainer, stage, arguments.export_dtype)
+    records_in = count if held_out else count - len(held_out_rows) - held_out_drops.counts.total()
+    counts = {"in": records_in, "out": len(rows), "dropped": dict(drops.counts)}
+    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
     log.info("evaluating on %d held-out pairs", len(held_out_rows))
     quality = held_out_metrics(trainer.evaluate())
+    trainer.create_model_card()
     if program.rank() == 0:
         log_quality(quality)
-        records_in = count if held_out else count - len(held_out_rows) - held_out_drops.counts.total()
         held_out_facts = quality | {"pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}
         counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}
         stage.finish(**counts, held_out=held_out_facts, metrics=metrics, scratch=SCRATCH)

@@ -5,23 +5,41 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from baton.drops import Drops
-from baton.models.templates import FOREIGN, FROM_TEXT, SAMPLED, decodes_to, has_stopped, prompt_token_ids, response_pieces
+from baton.models.templates import (
+    FOREIGN,
+    FROM_TEXT,
+    OTHER_TEMPLATE,
+    SAMPLED,
+    decodes_to,
+    has_stopped,
+    prompt_token_ids,
+    response_pieces,
+    template_hash,
+)
 from baton.records import Messages
 
 
 class Demonstration(NamedTuple):
-    """A conversation that ends with the assistant; of its last turn, where it was sampled, the token ids and finish reason."""
+    """A conversation that ends with the assistant.
+
+    Of its last turn, where it was sampled, the token ids, the finish reason, and the hash of the chat template.
+    """
 
     where: str
     messages: Messages
     token_ids: list[int] | None
     finish_reason: str | None
+    template: str | None = None
 
 
 def rows_of_demonstrations(
     tokenizer: Any, max_length: int, demonstrations: Iterable[Demonstration], drops: Drops, counted: Counter[str]
 ) -> Iterator[dict[str, list[int]]]:
-    """Yield the row of each demonstration that fits; `counted` gets where their last responses' token ids come from."""
+    """Yield the row of each demonstration that fits; `counted` gets where their last responses' token ids come from.
+
+    Sampled token ids that answered a prompt in another chat template than this tokenizer's are counted too.
+    """
+    template = template_hash(tokenizer)
     for demonstration in demonstrations:
         row, source = row_of(tokenizer, demonstration)
         if len(row["input_ids"]) > max_length:
@@ -30,12 +48,14 @@ def rows_of_demonstrations(
             drops.add("no token to learn", demonstration.where)
         else:
             counted[source] += 1
+            if source == SAMPLED and demonstration.template not in (None, template):
+                counted[f"{OTHER_TEMPLATE} {demonstration.template}"] += 1
             yield row
 
 
 def row_of(tokenizer: Any, demonstration: Demonstration) -> tuple[dict[str, list[int]], str]:
     """A row `input_ids`, `labels` (-100 where nothing is learnt), and where the last response's token ids come from."""
-    where, messages, sampled, finish_reason = demonstration
+    where, messages, sampled, finish_reason, _ = demonstration
     source = FOREIGN if sampled else FROM_TEXT
     if sampled and decodes_to(tokenizer, sampled, messages[-1]["content"]):
         pieces, source = [*_prompt_pieces(tokenizer, messages, where), (sampled, True)], SAMPLED

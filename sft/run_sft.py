@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from baton import program
-from baton.arguments import option, parse_with_rest
+from baton.arguments import option
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch.check import check_processes
-from baton.models.templates import load_tokenizer
+from baton.models.templates import load_tokenizer, template_warning
 from baton.prompts import read_records
 from baton.records import Messages, as_messages, check_token_ids, prompt_of
-from baton.sources import check_start, template_input
+from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
-from baton.training.arguments import TrainingProgramArguments
+from baton.training.arguments import TrainingProgramArguments, metrics_file, parse_training
+from baton.training.reports import check_outside, place_reports
 from sft.rows import Demonstration, rows_of_demonstrations
 
 log = logging.getLogger("baton")
@@ -72,11 +73,14 @@ def demonstrations(arguments: Arguments) -> Iterator[Demonstration]:
         if sampled is not None:
             check_token_ids(sampled, where, "response_token_ids")
         messages = conversation_of(record, where, arguments.response_key)
-        yield Demonstration(where, messages, sampled, record.get("finish_reason"))
+        yield Demonstration(where, messages, sampled, record.get("finish_reason"), record.get("chat_template_hash"))
 
 
-def rows_of(arguments: Arguments, count: int, tokenizer: Any, config: Any) -> tuple[Any, Drops]:
-    """The token ids of the `count` demonstrations, a dataset, and what was dropped: in process 0, which alone tokenises."""
+def rows_of(arguments: Arguments, count: int, tokenizer: Any, config: Any) -> tuple[Any, Drops, Counter[str]]:
+    """The token ids of the `count` demonstrations, a dataset; what was dropped, and what was counted of the others.
+
+    The latter two are those of process 0, which alone tokenises.
+    """
     from baton.training.rows import rows_on_disk
     from baton.training.tokenising import tokenised
 
@@ -88,7 +92,7 @@ def rows_of(arguments: Arguments, count: int, tokenizer: Any, config: Any) -> tu
 
     rows = rows_on_disk(token_ids, config, "demonstrations")
     log.info("last turns: %s", ", ".join(f"{number} {source}" for source, number in counted.items()))
-    return rows, drops
+    return rows, drops, counted
 
 
 def config_class() -> type:
@@ -99,6 +103,7 @@ def config_class() -> type:
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's SFTConfig. Raises InputError for settings that cannot train."""
+    check_outside(settings, [arguments.model_name_or_path], ahead=arguments.check)
     from baton.training.checks import check_settings
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
@@ -111,10 +116,12 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
 
 
 def main() -> None:
-    arguments, settings = parse_with_rest(Arguments, __doc__, config_class)
+    arguments, settings = parse_training("sft/run_sft.py", Arguments, __doc__, config_class)
     check_start(arguments.model_name_or_path)
     inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
     inputs |= template_input(arguments.chat_template)
+    metrics_path = metrics_file(arguments.output_dir, arguments.metrics_path)
+    refuse_input(metrics_path, inputs, "--metrics_path")
     checked = partial(checked_config, arguments, settings)
     stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class, checked)
     if stage is None:
@@ -131,14 +138,22 @@ def main() -> None:
 
     config = checked(stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    rows, drops = rows_of(arguments, count, tokenizer, config)
-    trainer = SFTTrainer(model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer)
+    rows, drops, counted = rows_of(arguments, count, tokenizer, config)
+    warning = template_warning(counted, tokenizer)
+    if warning:
+        log.warning("%s", warning)
+    place_reports(settings, metrics_path)
+    with loading(arguments.model_name_or_path):
+        trainer = SFTTrainer(model=arguments.model_name_or_path, args=config, train_dataset=rows, processing_class=tokenizer)
     log_training(trainer)
-    metrics = train(trainer, stage, arguments.export_dtype)
+    counts = {"in": count, "out": len(rows), "dropped": dict(drops.counts)}
+    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
     if program.rank() == 0:
         first = next(demonstrations(arguments))
         stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
         stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics, scratch=SCRATCH)
+        if warning:
+            log.warning("%s", warning)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Chat templates: from a conversation to the token ids that a model reads, and from sampled ids to their text."""
 
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from baton.records import Messages
 SAMPLED = "responses with sampled token ids"
 FROM_TEXT = "responses tokenised from text"
 FOREIGN = "responses with another tokenizer's token ids"
+
+# Counts of records that were sampled with another chat template than this one, by its hash.
+OTHER_TEMPLATE = "records sampled with chat template"
 
 PLACEHOLDER = "Response0"  # stands for a response; a template leaves letters and digits as they are
 LINE_BREAK = "\n"
@@ -48,6 +52,19 @@ def template_hash(tokenizer: Any) -> str:
     except ValueError as error:
         raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no chat template: {error}") from None
     return hashlib.sha256(template.encode()).hexdigest()[:16]
+
+
+def template_warning(counted: Mapping[str, int], tokenizer: Any) -> str | None:
+    """What to say where `counted` holds records of OTHER_TEMPLATE, or None."""
+    others = {name.rpartition(" ")[2]: count for name, count in counted.items() if name.startswith(OTHER_TEMPLATE) and count}
+    if not others:
+        return None
+    sampled = ", ".join(f"{count} of template {other}" for other, count in others.items())
+    return (
+        f"records were sampled with another chat template ({sampled}) than the one that they are trained with "
+        f"({template_hash(tokenizer)}): the policy reads other prompts than those that it answered. Give the template of the "
+        "sampling: --chat_template FILE"
+    )
 
 
 def prompt_text(tokenizer: Any, messages: Messages, where: str) -> str:

@@ -1,8 +1,11 @@
 """The arguments that every training program has beside its trainer's settings. Nothing heavy is imported with this file."""
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from baton.arguments import StageArguments, option
+from baton.arguments import Accept, StageArguments, check_known, option, parse_with_rest
+from baton.training.known import CONFIGS, config_fields, refuse_foreign
 
 ExportDtype = Literal["checkpoint", "float32"]
 
@@ -15,3 +18,38 @@ class TrainingProgramArguments(StageArguments):
         "dtype of the finished model's weights, which are trained in float32: `checkpoint`, that of the model that training "
         "started from, or `float32`, which keeps updates that bfloat16 rounds away and takes twice the disk",
     )
+    metrics_path: str | None = option(
+        None, "file for the trainer's numbers, a JSON object a line; default: <output_dir>.metrics.jsonl", changes_result=False
+    )
+
+
+def metrics_file(output: str | Path, metrics_path: str | None) -> Path:
+    """The file of a training's metrics: `metrics_path`, by default `<output>.metrics.jsonl`."""
+    return Path(metrics_path or f"{output}.metrics.jsonl")
+
+
+A = TypeVar("A", bound=TrainingProgramArguments)
+
+
+def parse_training(
+    program: str,
+    model: type[A],
+    description: str,
+    config_class: Callable[[], type],
+    argv: Sequence[str] | None = None,
+    rewrite: Accept = dict,
+) -> tuple[A, dict[str, Any]]:
+    """`parse_with_rest` of a training program, named as in `known.CONFIGS`, without a heavy import.
+
+    Raises InputError for a setting that neither the program nor its trainer has, with the nearest one, or with the program that
+    has it. `rewrite` gives settings of other toolkits the names that this program knows.
+    """
+    own = set(model.model_fields)
+
+    def accept(settings: dict[str, Any]) -> dict[str, Any]:
+        settings = rewrite(settings)
+        refuse_foreign(settings, program, own)
+        check_known(settings, own | config_fields(CONFIGS[program]))
+        return settings
+
+    return parse_with_rest(model, description, config_class, argv, accept)

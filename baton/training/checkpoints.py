@@ -17,9 +17,11 @@ from baton.errors import InputError
 from baton.models.templates import end_token_id
 from baton.records import Messages
 from baton.stage import Stage
-from baton.training.arguments import ExportDtype
+from baton.training.arguments import ExportDtype, metrics_file
+from baton.training.card import write_card
 from baton.training.export import copies_without_zero, export
 from baton.training.float32_copy import start_from_files
+from baton.training.metrics_file import MetricsFile
 from baton.training.progress import ProgressLines
 from baton.training.sharding import keep_outputs
 
@@ -31,15 +33,28 @@ SCRATCH = ("checkpoint-*", "rows", "training_args.bin")
 UNSHARDED, DEEPSPEED, ZERO_1_2, ZERO_3, FSDP = "no sharding", "DeepSpeed without ZeRO", "ZeRO-1 or ZeRO-2", "ZeRO-3", "FSDP"
 
 
-def train(trainer: Any, stage: Stage, export_dtype: ExportDtype = "checkpoint") -> dict[str, float]:
+def train(
+    trainer: Any,
+    stage: Stage,
+    export_dtype: ExportDtype = "checkpoint",
+    metrics_path: Path | None = None,
+    counts: dict[str, Any] | None = None,
+) -> dict[str, float]:
     """Train from the last whole checkpoint, or from the start, and export the model; returns metrics of both.
 
     The checkpoints stay until `Stage.finish`, so that a death in what a program does before that costs no training.
+
+    Args:
+        metrics_path: the file for what the trainer logs; default: `<output>.metrics.jsonl`.
+        counts: of records, for the model's card; None: process 0 writes none. `trainer.create_model_card()` writes it again.
     """
     if trainer.is_fsdp_enabled:
         keep_outputs(trainer.accelerator.state.fsdp_plugin)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines())
+    trainer.add_callback(MetricsFile(metrics_path or metrics_file(stage.output, None)))
+    # TRL writes a card of its own with each checkpoint, and to the hub.
+    trainer.create_model_card = lambda *_, **__: _write_card(trainer, stage, counts)
     checkpoint = last_whole_checkpoint(stage.partial_folder)
     if checkpoint is not None:
         fit_layout(trainer, checkpoint)
@@ -50,7 +65,14 @@ def train(trainer: Any, stage: Stage, export_dtype: ExportDtype = "checkpoint") 
     elif trainer.is_deepspeed_enabled and not is_peft_model(trainer.model):
         trainer.add_callback(StartFromFiles(trainer))
     metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    return metrics | export(trainer, stage.partial_folder, export_dtype)
+    metrics |= export(trainer, stage.partial_folder, export_dtype)
+    trainer.create_model_card()
+    return metrics
+
+
+def _write_card(trainer: Any, stage: Stage, counts: dict[str, Any] | None) -> None:
+    if counts is not None and program.rank() == 0:
+        write_card(stage.partial_folder, stage.manifest, counts, trainer.state.log_history)
 
 
 def stop_at_end_of_turn(folder: Path, tokenizer: Any, messages: Messages, where: str) -> None:

@@ -160,6 +160,14 @@ def first_line_past(step: int, lines: Sequence[int]) -> bool:
     return last >= step and all(before < step for before in earlier)
 
 
+class EvaluateAtEnd(TrainerCallback):
+    """Has the policy evaluated at the last step too, whatever `eval_steps` says."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != "epoch":
+            control.should_evaluate = True
+
+
 class WarnOfTrouble(TrainerCallback):
     """Warns once each, from the lines of the log, that the chosen responses fall, and that the policy does not learn.
 

@@ -9,9 +9,15 @@ from baton.progress import Progress
 
 log = logging.getLogger("baton")
 
+# What a line of the log shows of a trainer's numbers, of an evaluation with `eval_` before; the file of metrics has them all.
+SHOWN = (
+    *("loss", "train_loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "kl_on_pairs", "kl"),
+    *("grad_norm", "learning_rate", "tokens_per_second", "mfu", "train_runtime"),
+)
+
 
 class ProgressLines(TrainerCallback):
-    """Steps done, rate and time left as every stage shows them, and the trainer's metrics as lines of the log."""
+    """Steps done, rate and time left as every stage shows them, and the trainer's main numbers as lines of the log."""
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
@@ -28,7 +34,9 @@ class ProgressLines(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if state.is_world_process_zero and logs:
-            log.info("step %d: %s", state.global_step, ", ".join(f"{name} {_short(value)}" for name, value in logs.items()))
+            shown = {name: value for name, value in logs.items() if name.removeprefix("eval_") in SHOWN}
+            line = ", ".join(f"{name} {_short(value)}" for name, value in (shown or logs).items())
+            log.info("step %d: %s", state.global_step, line)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.progress is not None:

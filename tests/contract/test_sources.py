@@ -128,3 +128,17 @@ def test_offline_a_model_that_is_not_in_the_cache_is_refused_without_a_request(a
         with pytest.raises(InputError, match="some/model: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set"):
             check_hub("some/model")
     assert requests == []
+
+
+def test_ahead_of_the_work_a_hub_that_cannot_be_asked_is_a_warning_and_a_refusal_an_error(at, caplog, monkeypatch):
+    with hub(500) as (address, _):
+        at(address)
+        check_hub("some/model", ahead=True)
+    with hub(404, "RepoNotFound") as (address, _):
+        at(address)
+        with pytest.raises(InputError, match="correct the name"):
+            check_hub("some/model", ahead=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    check_hub("some/model", ahead=True)
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 2 and "does not answer (status 500)" in said[0] and "HF_HUB_OFFLINE is set" in said[1]

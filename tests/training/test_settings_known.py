@@ -1,0 +1,97 @@
+"""What training programs say of settings that are not theirs, of models out of reach, and of reports without a login."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+
+import pytest
+import trl
+
+from baton import sources
+from baton.errors import InputError
+from baton.training import known, reports
+from baton.training.arguments import parse_training
+from tests.programs import ROOT
+
+PROGRAMS = {program: program.removesuffix(".py").replace("/", ".") for program in known.CONFIGS}
+
+
+@pytest.mark.parametrize("name", known.CONFIGS.values())
+def test_the_fields_read_from_the_source_are_those_of_the_class(name):
+    fields = {field.name for field in dataclasses.fields(getattr(trl, name)) if field.init}
+    assert known.config_fields(name) == fields and len(fields) > 100
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_arguments_read_from_a_programs_source_are_its_own(program):
+    arguments = importlib.import_module(PROGRAMS[program]).Arguments
+    assert set(known._fields(ROOT / program, "Arguments")) == set(arguments.model_fields)
+
+
+def parse(program, *flags):
+    module = importlib.import_module(PROGRAMS[program])
+    return parse_training(program, module.Arguments, "", module.config_class, [*flags, "--output_dir", "o"])
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        ("dpo_iteration/run_kto.py", ["--choose_type", "max_min"],
+         "`choose_type` is a setting of dpo_iteration/run_dpo.py, and run_kto.py does nothing with it"),
+        ("dpo_iteration/run_dpo.py", ["--desirable_weight", "1"], "`desirable_weight` is a setting of dpo_iteration/run_kto.py"),
+        ("sft/run_sft.py", ["--beta", "0.1"], "`beta` is a setting of dpo_iteration/run_dpo.py and dpo_iteration/run_kto.py"),
+        ("reward_model/run_rm.py", ["--max_samples", "5"], "`max_samples` is a setting of sft/run_sft.py"),
+        ("dpo_iteration/run_kto.py", ["--desirable_wieght", "1"], "unknown setting `desirable_wieght`: did you mean `desirable_w"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_another_program_names_that_program(program, flags, message):
+    with pytest.raises(InputError, match=message):
+        parse(program, *flags)
+
+
+def test_an_unknown_setting_is_refused_before_torch_or_trl_is_imported():
+    words = ["dpo_iteration/run_dpo.py", "configs/training.yaml", "--lerning_rate", "1"]
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "unknown setting `lerning_rate`: did you mean `learning_rate`?" in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "yaml" in imported and not imported & {"torch", "trl", "transformers"}
+
+
+def test_what_a_library_says_of_a_missing_file_is_one_line_and_what_the_system_says_stays():
+    with pytest.raises(InputError, match="^here: cannot be loaded: no weights$"), sources.loading("here", "here"):
+        raise OSError("no weights\nand much more")
+    with pytest.raises(OSError, match="full") as error, sources.loading("here"):
+        raise OSError(28, "full")
+    assert not isinstance(error.value, InputError)
+
+
+@pytest.fixture
+def nobody(monkeypatch, tmp_path):
+    """A user who has no wandb login; returns the home folder."""
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_CONFIG_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_wandb_without_a_login_is_refused_with_the_command_that_is_there(nobody):
+    with pytest.raises(InputError, match=f"{sys.prefix}/bin/wandb login, or WANDB_API_KEY=…; or WANDB_MODE=offline"):
+        reports.check_outside({"report_to": "wandb"}, [], ahead=True)
+    reports.check_outside({"report_to": "tensorboard"}, [], ahead=True)
+    reports.check_outside({}, [], ahead=True)
+
+
+@pytest.mark.parametrize("login", ["WANDB_MODE=offline", "WANDB_API_KEY=x", ".netrc", "settings"])
+def test_every_way_to_log_in_to_wandb_is_known(nobody, monkeypatch, login):
+    if login == ".netrc":
+        (nobody / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n")
+        (nobody / ".netrc").chmod(0o600)
+    elif login == "settings":
+        (nobody / "wandb").mkdir()
+        (nobody / "wandb/settings").write_text("[default]\nmode = offline\n")
+    else:
+        monkeypatch.setenv(*login.split("="))
+    reports.check_outside({"report_to": ["wandb"]}, [], ahead=False)
