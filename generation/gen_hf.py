@@ -110,7 +110,7 @@ def sample(
             check_hub(policy, weights=False)
         tokenizer = load_tokenizer(policy, arguments.chat_template) if policy else None
         if tokenizer:
-            sampling.check_templates(tokenizer, prompts, (0, 1))
+            sampling.check_tokenizer(tokenizer, arguments, prompts, (0, 1))
         with servers as urls:
             pool = Servers(urls, key, arguments.timeout, arguments.max_retries, arguments.patience)
             facts = asyncio.run(generate(arguments, pool, model, tokenizer, prompts, partial, drops))

@@ -92,7 +92,7 @@ def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, 
     shard = arguments.local_index, arguments.my_world_size
     check_hub(arguments.model_name_or_path)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    sampling.check_templates(tokenizer, prompts, shard)
+    sampling.check_tokenizer(tokenizer, arguments, prompts, shard)
     if arguments.backend == "hf":
         from generation import transformers_engine
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from baton.drops import Drops
+from baton.errors import InputError
 from baton.jsonl import Record
 from baton.models.templates import prompt_text, prompt_token_ids, template_hash
 from baton.pairs import PER_RESPONSE_KEYS
@@ -46,8 +47,10 @@ def prompt_seed(arguments: GenerationArguments, record: Record) -> int | None:
     return seed_from(arguments.seed, arguments.iter, record["id"]) if arguments.reproducible else None
 
 
-def check_templates(tokenizer: Any, prompts: PromptSet, shard: tuple[int, int]) -> None:
-    """Raise InputError for the first prompt of the shard that the chat template refuses."""
+def check_tokenizer(tokenizer: Any, arguments: GenerationArguments, prompts: PromptSet, shard: tuple[int, int]) -> None:
+    """Raise InputError for end ids that are no tokens, and for the first prompt of the shard that the chat template refuses."""
+    if strange := [id_ for id_ in arguments.eos_ids if not 0 <= id_ < len(tokenizer)]:
+        raise InputError(f"--eos_ids {strange[0]}: no token of {tokenizer.name_or_path}, which has {len(tokenizer)}")
     for _, where, _, messages in prompts.shard(*shard):
         prompt_text(tokenizer, messages, where)
 

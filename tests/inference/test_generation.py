@@ -368,6 +368,7 @@ BAD_FLAGS = {
     "unknown split setting": (["--dataset_slit", "test"], "did you mean `dataset_split`"),
     "no such template": (["--chat_template", "./nowhere.jinja"], r"--chat_template ./nowhere\.jinja"),
     "a folder for a prefix": (["--output_dir", "./"], "--output_dir ./: give the beginning of file names"),
+    "an end id beyond the vocabulary": (["--eos_ids", "128009"], r"--eos_ids 128009: no token of \S+, which has \d+"),
     "no such dtype": (["--dtype", "int4"], "`dtype`.*float32"),
 }
 

@@ -299,6 +299,7 @@ def test_both_servers_killed_keeps_what_is_done_and_a_rerun_completes_it(pair, p
     assert pair.start(count=1).returncode == 0
     result = run_program(*command)
     assert result.returncode == 0, result.stderr
+    assert result.stderr.count(f":{pair.ports[1]}/v1: set aside") == 1
     assert_each_prompt_once(output, 300, 4)
 
 
