@@ -170,6 +170,13 @@ def test_another_input_is_refused_by_name(prompts, output, finished):
     assert_complete(output, 301)
 
 
+def test_no_stage_that_ends_by_itself_leaves_its_lock(prompts, output):
+    stop_at(start(prompts, output, "--wait_after", "9"), 9, signal.SIGINT)
+    assert list(output.parent.glob("*.partial")) and not list(output.parent.glob("*.lock"))
+    assert run(prompts, output, "--K", "2")[0] == 2  # unfinished work of another task
+    assert not list(output.parent.glob("*.lock"))
+
+
 def test_an_input_that_is_no_longer_given_is_refused_by_name(prompts, output):
     arguments, inputs = StageArguments(), {"data": prompts, "data2": prompts}
     output.touch()

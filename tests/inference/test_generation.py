@@ -377,6 +377,25 @@ def test_bad_flags_are_named_before_an_engine_starts(policy, tmp_path, flags, me
     refused(policy, write(tmp_path / "prompts.jsonl", ["a"]), tmp_path, message, *flags)
 
 
+@pytest.mark.parametrize("check", [(), ("--check",)], ids=["at work", "check"])
+def test_a_hub_model_that_cannot_be_had_is_one_message_of_the_samplers_and_scorers(tmp_path, check):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "responses": ["b", "c"]}) + "\n")
+    for program, flag in (
+        ("generation/get_hf2.py", ["--model_name_or_path", "some/model"]),
+        ("annotate_data/get_rewards.py", ["--scorer", "bt:some/model"]),
+        ("annotate_data/get_logps.py", ["--models", "policy=some/model"]),
+    ):
+        words = [program, "--dataset_name_or_path", data, "--output_dir", tmp_path / Path(program).stem, *flag, *check]
+        with socket.socket() as nobody:  # bound, so that nothing else answers there, and not listening
+            nobody.bind(("127.0.0.1", 0))
+            hub = {"HF_ENDPOINT": f"http://127.0.0.1:{nobody.getsockname()[1]}", "HF_HUB_CACHE": str(tmp_path / "hub")}
+            done = run([sys.executable, *map(str, words)], env=os.environ | hub | {"HF_HUB_OFFLINE": "0"})
+        assert done.returncode == 2, done.stderr
+        assert "some/model: neither a folder here nor in the hub's cache" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_an_unknown_key_in_the_yaml_file_is_named(policy, tmp_path):
     (tmp_path / "generate.yaml").write_text("temperatur: 0.7\n")
     result = run_program(*program("get_hf2.py", tmp_path / "generate.yaml", model_name_or_path=policy))
