@@ -32,7 +32,7 @@ def program(name: str, *arguments: object, **flags: object) -> list[str]:
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
     """Run a command that is no program of ours, or one that must start as an interpreter of its own."""
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **{"cwd": ROOT, **options})
 
 
 def write(path: Path, prompts: list[object]) -> Path:
@@ -86,7 +86,7 @@ def generate_command(policy: Path, folder: Path, shards: int = 8) -> list[str]:
 
 def test_the_script_runs_every_shard_and_merges_them(policy, tmp_path):
     write(tmp_path / "prompts.jsonl", PROMPTS)
-    result = run(generate_command(policy, tmp_path, shards=2))
+    result = run(generate_command(policy, Path(), shards=2), cwd=tmp_path)  # paths are relative to the caller's folder
     assert result.returncode == 0, result.stderr
     assert [record["n"] for record in read(tmp_path / "gen_data.jsonl")] == list(range(13))
     log = (tmp_path / "gen_data0.log").read_text()
