@@ -3,6 +3,7 @@
 import ast
 import os
 import subprocess
+import symtable
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -16,22 +17,32 @@ from annotate_data.work import Score, Task
 from baton.errors import InputError
 
 WORKER = Path(__file__).with_name("function_worker.py")
+IMPORT_SECONDS = 900  # that a function's file may take to import: it may load a model
 
 
 def check_function(target: str) -> tuple[Path, str]:
-    """`file.py:name` as (file, name). Raises InputError if there is no such file, or no such function in it."""
+    """`file.py:name` as (file, name). Raises InputError if there is no such file, or no such name in it; runs nothing of it."""
     file, _, name = target.rpartition(":")
     if not file or not name.isidentifier():
-        raise InputError(f"--scorer function:{target}: expected function:FILE.py:NAME")
+        raise InputError(f"--scorer function:{target}: expected function:FILE.py:NAME, with NAME a function in the file")
     try:
-        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8")
+        compile(text, file, "exec")
+        table = symtable.symtable(text, file, "exec")
     except OSError as error:
         raise InputError(f"--scorer function:{target}: {file}: {error.strerror}") from None
     except SyntaxError as error:
         raise InputError(f"--scorer function:{target}: {file}:{error.lineno}: {error.msg}") from None
-    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    if name not in defined:
-        raise InputError(f"--scorer function:{target}: {file} defines no function {name}, only: {', '.join(defined) or 'none'}")
+    except ValueError as error:  # not UTF-8, or a zero byte
+        raise InputError(f"--scorer function:{target}: {file}: not Python: {error}") from None
+    # A name may also be assigned (`rule = partial(…)`) or imported.
+    given = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    imports_all = any(isinstance(n, ast.ImportFrom) and n.names[0].name == "*" for n in ast.walk(ast.parse(text)))
+    if name not in given and not imports_all:
+        functions = [child.get_name() for child in table.get_children() if child.get_type() == "function"]
+        raise InputError(
+            f"--scorer function:{target}: {file} defines no function {name}, only: {', '.join(functions) or 'none'}"
+        )
     return Path(file), name
 
 
@@ -50,59 +61,85 @@ def imported_beside(file: Path) -> list[Path]:
     return sorted(found)
 
 
+class Worker:
+    """A process that calls the function; it imports the function's file first."""
+
+    def __init__(self, file: Path, name: str):
+        command = [sys.executable, str(WORKER), str(file), name, str(os.getpid())]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.imported = False
+
+    def wait_for_import(self, file: Path) -> None:
+        """Raise InputError if the file cannot be imported, or not in time; its import has a limit of its own."""
+        if self.imported:
+            return
+        line, expired = answer_within(IMPORT_SECONDS, self.process, b"")
+        if expired:
+            raise InputError(f"{file}: not imported after {IMPORT_SECONDS} s")
+        answer = orjson.loads(line) if line else {"traceback": "it ended its process; see above"}
+        if "traceback" in answer:
+            raise InputError(f"{file}: cannot be imported:\n{answer['traceback']}")
+        self.imported = True
+
+
 class FunctionReward:
     """`name(prompts, responses, records) -> list of numbers`. Call it with tasks: it yields each missing response's score.
 
     The function is called once for each record, with lists of equal length: the prompt (as messages), response and record of
-    each missing response. A call that takes longer than `seconds` is ended with its worker, and its responses have no score.
+    each missing response. A call that takes longer than `seconds` is ended with its worker; its responses have no score, but
+    may have one with more time. Where the function raises an exception, they have none for good.
     """
 
     def __init__(self, target: str, workers: int, seconds: float):
         self.file, self.name = check_function(target)
         self.workers, self.seconds = workers, seconds
-        self.idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
+        self.idle: SimpleQueue[Worker] = SimpleQueue()
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for _ in range(self.workers):
-            self.idle.put(self.start())
+            self.idle.put(Worker(self.file, self.name))
         try:
             for scores in in_parallel(self.score, tasks, self.workers):
                 yield from scores
         finally:
             while not self.idle.empty():
-                stop(self.idle.get())
-
-    def start(self) -> subprocess.Popen:
-        command = [sys.executable, str(WORKER), str(self.file), self.name, str(os.getpid())]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                stop(self.idle.get().process)
 
     def score(self, task: Task) -> list[Score]:
-        """The scores of one record. Raises InputError, naming its id, if the function raises or gives no list of numbers."""
+        """The scores of one record. Raises InputError, naming its id, if the function gives no list of numbers."""
         request = {
             "prompts": [task.prompt] * len(task.missing),
             "responses": [task.responses[index] for index in task.missing],
             "records": [task.record] * len(task.missing),
         }
         worker = self.idle.get()
-        line, expired = answer_within(self.seconds, worker, orjson.dumps(request) + b"\n")
+        try:
+            worker.wait_for_import(self.file)
+        except InputError:
+            self.idle.put(worker)
+            raise
+        line, expired = answer_within(self.seconds, worker.process, orjson.dumps(request) + b"\n")
         if line:
             self.idle.put(worker)
-            return [Score(task, index, reward) for index, reward in zip(task.missing, self.rewards(task, line), strict=True)]
-        stop(worker)
-        self.idle.put(self.start())
+            return self.scores(task, line)
+        stop(worker.process)
+        self.idle.put(Worker(self.file, self.name))
         if not expired:
             raise InputError(f"{self.named(task)} ended its process; see above")
-        return [Score(task, index, None, f"{self.name} took longer than {self.seconds:g} s") for index in task.missing]
+        note = f"{self.name} took longer than {self.seconds:g} s"
+        return [Score(task, index, None, note, again=True) for index in task.missing]
 
-    def rewards(self, task: Task, line: bytes) -> list[float]:
-        """The rewards in a worker's answer. Raises InputError for an error in it, or another number of rewards."""
+    def scores(self, task: Task, line: bytes) -> list[Score]:
+        """The scores in a worker's answer. Raises InputError for another number of rewards."""
         answer = orjson.loads(line)
         if "error" in answer:
-            raise InputError(f"{self.named(task)} raised {answer['error']}")
+            note = f"{self.name} raised {answer['error']}"
+            return [Score(task, index, None, note, detail=answer["traceback"]) for index in task.missing]
         if len(answer["rewards"]) != len(task.missing):
             raise InputError(f"{self.named(task)} gave {len(answer['rewards'])} rewards for {len(task.missing)} responses")
         # NaN and infinities are null in JSON
-        return [float("nan") if reward is None else reward for reward in answer["rewards"]]
+        values = [float("nan") if reward is None else reward for reward in answer["rewards"]]
+        return [Score(task, index, value) for index, value in zip(task.missing, values, strict=True)]
 
     def named(self, task: Task) -> str:
         """The record and the function, for errors."""

@@ -1,5 +1,7 @@
 """A worker process of a scorer function: one JSON line in for each record, one out with its rewards or its error.
 
+The first line out, before any comes in, says whether the file could be imported.
+
 python function_worker.py FILE NAME PARENT_PID
 
 It ends with the process that started it, however that one ends.
@@ -31,16 +33,27 @@ def main() -> None:
         return
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what the function prints is log, not an answer
-    function = load(sys.argv[1], sys.argv[2])
+    try:
+        function = load(sys.argv[1], sys.argv[2])
+    except (Exception, SystemExit) as error:
+        answers.write(failure(error))
+        return
+    answers.write(b"{}\n")
     for line in sys.stdin.buffer:
         request = orjson.loads(line)
         try:
             rewards = function(request["prompts"], request["responses"], request["records"])
-            answer = orjson.dumps({"rewards": [float(reward) for reward in rewards]})
+            answer = orjson.dumps({"rewards": [float(reward) for reward in rewards]}) + b"\n"
         except Exception as error:
-            traceback.print_exc()
-            answer = orjson.dumps({"error": f"{type(error).__name__}: {error}"})
-        answers.write(answer + b"\n")
+            answer = failure(error)
+        answers.write(answer)
+
+
+def failure(error: BaseException) -> bytes:
+    """The answer that says what was raised, and where: the program shows it, once for all workers."""
+    text = "".join(traceback.format_exception(error)).rstrip()
+    answer = {"error": type(error).__name__, "traceback": text.encode(errors="replace").decode()}
+    return orjson.dumps(answer) + b"\n"
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from annotate_data.work import Responses, check_output
+from baton.ahead import will_be_made
 from baton.arguments import StageArguments, option, parse
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.models import loading
 from baton.program import log_what_runs, run
-from baton.sources import check_model_path, template_input
+from baton.sources import check_hub, check_hub_ahead, check_model_path, template_input
 from baton.stage import Stage
 
 
@@ -51,10 +52,19 @@ def main() -> None:
         **{f"model {name}": path for name, path in paths.items()},
         **template_input(arguments.chat_template),
     }
-    stage = Stage.begin("logps", arguments, arguments.output_dir, inputs)
+
+    def read_responses() -> Responses:
+        return Responses(arguments.dataset_name_or_path, arguments.dataset_key)
+
+    check = None if will_be_made(arguments.dataset_name_or_path) else lambda stage: read_responses()
+    stage = Stage.begin("logps", arguments, arguments.output_dir, inputs, check=check)
     if stage is None:
+        for model in paths.values():
+            check_hub_ahead(model, arguments.output_dir)
         return
-    responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key)
+    for model in paths.values():
+        check_hub(model)
+    responses = read_responses()
 
     from annotate_data.annotate import annotate
     from annotate_data.causal_lm import CausalLM

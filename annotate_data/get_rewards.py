@@ -27,12 +27,13 @@ from pydantic import SecretStr
 from annotate_data import scorers
 from annotate_data.plot import draw, plot_path
 from annotate_data.work import Responses, check_output
+from baton.ahead import will_be_made
 from baton.arguments import StageArguments, option, parse
 from baton.errors import FailuresListed, InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.program import rank, run
-from baton.sources import template_input
+from baton.sources import check_hub, check_hub_ahead, template_input
 from baton.stage import Stage
 
 
@@ -46,9 +47,7 @@ class Arguments(StageArguments):
     )
     scorer: list[str] | None = option(None, "scorers, each [NAME=]KIND:TARGET (see above)", changes_result=False)
     weights: list[float] | None = option(None, "weight of each scorer in `rewards` (default: 1 each)")
-    chat_template: Path | None = option(
-        None, "Jinja file, for a reward model that has no chat template", changes_result=False
-    )
+    chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template", changes_result=False)
     max_length: int | None = option(
         None, "tokens of a conversation; longer ones lose their beginning (default: the model's limit)", ge=8
     )
@@ -63,6 +62,12 @@ class Arguments(StageArguments):
         ge=1, changes_result=False,
     )  # fmt: skip
     timeout: float = option(60.0, "seconds that one call of a function or service may take", gt=0, changes_result=False)
+    unanswered: Literal["fail", "drop"] = option(
+        "fail",
+        "responses whose calls timed out or failed. fail: write no output, the same command asks for them again. drop: leave "
+        "their records out",
+        changes_result=False,
+    )
     tries: int = option(5, "tries of a request before giving up", ge=1, changes_result=False)
     judge_model: str | None = option(None, "name of the judge model on its server")
     rubric: Path | None = option(
@@ -86,14 +91,25 @@ def main() -> None:
     for scorer in wanted:
         inputs |= scorers.check(scorer, arguments)
     settings = {"scorers": [scorers.identity(scorer) for scorer in wanted]}
-    stage = Stage.begin("annotate", arguments, arguments.output_dir, inputs, settings)
+
+    def read_responses() -> Responses:
+        responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key, arguments.K)
+        if any(scorer.kind == "pair" for scorer in wanted):
+            responses.require_two()
+        return responses
+
+    check = None if will_be_made(arguments.dataset_name_or_path) else lambda stage: read_responses()
+    stage = Stage.begin("annotate", arguments, arguments.output_dir, inputs, settings, check=check)
+    models = [scorer.target for scorer in wanted if scorer.kind in scorers.KINDS_ON_GPU]
     if stage is None:
-        if arguments.plot and rank() == 0 and not plot_path(arguments.output_dir).exists():
+        for model in models:
+            check_hub_ahead(model, arguments.output_dir)
+        if arguments.plot and not arguments.check and rank() == 0 and not plot_path(arguments.output_dir).exists():
             draw(arguments.output_dir)
         return
-    responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key, arguments.K)
-    if any(scorer.kind == "pair" for scorer in wanted):
-        responses.require_two()
+    for model in models:
+        check_hub(model)
+    responses = read_responses()
 
     def add_rewards(record: Record, scores: dict[str, list[float]]) -> tuple[Record, dict[str, list[float]]]:
         """The record with its rewards, and what to summarise."""
@@ -105,11 +121,11 @@ def main() -> None:
     from annotate_data.annotate import annotate
 
     makers = {scorer.name: scorers.maker(scorer, arguments) for scorer in wanted}
-    drops = annotate(stage, responses, makers, add_rewards)
+    drops = annotate(stage, responses, makers, add_rewards, drop_unanswered=arguments.unanswered == "drop")
     if arguments.plot and rank() == 0:
         draw(arguments.output_dir)
     if drops.counts:
-        raise FailuresListed(f"{drops.counts.total()} records have no rewards ({drops}); the manifest names them")
+        raise FailuresListed(f"{drops.counts.total()} records have no rewards ({drops}); the manifest names {drops.named()}")
 
 
 def weights_of(wanted: list[scorers.Wanted], weights: list[float] | None) -> dict[str, float]:

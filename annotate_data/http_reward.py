@@ -14,6 +14,7 @@ from annotate_data.conversations import with_response
 from annotate_data.parallel import in_parallel
 from annotate_data.work import Score, Task
 from baton.records import Messages
+from baton.servers.addresses import Refused, Transient
 from baton.servers.client import Client
 
 
@@ -43,8 +44,19 @@ class HTTPReward:
                 raise ValueError(f"{len(values)} rewards for {len(task.missing)} responses")
             return values
 
-        values = self.client.ask(body, rewards, f"{task.where}: prompt {task.record['id']}")
+        try:
+            values = self.client.ask(body, rewards, f"{task.where}: prompt {task.record['id']}")
+        except (Refused, Transient) as error:
+            return [without_score(task, index, error) for index in task.missing]
         return [Score(task, index, value) for index, value in zip(task.missing, values, strict=True)]
+
+
+def without_score(task: Task, index: int, error: Refused | Transient) -> Score:
+    """No score of a response: for good where the service refuses it, else for now."""
+    if isinstance(error, Transient):
+        return Score(task, index, None, f"no answer: {error}", again=True)
+    status, _, words = str(error).partition(": ")
+    return Score(task, index, None, f"refused by the service, {status}", detail=words)
 
 
 def as_text(prompt: Messages) -> str:

@@ -11,6 +11,7 @@
 | `judge`    | URL[,URL…] ending in /v1 | 1 to 10, by a judge model behind an OpenAI-compatible API |
 """
 
+import difflib
 import os
 import re
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 from annotate_data.function_reward import check_function, imported_beside
 from annotate_data.work import Scorer
-from baton.arguments import check_known
 from baton.errors import InputError
 from baton.models import loading
 from baton.program import log_what_runs, world_size
@@ -44,10 +44,15 @@ def wanted_scorers(words: list[str]) -> list[Wanted]:
     wanted: list[Wanted] = []
     for word in words:
         match = re.fullmatch(r"(?:(\w+)=)?(\w+):(.+)", word)
-        if not match:
-            raise InputError(f"--scorer {word}: expected [NAME=]KIND:TARGET, with KIND one of {', '.join(KINDS)}")
-        name, kind, target = match.groups()
-        check_known([kind], KINDS)
+        kind = match[2] if match else ""
+        if kind not in KINDS:
+            near = difflib.get_close_matches(kind, KINDS, n=1)
+            unknown = f"no kind `{kind}`{f', did you mean `{near[0]}`?' if near else ''}; " if kind else ""
+            raise InputError(
+                f"--scorer {word}: {unknown}expected [NAME=]KIND:TARGET, with KIND one of {', '.join(KINDS)}; for example "
+                f"bt:MODEL, brief=function:rules.py:brevity, http:http://127.0.0.1:5000/get_reward"
+            )
+        name, _, target = match.groups()
         if (name or kind) in [scorer.name for scorer in wanted]:
             raise InputError(f"--scorer {word}: another one is called {name or kind} already; name it: NAME={word}")
         wanted.append(Wanted(name or kind, kind, target))
@@ -81,7 +86,7 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
     if arguments.judge_model is None:
         raise InputError("--scorer judge needs --judge_model, the name of the model on the server")
     if not (arguments.rubric or DEFAULT_RUBRIC).is_file():
-        raise InputError(f"--rubric {arguments.rubric}: no such file")
+        raise InputError(f"--rubric {arguments.rubric or DEFAULT_RUBRIC}: no such file")
     return {f"{label}: rubric": arguments.rubric or DEFAULT_RUBRIC}
 
 

@@ -33,6 +33,8 @@ class Score(NamedTuple):
     index: int
     value: float | None
     note: str | None = None
+    again: bool = False  # there is none, but another try may give one: a call timed out, a service failed
+    detail: str = ""  # what the log says beside the note, once for each note: a traceback, a server's words
 
 
 class Annotated(NamedTuple):
@@ -90,6 +92,7 @@ class Scores:
         for count in responses.counts:
             self.first.append(self.first[-1] + count)
         self.partial = PartialRecords(output, self.total * len(scorers))
+        self.shown: set[str | None] = set()  # the notes whose detail the log has
 
     def places(self, scorer: str, position: int) -> range:
         """Where the scores of a record's responses under `scorer` stand among all scores."""
@@ -100,6 +103,21 @@ class Scores:
         """How many responses `scorer` had not scored when this was made."""
         base = self.scorers.index(scorer) * self.total
         return sum(place not in self.partial for place in range(base, base + self.total))
+
+    def has_any(self, scorer: str) -> bool:
+        """Whether a response has a score by `scorer` on disk by now, kept by whichever process."""
+        places = range(self.scorers.index(scorer) * self.total, (self.scorers.index(scorer) + 1) * self.total)
+        now = PartialRecords(self.output, self.partial.count)
+        return any(place in places and kept["score"] is not None for place, kept in now.records())
+
+    def unscored(self, scorer: str) -> list[str]:
+        """The ids of the records of which a response had neither a score by `scorer` nor a reason when this was made."""
+        positions = {
+            position
+            for position in range(len(self.responses.counts))
+            if any(place not in self.partial for place in self.places(scorer, position))
+        }
+        return [record["id"] for position, (_, record) in enumerate(self.responses) if position in positions]
 
     def tasks(self, scorer: str) -> Iterator[Task]:
         """Yield this process's share of the records that `scorer` has not finished.

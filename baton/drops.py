@@ -25,7 +25,11 @@ class Drops:
         if self.counts[reason] <= NAMED_DROPS:
             log.warning("dropped %s: %s", name, reason)
         elif self.counts[reason] == NAMED_DROPS + 1:
-            log.warning("more dropped: %s; the manifest names them", reason)
+            log.warning("more dropped: %s; the manifest names up to %d of them", reason, NAMED_DROPS_KEPT)
+
+    def named(self) -> str:
+        """Which of the drops `names` has: «them», or how many of each reason."""
+        return "them" if max(self.counts.values(), default=0) <= NAMED_DROPS_KEPT else f"{NAMED_DROPS_KEPT} of each reason"
 
     def __str__(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.counts.items()) or "none"

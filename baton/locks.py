@@ -1,5 +1,6 @@
 """Locks between processes, on a file: held until released, or until the process that holds it ends, however it ends."""
 
+import atexit
 import fcntl
 import os
 from pathlib import Path
@@ -24,12 +25,14 @@ class Lock:
                 return False
             if self._is_of(file):
                 self.file = file
+                atexit.register(self.release)  # for a program that stops with a message; one that is killed leaves the file
                 return True
             file.close()  # its holder released it, and so removed the file, after it was opened here
 
     def release(self) -> None:
         """Give the lock up, if it is held."""
         if self.file is not None:
+            atexit.unregister(self.release)
             self.path.unlink(missing_ok=True)
             self.file.close()
             self.file = None

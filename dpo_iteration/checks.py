@@ -15,7 +15,7 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         arguments: those of run_dpo.py.
         config: a DPOConfig.
     """
-    check_settings(config, sharding, arguments)
+    check_settings(config, sharding, arguments, evaluates=bool(arguments.eval_dir))
     if "exo_pair" in config.loss_type and not config.label_smoothing:
         raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
     if config.sync_ref_model and arguments.forward == "packed":

@@ -326,12 +326,12 @@ def main() -> None:
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
+    config = checked(stage)
 
     from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from dpo_iteration.checks import check_pairs
 
-    config = checked(stage)
     chosen = Account()
     if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
         data, most = arguments.dataset_name_or_path, arguments.max_training_samples

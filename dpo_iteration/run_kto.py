@@ -178,12 +178,12 @@ def main() -> None:
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
+    config = checked(stage)
 
     from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from dpo_iteration.kto import balance_advice
 
-    config = checked(stage)
     # With the process group there, or another machine would not notice that this fails.
     labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)

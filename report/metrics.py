@@ -22,6 +22,8 @@ from baton.prompts import with_ids
 from baton.records import prompt_of, rewards_of
 
 CONFIDENCE = 0.95
+GOLD, PROXY = "gold", "proxy"
+MANY = 0.01  # of the prompts left out: a share that is worth a warning
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,7 @@ class Evaluated:
     where: str  # file:line
     prompt: str  # the last turn of the conversation
     responses: list[str]
-    proxy: np.ndarray
-    gold: np.ndarray | None
+    scores: dict[str, np.ndarray]  # by who judges: PROXY, and the names in `rewards_by`
     tokens: np.ndarray | None
     words: np.ndarray
     log_ratio: np.ndarray | None  # log policy(response) - log initial(response), nats
@@ -55,12 +56,47 @@ def read_round(path: Path) -> Round:
     return prompts
 
 
-def summarize(rounds: Sequence[Round]) -> list[dict[str, Any]]:
-    """One summary for each round; round 0 is the model that the others are compared with.
+def in_all(rounds: Sequence[Round]) -> tuple[list[Round], dict[str, Any] | None]:
+    """The rounds with those prompts alone that all of them have, in round 0's order, and what was left out, or None.
+
+    What was left out: how many `prompts`, `of` how many, and in how many of them each round has no responses (`missing`, by the
+    round's number). Raises InputError where no prompt is in all rounds.
+    """
+    every = set().union(*rounds)
+    common = [id_ for id_ in rounds[0] if all(id_ in prompts for prompts in rounds)]
+    if not common:
+        names = ", ".join(next(iter(prompts.values())).where.rpartition(":")[0] for prompts in rounds)
+        raise InputError(f"no prompt is in all of {names}: all rounds have to answer the same held-out prompts")
+    if len(common) == len(every):
+        return [{id_: prompts[id_] for id_ in common} for prompts in rounds], None
+    missing = {str(n): len(every) - len(prompts) for n, prompts in enumerate(rounds) if len(prompts) < len(every)}
+    left_out = {"prompts": len(every) - len(common), "of": len(every), "missing": missing}
+    return [{id_: prompts[id_] for id_ in common} for prompts in rounds], left_out
+
+
+def judges_of(rounds: Sequence[Round], trained: frozenset[str] = frozenset()) -> list[str]:
+    """Who judges all rounds: gold first, then the evaluation scorers by name, last the proxy, which was optimised.
+
+    `trained` are the names in `rewards_by` that the proxy is made of. A name whose scores are the proxy's is one of them.
+    """
+    everything = [prompt for prompts in rounds for prompt in prompts.values()]
+    names = [name for name in everything[0].scores if all(name in prompt.scores for prompt in everything)]
+    others = [
+        name
+        for name in names
+        if name not in (GOLD, PROXY, *trained)
+        and not all(np.array_equal(prompt.scores[name], prompt.scores[PROXY]) for prompt in everything)
+    ]
+    return [*([GOLD] if GOLD in names else []), *sorted(others), PROXY]
+
+
+def summarize(rounds: Sequence[Round], trained: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+    """One summary for each round; round 0 is the model that the others are compared with. All hold the same prompts (`in_all`).
 
     gold_mean, proxy_mean   mean score of a response, with `…_ci`
-    win_rate                against round 0, see `win_rates`, with `win_rate_ci`; by `win_rate_by`: gold, or
-                            proxy where a round has no gold scores
+    win_rate                against round 0, see `win_rates`, with `win_rate_ci`; by `win_rate_by`: the first of `judges`
+    judges                  for each of `judges_of`: `mean`, `mean_ci`, `win_rate`, `win_rate_ci`, and whether it is what was
+                            `optimised`
     kl                      KL(policy || initial) in nats per response, from the policy's own samples y at
                             temperature 1: mean of log policy(y) - log initial(y), the unbiased estimator k1
                             of Schulman 2020, «Approximating KL Divergence»; with `kl_ci`. Sampler and scorer
@@ -74,14 +110,12 @@ def summarize(rounds: Sequence[Round]) -> list[dict[str, Any]]:
                             still make a preference pair. It depends on K alone, and is blind to one answer
                             for all prompts
 
-    What the files do not hold is None. Raises InputError where rounds do not hold the same prompts.
+    What the files do not hold is None.
     """
-    for prompts in rounds[1:]:
-        _check_same_prompts(rounds[0], prompts)
     everything = [prompt for prompts in rounds for prompt in prompts.values()]
-    judge = "proxy" if any(prompt.gold is None for prompt in everything) else "gold"
+    judges = judges_of(rounds, trained)
     unit = "words" if any(prompt.tokens is None for prompt in everything) else "tokens"
-    return [{"round": n, **_summarize(prompts, rounds[0], judge, unit)} for n, prompts in enumerate(rounds)]
+    return [{"round": n, **_summarize(prompts, rounds[0], judges, unit)} for n, prompts in enumerate(rounds)]
 
 
 def win_rates(scores: Sequence[np.ndarray], baseline: Sequence[np.ndarray]) -> np.ndarray:
@@ -104,19 +138,19 @@ def mean_and_interval(values: np.ndarray) -> tuple[float, list[float] | None]:
     return mean, [mean - half, mean + half]
 
 
-def _summarize(prompts: Round, initial: Round, judge: str, unit: str) -> dict[str, Any]:
+def _summarize(prompts: Round, initial: Round, judges: Sequence[str], unit: str) -> dict[str, Any]:
     values = list(prompts.values())
-    gold_mean, gold_ci = _over_prompts([prompt.gold for prompt in values])
-    proxy_mean, proxy_ci = _over_prompts([prompt.proxy for prompt in values])
+    gold_mean, gold_ci = _over_prompts([prompt.scores.get(GOLD) for prompt in values])
+    proxy_mean, proxy_ci = _over_prompts([prompt.scores[PROXY] for prompt in values])
     kl, kl_ci = _over_prompts([prompt.log_ratio for prompt in values])
     length_mean, length_ci = _over_prompts([getattr(prompt, unit) for prompt in values])
-    win_rate, win_rate_ci = _against(prompts, initial, judge)
+    by_judge = {judge: _judged(prompts, initial, judge) for judge in judges}
     responses = [response for prompt in values for response in prompt.responses]
     return {
         "gold_mean": gold_mean,
         "proxy_mean": proxy_mean,
-        "win_rate": win_rate,
-        "win_rate_ci": win_rate_ci,
+        "win_rate": by_judge[judges[0]]["win_rate"],
+        "win_rate_ci": by_judge[judges[0]]["win_rate_ci"],
         "length_mean": length_mean,
         "kl": kl,
         "distinct": len(set(responses)) / len(responses),
@@ -125,19 +159,26 @@ def _summarize(prompts: Round, initial: Round, judge: str, unit: str) -> dict[st
         "proxy_mean_ci": proxy_ci,
         "length_mean_ci": length_ci,
         "kl_ci": kl_ci,
-        "win_rate_by": judge,
+        "win_rate_by": judges[0],
+        "judges": by_judge,
         "length_unit": unit,
         "prompts": len(values),
         "responses": len(responses),
     }
 
 
+def _judged(prompts: Round, initial: Round, judge: str) -> dict[str, Any]:
+    mean, mean_ci = _over_prompts([prompt.scores[judge] for prompt in prompts.values()])
+    rate, interval = _against(prompts, initial, judge)
+    return {"mean": mean, "mean_ci": mean_ci, "win_rate": rate, "win_rate_ci": interval, "optimised": judge == PROXY}
+
+
 def _against(prompts: Round, initial: Round, judge: str) -> tuple[float, list[float] | None]:
     """Win rate and interval; of round 0 against itself it is a half by definition."""
     if prompts is initial:
         return 0.5, [0.5, 0.5]
-    ours = [getattr(prompts[id_], judge) for id_ in initial]
-    theirs = [getattr(prompt, judge) for prompt in initial.values()]
+    ours = [prompts[id_].scores[judge] for id_ in initial]
+    theirs = [prompt.scores[judge] for prompt in initial.values()]
     rate, interval = mean_and_interval(win_rates(ours, theirs))
     return rate, interval and [max(0.0, interval[0]), min(1.0, interval[1])]
 
@@ -147,14 +188,6 @@ def _over_prompts(values: Sequence[np.ndarray | None]) -> tuple[float | None, li
     if any(value is None for value in values):
         return None, None
     return mean_and_interval(np.array([np.mean(value) for value in values]))
-
-
-def _check_same_prompts(initial: Round, prompts: Round) -> None:
-    for one, other in ((prompts, initial), (initial, prompts)):
-        for id_, prompt in one.items():
-            if id_ not in other:
-                path = next(iter(other.values())).where.rpartition(":")[0]
-                raise InputError(f"{prompt.where}: the prompt {id_} is not in {path}; all rounds need the same prompts")
 
 
 def _evaluated(record: Record, where: str) -> Evaluated:
@@ -168,13 +201,20 @@ def _evaluated(record: Record, where: str) -> Evaluated:
         where=where,
         prompt=prompt_of(record, where)[-1]["content"],
         responses=responses,
-        proxy=np.array(proxy, dtype=np.float64),
-        gold=_numbers(record, "rewards_by", "gold", where),
+        scores=_scores(record, where) | {PROXY: np.array(proxy, dtype=np.float64)},
         tokens=None if tokens is None else np.array(list(map(len, tokens)), dtype=np.float64),
         words=np.array([len(response.split()) for response in responses], dtype=np.float64),
         log_ratio=None if policy is None or initial is None else policy - initial,
         by_sampler=by_sampler,
     )
+
+
+def _scores(record: Record, where: str) -> dict[str, np.ndarray]:
+    """The scores of `rewards_by`, by name."""
+    names = record.get("rewards_by") or {}
+    if not isinstance(names, dict):
+        raise InputError(f"{where}: `rewards_by` must be an object with one list for each name")
+    return {name: numbers for name in names if (numbers := _numbers(record, "rewards_by", name, where)) is not None}
 
 
 def _numbers(record: Record, field: str, name: str, where: str) -> np.ndarray | None:

@@ -10,9 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from baton.program import harmless
-from report.metrics import Round
+from report.metrics import PROXY, Round
 
 LONGEST = 600  # characters of a prompt or a response that are printed
+
+OPTIMISED = "It is by the reward that was optimised: judge the run by another score (EVAL_SCORERS)."
 
 ROUND_COLUMNS = (  # heading, name in the summary, format
     ("round", "round", "{}"),
@@ -34,7 +36,9 @@ STAGE_COLUMNS = (
 )
 
 
-def print_rounds(console: Console, rounds: Sequence[dict[str, Any]], kl_notes: Sequence[str]) -> None:
+def print_rounds(
+    console: Console, rounds: Sequence[dict[str, Any]], kl_notes: Sequence[str], left_out: dict[str, Any] | None = None
+) -> None:
     """The numbers of each round, and below them what they are."""
     judge, unit, prompts = (rounds[0][name] for name in ("win_rate_by", "length_unit", "prompts"))
     table = _table("Held-out prompts, round by round")
@@ -43,15 +47,47 @@ def print_rounds(console: Console, rounds: Sequence[dict[str, Any]], kl_notes: S
     for summary in rounds:
         table.add_row(*(_cell(form, summary[name]) for _, name, form in ROUND_COLUMNS))
     console.print(table)
+    if len(rounds[0]["judges"]) > 1:
+        _print_judges(console, rounds)
     lines = (
         f"{prompts} prompts that no stage trained on; round 0 is the model that the run started from.",
+        *([left_out_words(left_out)] if left_out else []),
         "gold: mean of the score that the loop never sees. proxy: mean of the reward that it optimises.",
-        f"win rate: against round 0's responses to the same prompt, by {judge}, ties half.",
+        f"win rate: against round 0's responses to the same prompt, by {printable(judge)}, ties half.",
+        *([OPTIMISED] if judge == PROXY else []),
         f"KL: to round 0's model, nats per response. length: {unit} per response.",
         *kl_notes,
         "distinct: share of different texts among all responses; within prompt: among one prompt's samples.",
     )
     console.print(Text("\n".join(lines), style="dim"))
+
+
+def _print_judges(console: Console, rounds: Sequence[dict[str, Any]]) -> None:
+    """The win rate by each who judges, with its interval."""
+    table = _table("Win rate against round 0, by who judges")
+    table.add_column("round", justify="right", no_wrap=True)
+    for name, judge in rounds[0]["judges"].items():
+        heading = f"{printable(name)}\n(the reward that was optimised)" if judge["optimised"] else printable(name)
+        table.add_column(Text(heading), justify="right")
+    for summary in rounds:
+        cells = [_win_rate(judge) for judge in summary["judges"].values()]
+        table.add_row(str(summary["round"]), *cells)
+    console.print(table)
+
+
+def _win_rate(judge: dict[str, Any]) -> Text:
+    interval = _cell(" [{:.3f}, {:.3f}]", judge["win_rate_ci"]) if judge["win_rate_ci"] else Text()
+    return Text(f"{judge['win_rate']:.3f}") + interval
+
+
+def left_out_words(left_out: dict[str, Any]) -> str:
+    """What `metrics.in_all` left out, as a sentence."""
+    missing = ", ".join(f"{count} in round {number}" for number, count in left_out["missing"].items())
+    share = left_out["prompts"] / left_out["of"]
+    return (
+        f"{left_out['prompts']} of {left_out['of']} prompts ({share:.1%}) are left out: not all rounds have responses with "
+        f"rewards to them (missing: {missing})."
+    )
 
 
 def print_stages(console: Console, stages: Sequence[dict[str, Any]]) -> None:

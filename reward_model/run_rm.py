@@ -127,7 +127,7 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
 
     settings = settings | {"max_length": arguments.max_length}
     config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
-    check_settings(config, sharding_of(config))
+    check_settings(config, sharding_of(config), evaluates=True)
     return config
 
 
@@ -156,13 +156,13 @@ def main() -> None:
         return
     check_processes(settings.get("use_cpu"))
     count = count_pairs(arguments)
+    config = checked(stage)
 
     from trl import RewardTrainer
 
     from baton.training.checkpoints import SCRATCH, train
     from baton.training.config import log_training
 
-    config = checked(stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     rows, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config)
     held_out_rows, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config)

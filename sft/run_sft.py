@@ -130,13 +130,13 @@ def main() -> None:
     count = sum(1 for _ in demonstrations(arguments))
     if count == 0:
         raise InputError(f"{arguments.dataset_name_or_path}: holds no demonstrations")
+    config = checked(stage)
 
     from trl import SFTTrainer
 
     from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
-    config = checked(stage)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     rows, drops, counted = rows_of(arguments, count, tokenizer, config)
     warning = template_warning(counted, tokenizer)

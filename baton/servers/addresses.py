@@ -1,12 +1,40 @@
 """Servers that a stage talks to over HTTP: their addresses, and what they say when they refuse."""
 
 import json
+import urllib.request
+from typing import Any
 
 import httpx
 import orjson
 
 from baton.errors import InputError
 from baton.secrets import is_secret
+
+PASSING = (408, 425, 429)  # statuses of a refusal that may pass: too slow, too early, too often
+HERE = ("localhost", "127.0.0.1", "[::1]")
+
+
+class Transient(Exception):
+    """A failure that may pass: a timeout, a broken connection or answer, a 408, 425, 429 or 5xx."""
+
+
+class Refused(Exception):
+    """A request that the server will refuse whenever it is sent: another 4xx. The message has the server's own."""
+
+
+def proxy_settings() -> dict[str, Any]:
+    """What makes an httpx client use the proxies of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, but not for this machine.
+
+    Raises InputError for a proxy that httpx cannot use.
+    """
+    for name, url in urllib.request.getproxies().items():
+        try:
+            usable = name == "no" or httpx.URL(url if "://" in url else f"http://{url}").scheme in ("http", "https")
+        except httpx.InvalidURL:
+            usable = False
+        if not usable:  # the address, which may hold a password, is not shown
+            raise InputError(f"{name.upper()}_PROXY: expected the address of a proxy that begins with http:// or https://")
+    return {"trust_env": True, "mounts": {f"all://{host}": None for host in HERE}}
 
 
 def check_url(url: str, argument: str) -> str:

@@ -7,12 +7,10 @@ from typing import Any
 import httpx
 import tenacity
 
-from baton.errors import InputError
-from baton.servers.addresses import error_text
+from baton.errors import FailuresListed, InputError
+from baton.servers.addresses import PASSING, Refused, Transient, error_text, proxy_settings
 
-
-class Unusable(Exception):
-    """An answer that another try may better: the server is busy, gone, or sent half of it."""
+ALONE = 3  # requests in a row that fail, with no answer to any in between: then the service is away
 
 
 class Client:
@@ -20,41 +18,61 @@ class Client:
 
     def __init__(self, urls: list[str], api_key: str | None, seconds: float, tries: int):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.http = httpx.Client(headers=headers, timeout=httpx.Timeout(seconds, connect=10.0), trust_env=False)
+        self.http = httpx.Client(headers=headers, timeout=httpx.Timeout(seconds, connect=10.0), **proxy_settings())
         self.urls, self.tries = urls, tries
         self.calls = itertools.count()
+        self.answers = self.failed_in_a_row = 0
 
     def ask(self, body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
-        """`read(answer)` of the first usable answer; `read` raises Unusable, KeyError, TypeError or ValueError for another.
+        """`read(answer)` of the first usable answer; `read` raises KeyError, TypeError or ValueError for another.
 
-        Raises InputError, naming `name`, for a request that a server refuses (4xx), and when no try gave an answer.
+        Raises Refused for a request that a server refuses whenever it is sent, Transient when no try gave an answer though
+        others may get one, FailuresListed when the service is away: nobody can be reached, or nobody got an answer for a while.
+        Raises InputError, naming `name` where it is about the request, for a wrong key or address.
         """
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Unusable),
+            retry=tenacity.retry_if_exception_type(Transient),
             stop=tenacity.stop_after_attempt(self.tries),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
             reraise=True,
         )
+        answers_before = self.answers
         try:
-            return retrying(self._once, itertools.count(next(self.calls)), body, read, name)
-        except Unusable as error:
-            raise InputError(
-                f"{name}: {error} ({self.tries} tries); what is scored so far is kept; run the same command again"
-            ) from None
+            answer = retrying(self._once, itertools.count(next(self.calls)), body, read, name)
+        except Refused:
+            self._answered()
+            raise
+        except Transient as error:
+            self.failed_in_a_row += 1
+            unreachable = isinstance(error.__cause__, httpx.ConnectError) and self.answers == answers_before
+            if unreachable or self.failed_in_a_row >= ALONE:
+                raise FailuresListed(f"{error} ({self.tries} tries)") from None
+            raise
+        self._answered()
+        return answer
+
+    def _answered(self) -> None:
+        """Take note of an answer. (Threads may count over each other: all that matters is whether there was one.)"""
+        self.answers += 1
+        self.failed_in_a_row = 0
 
     def _once(self, turns: Iterator[int], body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
         url = self.urls[next(turns) % len(self.urls)]
         try:
             answer = self.http.post(url, json=body)
         except (httpx.TransportError, httpx.DecodingError) as error:
-            raise Unusable(f"{url}: {str(error) or type(error).__name__}") from None
-        if answer.status_code == 429 or answer.status_code >= 500:
-            raise Unusable(f"{url}: status {answer.status_code}: {error_text(answer)}")
-        if answer.status_code in (401, 403):
-            raise InputError(f"{url}: refuses the API key (status {answer.status_code}): give it with --api_key")
-        if answer.status_code >= 300:
-            raise InputError(f"{name}: {url} refuses the request: status {answer.status_code}: {error_text(answer)}")
+            raise Transient(f"{url}: {str(error) or type(error).__name__}") from error
+        status = answer.status_code
+        if status in PASSING or status >= 500:
+            raise Transient(f"{url}: status {status}: {error_text(answer)}")
+        if status in (401, 403):
+            raise InputError(f"{url}: refuses the API key (status {status}): give it with --api_key")
+        if 300 <= status < 400 or status in (404, 405, 407):
+            said = f"status {status}: {error_text(answer)}"
+            raise InputError(f"{name}: {url}: {said}; are the address and the model's name right?")
+        if status >= 400:
+            raise Refused(f"status {status}: {error_text(answer)}")
         try:
             return read(answer.json())
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise Unusable(f"{url}: not the expected answer ({type(error).__name__}: {error}): {answer.text[:200]}") from None
+            raise Transient(f"{url}: not the expected answer ({type(error).__name__}: {error}): {answer.text[:200]}") from None

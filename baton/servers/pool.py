@@ -14,20 +14,12 @@ import orjson
 import tenacity
 
 from baton.errors import FailuresListed, InputError
-from baton.servers.addresses import check_url, error_text
+from baton.servers.addresses import PASSING, Refused, Transient, check_url, error_text, proxy_settings
 
 log = logging.getLogger("baton")
 
 PROBE_SECONDS = (0.2, 30.0)  # the first interval between probes of a dead server, doubled up to the last
 RETRY_SECONDS = (0.2, 30.0)  # the same between attempts at a request, with full jitter
-
-
-class Transient(Exception):
-    """A failure that may pass: a timeout, a broken connection or answer, a 408, 429 or 5xx."""
-
-
-class Refused(Exception):
-    """A request that the server will refuse whenever it is sent: a 4xx. The message is the server's own."""
 
 
 class Server:
@@ -51,7 +43,7 @@ class Servers:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,  # a proxy would take the place of a server on this machine
+            **proxy_settings(),
         )
         self.attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Transient),
@@ -131,7 +123,7 @@ class Servers:
 
     def _checked(self, server: Server, response: httpx.Response) -> dict[str, Any]:
         """The JSON object in an answer. Raises Transient or Refused for what is none."""
-        if response.status_code in (408, 429) or response.status_code >= 500:
+        if response.status_code in PASSING or response.status_code >= 500:
             raise Transient(f"{server.url}: HTTP {response.status_code}: {error_text(response)}")
         if response.status_code in (401, 403):
             raise InputError(

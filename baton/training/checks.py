@@ -16,16 +16,20 @@ from baton.training.sharding import half_dtype
 BF16_SINCE = (8, 0)  # compute capability of the first GPUs (Ampere) that multiply in bf16
 
 
-def check_settings(config: Any, sharding: Sharding, lora: LoraArguments | None = None) -> None:
+def check_settings(config: Any, sharding: Sharding, lora: LoraArguments | None = None, evaluates: bool = False) -> None:
     """Raise InputError for settings of a trainer (TrainingArguments) that cannot train, whatever it trains.
 
     Args:
         lora: of a program that can train an adapter.
+        evaluates: whether there is data to evaluate on.
     """
     check_precision(config, torch.cuda.get_device_capability(config.device) if config.device.type == "cuda" else None)
     check_launcher(config)
     check_amount(config)
     check_checkpoints(config)
+    if not evaluates and (config.do_eval or config.eval_strategy != "no"):
+        name = "eval_strategy" if config.eval_strategy != "no" else "do_eval"
+        raise InputError(f"`{name}`: this program has no data to evaluate on; leave it out")
     if lora is not None:
         check_adapter(lora, config, sharding)
 

@@ -7,6 +7,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -93,6 +94,11 @@ def _in_workers(make: Make, records: Iterator[Where], workers: int) -> Iterator[
             yield running.popleft().result()
         if failure:
             raise failure
+    except BrokenProcessPool:
+        raise InputError(
+            f"one of {workers} tokenising processes was killed, mostly for lack of memory: let this program have fewer cores "
+            "(`taskset --cpu-list 0 …`) or more memory, and run the same command again"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

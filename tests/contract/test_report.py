@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from baton.arguments import StageArguments
+from baton.arguments import StageArguments, option
 from baton.stage import Stage
 from generation.arguments import GenerationArguments
-from report import metrics
+from report import metrics, plot, summarize
 from report.kl import checked, notes
 from report.summarize import evaluated_files
 
@@ -71,8 +71,9 @@ def report(run_dir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def summary(run_dir: Path) -> dict:
-    done = report(run_dir)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:  # in this process, which has imported all that the program needs
+        patch.setattr(sys, "argv", ["summarize.py", "--run_dir", str(run_dir)])
+        summarize.main()
     return orjson.loads((run_dir / "summary.json").read_bytes())
 
 
@@ -115,11 +116,17 @@ def test_a_number_that_one_round_lacks_is_null_in_that_round_alone(tmp_path):
     assert [entry["kl"] for entry in summary(tmp_path)["rounds"]] == [None, 2, 4]
 
 
-def made_by(stage: str, output: Path, arguments: StageArguments, inputs: dict[str, Path], **facts: object) -> Path:
+class Weights(StageArguments):
+    weights: list[float] | None = option(None, "of scorers")
+
+
+def made_by(
+    stage: str, output: Path, arguments: StageArguments, inputs: dict[str, Path], settings: dict | None = None, **facts: object
+) -> Path:
     """`output` with the manifest that a stage writes."""
     content = output.read_bytes()
     output.unlink()
-    begun = Stage.begin(stage, arguments, output, inputs)
+    begun = Stage.begin(stage, arguments, output, inputs, settings)
     output.write_bytes(content)
     begun.finish(records_in=5, records_out=5, **facts)
     return output
@@ -247,6 +254,109 @@ def test_distinctness_sees_one_answer_for_all_prompts_and_within_a_prompt_equal_
     assert (last["distinct"], last["distinct_within"]) == (0.1, 0.5)
 
 
+def test_rounds_are_compared_on_the_prompts_that_all_of_them_have(tmp_path):
+    write_run(tmp_path)
+    write_round(tmp_path, 1, [record(number, 1) for number in (0, 1, 2, 4)])
+    write_round(tmp_path, 2, [record(number, 2) for number in (5, 4, 2, 0, 1)])
+    done = report(tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = orjson.loads((tmp_path / "summary.json").read_bytes())
+    assert [entry["prompts"] for entry in found["rounds"]] == [4, 4, 4]
+    assert found["left_out"] == {"prompts": 2, "of": 6, "missing": {"0": 1, "1": 2, "2": 1}}
+    common = write_run(tmp_path / "common")
+    for number in range(3):
+        write_round(common, number, [record(n, number) for n in (0, 1, 2, 4)])
+    assert found["rounds"] == summary(common)["rounds"]
+    said = "2 of 6 prompts (33.3%) are left out: not all rounds have responses with rewards to them (missing: 1 in round 0"
+    assert said in done.stderr and said in " ".join(done.stdout.split())
+
+
+def test_a_few_prompts_left_out_are_said_without_a_warning(tmp_path):
+    for number in range(2):
+        write_round(tmp_path, number, [record(n, number) for n in range(200 - number)])
+    done = report(tmp_path)
+    assert "left out" in done.stdout and "left out" not in done.stderr
+
+
+def judged(number: int, round_: int) -> Record:
+    """`record`, whose proxy is the sum of two scorers, and which two others judge."""
+    made = record(number, round_)
+    proxy, gold = made["rewards"], made["rewards_by"]["gold"]
+    by = {"help": [score / 2 for score in proxy], "brief": [score / 2 for score in proxy]}
+    return made | {"rewards_by": {**by, "strict": [-score for score in proxy], "gold": gold, "kind": [1.0, 1.0]}}
+
+
+def test_each_evaluation_scorer_has_its_win_rate_gold_first_and_the_optimised_reward_last(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("")
+    for number in range(2):
+        path = write_round(tmp_path, number, [judged(n, number) for n in range(5)])
+        arguments = Weights(weights=[1.0, 0.5, 0.0, 0.0])
+        scorers = {"scorers": ["help=bt", "brief=function:brief", "strict=judge", "kind=judge"]}
+        made_by("annotate", path, arguments, {"dataset": tmp_path / "prompts.jsonl"}, settings=scorers)
+    done = report(tmp_path)
+    last = orjson.loads((tmp_path / "summary.json").read_bytes())["rounds"][1]
+    assert {name: (judge["win_rate"], judge["optimised"]) for name, judge in last["judges"].items()} == {
+        "gold": (0.875, False), "kind": (0.5, False), "strict": (0.0, False), "proxy": (1.0, True),
+    }  # fmt: skip
+    assert list(last["judges"]) == ["gold", "kind", "strict", "proxy"]
+    assert (last["win_rate_by"], last["win_rate"]) == ("gold", 0.875)
+    assert last["judges"]["strict"]["mean"] == -last["proxy_mean"]
+    assert "the reward that was optimised" in " ".join(done.stdout.replace("│", " ").split())
+
+
+def test_without_gold_an_evaluation_scorer_comes_first_and_what_equals_the_proxy_is_no_judge(tmp_path):
+    def change(each: Record) -> Record:
+        return each | {"rewards_by": {"bt": each["rewards"], "strict": [-score for score in each["rewards"]]}}
+
+    done = summary(write_run(tmp_path / "strict", change=change))["rounds"][-1]
+    assert (list(done["judges"]), done["win_rate_by"], done["win_rate"]) == (["strict", "proxy"], "strict", 0)
+    write_run(tmp_path / "proxy", change=without("rewards_by"))
+    assert "by the reward that was optimised" in " ".join(report(tmp_path / "proxy").stdout.split())
+
+
+def logged(run_dir: Path, number: int, *lines: dict, end: str = "") -> None:
+    path = run_dir / f"round{number}/metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines) + end.encode())
+
+
+STEP = {"step": 5, "epoch": 0.5, "loss": 0.6, "learning_rate": 1e-6, "rewards/margins": None, "rewards/accuracies": 0.7}
+
+
+def test_a_run_without_held_out_prompts_has_its_trainings_drawn(tmp_path):
+    more = STEP | {"step": 10, "loss": 0.5}
+    logged(tmp_path, 1, STEP, more, {"step": 10, "eval_loss": 0.7}, {"step": 10, "train_runtime": 3.0}, end='{"step": 15, "lo')
+    logged(tmp_path, 10, STEP)
+    found = summary(tmp_path)
+    account = [{"round": 1, "step": 10, "lines": 2, "loss": 0.5}, {"round": 10, "step": 5, "lines": 1, "loss": 0.6}]
+    assert (found["training"], found["rounds"]) == (account, [])
+    picture = tmp_path / "training.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and not (tmp_path / "progress.png").exists()
+    stamp = picture.stat().st_mtime_ns
+    summary(tmp_path)
+    assert picture.stat().st_mtime_ns == stamp
+    logged(tmp_path, 2, {"loss": 0.1})
+    assert "round2/metrics.jsonl:1: expected an object with a `step`" in report(tmp_path).stderr
+
+
+def test_intervals_and_figures_lie_within_the_picture(tmp_path):
+    def drawn(rounds: list[dict]) -> dict[str, tuple[float, float]]:
+        figures = []
+        patch = pytest.MonkeyPatch()
+        patch.setattr(plot, "save", lambda figure, path: figures.append(figure))
+        plot.draw(rounds, "a run", tmp_path / "unused.png")
+        patch.undo()
+        return {axis.get_title(loc="left"): axis.get_ylim() for axis in figures[0].axes}
+
+    values = summary(write_run(tmp_path))["rounds"]
+    for low, high in ((-3.0, 0.5), (-1e-3, 1e-3), (2.0, 90.0)):
+        for entry in values:
+            entry |= {"kl": (low + high) / 2, "kl_ci": [low, high], "length_mean_ci": [1.0, high + 200]}
+        limits = drawn(values)
+        for name, bottom, top in (("KL to round 0's model", low, high), ("Length", 1.0, high + 200)):
+            assert limits[name][0] < bottom and top < limits[name][1]
+
+
 def test_the_picture_is_a_png_drawn_again_only_when_a_number_changes(tmp_path):
     summary(write_run(tmp_path))
     picture = tmp_path / "progress.png"
@@ -344,16 +454,10 @@ def remove_round(number: int) -> Callable[[Path], None]:
         (remove_round(1), "round1/evaluated.jsonl", "evaluate round 1"),
         (lambda d: write_round(d, 1, []), "round1/evaluated.jsonl", "holds no records"),
         (
-            lambda d: write_round(d, 1, [record(n, 1) for n in range(4)]),
-            "round0/evaluated.jsonl:5",
-            "all rounds",
+            lambda d: write_round(d, 1, [record(n, 1) for n in range(5, 9)]),
+            "round1/evaluated.jsonl",
+            "no prompt is in all of",
         ),
-        (
-            lambda d: write_round(d, 1, [record(n, 1) for n in range(6)]),
-            "round1/evaluated.jsonl:6",
-            "all rounds",
-        ),
-        (replace_line(id="other"), "round1/evaluated.jsonl:2", "the prompt other is not in"),
         (replace_line(id=f"{0:016x}"), "round1/evaluated.jsonl:2", "was already on"),
         (replace_line(rewards=[1.0]), "round1/evaluated.jsonl:2", "1 `rewards` for 2 `responses`"),
         (replace_line(rewards=None), "round1/evaluated.jsonl:2", "`rewards` must be"),

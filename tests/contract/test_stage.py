@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from baton.arguments import StageArguments
+from baton.arguments import StageArguments, option
 from baton.errors import InputError
 from baton.stage import Stage
 
@@ -170,6 +170,13 @@ def test_another_input_is_refused_by_name(prompts, output, finished):
     assert_complete(output, 301)
 
 
+def test_no_stage_that_ends_by_itself_leaves_its_lock(prompts, output):
+    stop_at(start(prompts, output, "--wait_after", "9"), 9, signal.SIGINT)
+    assert list(output.parent.glob("*.partial")) and not list(output.parent.glob("*.lock"))
+    assert run(prompts, output, "--K", "2")[0] == 2  # unfinished work of another task
+    assert not list(output.parent.glob("*.lock"))
+
+
 def test_an_input_that_is_no_longer_given_is_refused_by_name(prompts, output):
     arguments, inputs = StageArguments(), {"data": prompts, "data2": prompts}
     output.touch()
@@ -178,6 +185,32 @@ def test_an_input_that_is_no_longer_given_is_refused_by_name(prompts, output):
     assert Stage.begin("mix", arguments, output, inputs) is None
     with pytest.raises(InputError, match=rf"data2 \({prompts}, now none\)"):
         Stage.begin("mix", arguments, output, {"data": prompts})
+
+
+class Learning(StageArguments):
+    rate: float = option(0.1, "learning rate")
+    steps: int = option(1, "steps")
+
+
+@pytest.mark.parametrize("kept", [None, "rows/data.arrow", "checkpoint-2/model", "reference-logps-1-4096.partial"])
+def test_a_run_that_failed_before_it_kept_anything_does_not_block_the_corrected_one(tmp_path, prompts, kept):
+    output, wrong = tmp_path / "policy", Learning(rate=1.0, steps=0)
+    Stage.begin("dpo", wrong, output, {"data": prompts}, {"beta": 0.1}).lock.release()
+    if kept:
+        (tmp_path / "policy.partial" / kept).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "policy.partial" / kept).write_text("x")
+    prompts.write_text('{"prompt": "another"}\n')
+
+    def corrected():
+        return Stage.begin("dpo", Learning(), output, {"data": prompts}, {"beta": 0.2})
+
+    if kept is None or kept.startswith("rows"):
+        assert corrected() is not None and not (tmp_path / "policy.partial/rows").exists()
+        return
+    with pytest.raises(InputError) as refused:
+        corrected()
+    every = ("rate (1.0, now 0.1)", "steps (0, now 1)", "beta (0.1, now 0.2)", "data: the content of")
+    assert all(name in str(refused.value) for name in every)
 
 
 def test_unfinished_work_is_not_continued_with_other_arguments(prompts, output):

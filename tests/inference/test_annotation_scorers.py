@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from annotate_data.judge import parse_score
+from annotate_data.work import Responses
 from tests.inference.annotation_task import (
     GOOD,
     ROOT,
@@ -30,7 +31,7 @@ from tests.inference.annotation_task import (
     run,
     write,
 )
-from tests.programs import start
+from tests.programs import run_program, start
 
 REWARDS = "get_rewards.py"
 
@@ -170,26 +171,117 @@ def test_a_service_that_fails_at_first_is_asked_again(tmp_path):
     assert seen[0]["prompts"] == ["Hello", "Hello"]
 
 
-def test_a_service_that_stays_away_keeps_what_is_scored(tmp_path):
-    source, out = write(tmp_path / "in.jsonl", generated(8)), tmp_path / "o.jsonl"
+@pytest.mark.parametrize("ending", [(500, b"broken"), None], ids=["broken", "gone"])
+def test_a_service_that_stays_away_ends_the_program_and_only_what_is_missing_is_asked_for_again(tmp_path, ending):
+    source, out = write(tmp_path / "in.jsonl", generated(12)), tmp_path / "o.jsonl"
     values = {"dataset_name_or_path": source, "output_dir": out, "workers": 1, "tries": 1}
-    with misbehaving(lambda number, body: lengths(body) if number <= 5 else (500, b"broken")) as (url, _):
-        log = run(REWARDS, code=2, scorer=f"http:{url}", **values)
-    assert "status 500: broken" in log
-    assert not out.exists()
+    with misbehaving(lambda number, body: lengths(body) if number <= 4 else ending) as (url, seen):
+        log = run(REWARDS, code=3, scorer=f"http:{url}", **values)
+        assert len(seen) <= 8, "after three failures in a row it is away"
+        ids = [record["id"] for _, record in Responses(str(source))]
+        for said in ("24 of 36 scores are missing", f"of 8 records: {', '.join(ids[4:])}", "status 500" if ending else url):
+            assert said in log
+        assert not out.exists() and "up to date" not in run(REWARDS, code=3, scorer=f"http:{url}", **values)
+        # What a user accepts are answers that do not come, not a service that is away.
+        assert "24 of 36" in run(REWARDS, code=3, scorer=f"http:{url}", unanswered="drop", **values)
     with misbehaving(lambda number, body: lengths(body)) as (url, seen):
         run(REWARDS, scorer=f"http:{url}", **values)
-    assert len(seen) == 3
-    assert len(read(out)) == 8
+    assert len(seen) == 8
+    assert len(read(out)) == 12
+    assert not list(tmp_path.glob("*.partial*"))
 
 
-def test_a_refused_request_names_the_prompt(tmp_path):
-    source = write(tmp_path / "in.jsonl", [{**GOOD, "id": "the-id"}])
-    with misbehaving(lambda number, body: (400, b"no such thing")) as (url, seen):
-        log = run(REWARDS, code=2, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", scorer=f"http:{url}")
-    assert len(seen) == 1
-    assert "prompt the-id" in log
-    assert "no such thing" in log
+def test_where_nobody_can_be_reached_the_first_request_ends_the_program(tmp_path):
+    source = write(tmp_path / "in.jsonl", generated(4))
+    scorer = f"judge:http://127.0.0.1:{free_port()}/v1"
+    values = {"dataset_name_or_path": source, "output_dir": tmp_path / "o.jsonl", "judge_model": "judge", "workers": 1}
+    log = run(REWARDS, code=3, scorer=scorer, tries=2, **values)
+    assert "12 of 12 scores are missing" in log and "1 × judge: " in log and "Connection refused (2 tries)" in log
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def silent_on_slow(number, body):
+    if "slow" in body["query"][0]:
+        return 503, b"took too long"
+    return (422, b"too long") if "refused" in body["query"][0] else lengths(body)
+
+
+def test_a_text_that_a_service_does_not_answer_keeps_no_other_from_its_score_and_is_asked_for_again(tmp_path):
+    names = ("one", "slow", "two", "refused", "three")
+    source = write(tmp_path / "in.jsonl", [{**GOOD, "prompt": name, "id": name} for name in names])
+    values = {"dataset_name_or_path": source, "output_dir": tmp_path / "o.jsonl", "workers": 1, "tries": 2}
+    with misbehaving(silent_on_slow) as (url, seen):
+        log = run(REWARDS, code=3, scorer=f"http:{url}", **values)
+        assert "2 of 10 scores are missing" in log and "http: of 1 records: slow" in log and "status 503: took too long" in log
+        assert not (tmp_path / "o.jsonl").exists()
+        seen.clear()
+        log = run(REWARDS, code=3, scorer=f"http:{url}", unanswered="drop", **values)
+        assert [body["query"][0] for body in seen] == ["slowa"] * 2
+    assert [record["id"] for record in read(tmp_path / "o.jsonl")] == ["one", "two", "three"]
+    manifest = json.loads((tmp_path / "o.jsonl.manifest.json").read_text())
+    refused, slow = sorted(manifest["counts"]["dropped"], reverse=True)
+    assert refused == "refused by the service, status 422" and slow.startswith("no answer: http://127.0.0.1:")
+
+
+def test_a_service_that_refuses_everything_is_a_mistake_and_leaves_no_output(tmp_path):
+    source = write(tmp_path / "in.jsonl", [{**GOOD, "id": "the-id"}, GOOD])
+    for status, message in ((400, "no such thing"), (404, "are the address and the model's name right?")):
+        with misbehaving(lambda number, body, status=status: (status, b"no such thing")) as (url, _):
+            values = {"dataset_name_or_path": source, "output_dir": tmp_path / "o.jsonl", "scorer": f"http:{url}"}
+            log = run(REWARDS, code=2, workers=1, **values)
+        assert "prompt the-id" in log
+        assert message in log
+        assert not (tmp_path / "o.jsonl").exists() and not (tmp_path / "o.jsonl.partial").exists()
+
+
+class Proxy(ThreadingHTTPServer):
+    """An HTTP proxy that answers for everybody, and remembers for whom."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.asked = []
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(self.path)
+        status, content = lengths(body)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        """Nothing is logged."""
+
+
+def test_services_outside_are_asked_through_the_proxy_and_those_here_never(tmp_path):
+    proxy = Proxy()
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    source = write(tmp_path / "in.jsonl", [GOOD])
+    variables = environment() | dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), f"http://127.0.0.1:{proxy.server_port}")
+    variables |= {"NO_PROXY": "spared.invalid"}
+
+    def ask(url, code, **changes):
+        values = {"dataset_name_or_path": source, "output_dir": tmp_path / f"{len(proxy.asked)}.jsonl", "tries": 1}
+        words = command(REWARDS, scorer=f"http:{url}", overwrite="true", **values)[1:]
+        done = run_program(*words, env=variables | changes)
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
+    with misbehaving(lambda number, body: lengths(body)) as (url, seen):
+        ask(url, 0)
+        ask(url.replace("127.0.0.1", "localhost"), 0)
+    assert (len(seen), proxy.asked) == (2, [])
+    ask("http://judge.invalid/get_reward", 0)
+    assert proxy.asked == ["http://judge.invalid/get_reward"]
+    ask("http://spared.invalid/get_reward", 3)
+    assert len(proxy.asked) == 1
+    log = ask("http://judge.invalid/get_reward", 2, HTTP_PROXY="socks5://me:hunter2@127.0.0.1:9")
+    assert "HTTP_PROXY: expected the address of a proxy" in log and "hunter2" not in log
+    proxy.shutdown()
+    proxy.server_close()
 
 
 def chat(text):
@@ -270,7 +362,7 @@ def test_another_function_of_a_file_or_a_changed_module_beside_it_is_another_tas
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("raise ValueError('nothing to say')", "prompt the-id: .*raised ValueError: nothing to say"),
+        ("raise ValueError('nothing to say')", "prompt the-id: rule raised ValueError"),
         ("return [1.0]", "prompt the-id: .*gave 1 rewards for 2 responses"),
         ("return [1.0, math.nan]", "response 2 of prompt the-id: function gave nan"),
         ("os._exit(1)", "prompt the-id: .*ended its process"),
@@ -281,15 +373,53 @@ def test_a_function_that_fails_names_the_prompt(tmp_path, body, message):
     scorer = function_file(tmp_path, body)
     log = run(REWARDS, code=2, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", scorer=scorer, workers=1)
     assert re.search(message, log), log
+    assert log.count("nothing to say") == 2 * ("nothing to say" in body)  # its line and its message, once each
+    assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_a_function_that_takes_too_long_loses_its_record_alone(tmp_path):
-    records = [{**GOOD, "id": "quick"}, {**GOOD, "id": "slow"}, {**GOOD, "id": "quick too"}]
+def test_a_record_at_which_a_function_raises_is_dropped_and_the_traceback_shown_once(tmp_path):
+    records = [{**GOOD, "id": f"{i}"} for i in range(6)]
     source, out = write(tmp_path / "in.jsonl", records), tmp_path / "o.jsonl"
-    scorer = function_file(tmp_path, "return time.sleep(600) if records[0]['id'] == 'slow' else [1, 2]")
-    log = run(REWARDS, code=3, dataset_name_or_path=source, output_dir=out, scorer=scorer, timeout=2, workers=1)
+    scorer = function_file(tmp_path, "return [1 / (int(records[0]['id']) % 2), 2]")
+    log = run(REWARDS, code=3, dataset_name_or_path=source, output_dir=out, scorer=scorer, workers=2)
+    assert [record["id"] for record in read(out)] == ["1", "3", "5"]
+    assert log.count("Traceback") == 1 and log.count("dropped") >= 3 and "rule raised ZeroDivisionError" in log
+
+
+def test_a_file_that_cannot_be_imported_says_why_once(tmp_path):
+    scorer = function_file(tmp_path, "return [1, 2]")
+    (tmp_path / "rules.py").write_text("import no_such_module\n" + (tmp_path / "rules.py").read_text())
+    values = {"dataset_name_or_path": write(tmp_path / "in.jsonl", generated(9)), "output_dir": tmp_path / "o.jsonl"}
+    log = run(REWARDS, code=2, scorer=scorer, workers=3, **values)
+    assert log.count("Traceback") == 1 and log.count("No module named 'no_such_module'") == 1 and "rules.py" in log
+
+
+def test_a_slow_import_is_no_slow_call(tmp_path):
+    scorer = function_file(tmp_path, "return [1, 2]")
+    (tmp_path / "rules.py").write_text("import time; time.sleep(1.5)\n" + (tmp_path / "rules.py").read_text())
+    values = {"dataset_name_or_path": write(tmp_path / "in.jsonl", [GOOD]), "output_dir": tmp_path / "o.jsonl"}
+    run(REWARDS, scorer=scorer, workers=1, timeout=1, **values)
+    assert rewards_in(tmp_path / "o.jsonl") == [1, 2]
+
+
+def test_a_function_that_takes_too_long_is_asked_for_its_record_alone_again(tmp_path):
+    records = [{**GOOD, "id": "quick"}, {**GOOD, "id": "slow"}, {**GOOD, "id": "quick too"}]
+    source, out, calls = write(tmp_path / "in.jsonl", records), tmp_path / "o.jsonl", tmp_path / "calls"
+    body = (
+        f"open({str(calls)!r}, 'a').write(records[0]['id'] + '\\n')\n"
+        "    return time.sleep(600) if records[0]['id'] == 'slow' else [1, 2]"
+    )
+    values = {"dataset_name_or_path": source, "output_dir": out, "scorer": function_file(tmp_path, body)}
+    log = run(REWARDS, code=3, timeout=1, workers=1, **values)
+    assert not out.exists()
+    for said in ("2 of 6 scores are missing", "of 1 records: slow", "2 × function: rule took longer than 1 s"):
+        assert said in log
+    calls.unlink()
+    log = run(REWARDS, code=3, timeout=1, workers=1, unanswered="drop", **values)
+    assert calls.read_text() == "slow\n"
     assert [record["id"] for record in read(out)] == ["quick", "quick too"]
     assert "dropped slow" in log
+    assert "up to date" in run(REWARDS, timeout=1, **values)
 
 
 def test_a_function_may_stand_beside_a_dataclass_with_annotations_as_text(tmp_path):
@@ -395,8 +525,11 @@ def test_bad_scorers_are_refused_before_anything_runs(models, tmp_path):
     rules = tmp_path / "rules.py"
     rules.write_text("def rule(prompts, responses, records):\n    return [0] * len(prompts)\n")
     rule = f"function:{rules}:rule"
+    broken = tmp_path / "broken.py"
+    broken.write_text("def rule(prompts, responses, records): pass\nreturn 1\n")
     for changes, message in [
-        ({"scorer": "somewhere"}, "expected [NAME=]KIND:TARGET"),
+        ({"scorer": "somewhere"}, "expected [NAME=]KIND:TARGET, with KIND one of bt, vllm, pair, custom, function, http"),
+        ({"scorer": f"fn:{rules}:rule"}, "no kind `fn`; expected [NAME=]KIND:TARGET, with KIND one of bt, vllm"),
         ({"scorer": f"btt:{models / 'rm'}"}, "did you mean `bt`?"),
         ({"scorer": [rule, rule]}, "another one is called function already"),
         ({"scorer": rule, "weights": [1, 2]}, "2 weights for 1 scorers"),
@@ -404,10 +537,19 @@ def test_bad_scorers_are_refused_before_anything_runs(models, tmp_path):
         ({"scorer": f"function:{rules}:rules"}, "defines no function rules, only: rule"),
         ({"scorer": "http:localhost:5000"}, "begins with http://"),
         ({"scorer": "judge:http://localhost:5000/v1"}, "--judge_model"),
-        ({"scorer": f"http:http://127.0.0.1:{free_port()}", "tries": 1}, "Connection refused"),
+        ({"scorer": "judge:http://localhost:5000/v1", "judge_model": "j", "rubric": "absent.txt"}, "absent.txt: no such file"),
+        ({"scorer": f"bt:{models / 'lm'}"}, "not a Bradley-Terry reward model"),
+        ({"scorer": rule, "K": 3}, "2 `responses`, but --K 3"),
+        ({"scorer": f"function:{broken}:rule"}, "broken.py:2: 'return' outside function"),
     ]:
-        log = run(REWARDS, code=2, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", **changes)
+        log = run(REWARDS, code=2, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", check="true", **changes)
         assert message in log
+        assert [path.name for path in tmp_path.glob("o.jsonl*")] == []
+    (tmp_path / "more.py").write_text("from rules import rule\nraised = 1 / 0\nother = rule\n")
+    for name in ("rule", "other"):  # and nothing of the file is run
+        scorer = f"function:{tmp_path}/more.py:{name}"
+        log = run(REWARDS, dataset_name_or_path=source, output_dir=tmp_path / "o.jsonl", scorer=scorer, check="true")
+        assert "o.jsonl: starting" in log and not list(tmp_path.glob("o.jsonl*"))
     single = write(tmp_path / "single.jsonl", [{**GOOD, "responses": ["a"]}])
     pair = f"pair:{models / 'lm'}"
     log = run(REWARDS, code=2, dataset_name_or_path=single, output_dir=tmp_path / "o.jsonl", scorer=pair)

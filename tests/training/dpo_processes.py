@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node N dpo_processes.py {ddp,fully_shard,agreement} FOLDER
 
-FOLDER holds `model/`, `tokenizer/` and `rows.json`. `ddp` trains and process 0 writes the losses to
-`losses-N.json`; `fully_shard` ends with an error where a sharded gradient differs from the unsharded one; `agreement`
-checks a sharded model's packing, then again with an attention that is wrong in process 1 alone, and writes each process's
-exit code to `code-RANK`.
+FOLDER holds `model/`, `tokenizer/` and `rows.json`. `ddp` trains, and process 0 writes the losses to `losses-N.json` and what
+its evaluations say to `evaluated-N.json`; `fully_shard` ends with an error where a sharded gradient differs from the unsharded
+one; `agreement` checks a sharded model's packing, then again with an attention that is wrong in process 1 alone, and writes
+each process's exit code to `code-RANK`.
 """
 
 import copy
@@ -40,6 +40,9 @@ def ddp(folder: Path, model, rows: list[dict]) -> None:
     config = DPOConfig(
         output_dir=str(folder / f"out-{processes}"),
         per_device_train_batch_size=PAIRS_PER_STEP // processes,
+        per_device_eval_batch_size=PAIRS_PER_STEP // processes,
+        eval_strategy="steps",
+        eval_steps=3,
         max_steps=4,
         learning_rate=1e-3,
         logging_steps=1,
@@ -55,6 +58,7 @@ def ddp(folder: Path, model, rows: list[dict]) -> None:
         model,
         args=config,
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[: 2 * PAIRS_PER_STEP]),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
     )
     trainer.train()
@@ -62,6 +66,9 @@ def ddp(folder: Path, model, rows: list[dict]) -> None:
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (folder / f"losses-{processes}.json").write_text(json.dumps(losses))
+        names = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+        evaluated = [[entry["step"], *map(entry.get, names)] for entry in trainer.state.log_history if "eval_loss" in entry]
+        (folder / f"evaluated-{processes}.json").write_text(json.dumps(evaluated))
 
 
 def sharded(model, rows: list[dict]) -> None:

@@ -369,12 +369,15 @@ def run_folder(tokenizer, tmp_path):
     return tmp_path
 
 
-def test_two_processes_train_as_one(run_folder):
+def test_two_processes_train_and_evaluate_as_one(run_folder):
     for count in (1, 2):
         run_processes("ddp", count, run_folder)
     one, two = (json.loads((run_folder / f"losses-{count}.json").read_text()) for count in (1, 2))
     assert len(one) == 4
     assert two == pytest.approx(one, rel=1e-4)
+    one, two = (json.loads((run_folder / f"evaluated-{count}.json").read_text()) for count in (1, 2))
+    assert [line[0] for line in one] == [3, 4]  # at `eval_steps`, and at the end
+    assert two == pytest.approx(np.array(one), rel=1e-3, abs=1e-5)
 
 
 def test_sharded_gradients_are_those_of_the_whole_model(run_folder):

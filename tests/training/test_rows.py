@@ -18,12 +18,15 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.models.templates import (
     FOREIGN,
+    OTHER_TEMPLATE,
     SAMPLED,
     decodes_to,
     load_tokenizer,
     prompt_token_ids,
     response_pieces,
     response_token_ids,
+    template_hash,
+    template_warning,
 )
 from baton.pairs import PairSettings
 from baton.preferences import preference_of
@@ -113,6 +116,38 @@ def test_pairs_read_back_are_the_pairs_that_were_written(tmp_path):
     assert counted["in"] == 4 and counted["pairs of earlier rounds"] == 2
     kept, drops, counted = read_back(path, min_margin=1.0)
     assert kept == pairs[:1] and drops.counts == {"margin below min_margin": 1} and counted["in"] == 2
+
+
+@pytest.mark.parametrize("rewards", [{}, {"margin": 0.5}, {"chosen_reward": 2.0, "rejected_reward": 1.5}])
+def test_a_pair_without_rewards_has_no_margin(tokenizer, tmp_path, rewards, caplog):
+    preference = {"prompt": "Hello", "chosen": "Good.", "rejected": "Bad.", **rewards}
+    (pair,), *_ = read_back(write_jsonl(tmp_path / "offline.jsonl", [preference]))
+    (row,), *_ = rows_of(pair, tokenizer, tmp_path)
+    assert row["margin"] == (0.5 if rewards else None)
+    assert ("margin" in shown(row, tokenizer)) == bool(rewards)
+
+
+@pytest.mark.parametrize(
+    ("hashed", "ids", "counts"), [("own", True, 0), ("other", True, 1), ("other", False, 1), (None, True, 0)]
+)
+def test_records_of_another_chat_template_are_counted(tokenizer, tmp_path, hashed, ids, counts):
+    known = {"own": template_hash(tokenizer), "other": "0" * 16, None: None}[hashed]
+    sampled = {f"{side}_token_ids": letters(tokenizer, side) for side in ("chosen", "rejected")} if ids else {}
+    pair = {"chosen": "chosen", "rejected": "rejected", **sampled, "chat_template_hash": known}
+    *_, counted = rows_of(pair, tokenizer, tmp_path)
+    assert counted[f"{OTHER_TEMPLATE} {'0' * 16}"] == counts
+    assert bool(template_warning(counted, tokenizer)) == bool(counts)
+    conversation = [*PROMPT, {"role": "assistant", "content": "ab"}]
+    demonstration = Demonstration("here", conversation, letters(tokenizer, "ab"), "stop", known)
+    counted = Counter()
+    list(rows_of_demonstrations(tokenizer, 256, [demonstration], Drops(), counted))
+    assert counted[f"{OTHER_TEMPLATE} {'0' * 16}"] == (hashed == "other")
+
+
+def test_a_model_with_another_tokenizer_had_another_chat_template(tokenizer, tmp_path):
+    foreign = {"chosen_token_ids": [10**6], "rejected_token_ids": [10**6], "chat_template_hash": "0" * 16}
+    *_, counted = rows_of({"chosen": "chosen", "rejected": "rejected", **foreign}, tokenizer, tmp_path)
+    assert template_warning(counted, tokenizer) is None and counted[FOREIGN] == 2
 
 
 def test_one_file_may_hold_annotated_responses_and_preferences(tmp_path):

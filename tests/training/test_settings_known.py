@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import os
+import re
 import subprocess
 import sys
 
@@ -39,10 +41,12 @@ def parse(program, *flags):
     [
         ("dpo_iteration/run_kto.py", ["--choose_type", "max_min"],
          "`choose_type` is a setting of dpo_iteration/run_dpo.py, and run_kto.py does nothing with it"),
-        ("dpo_iteration/run_dpo.py", ["--desirable_weight", "1"], "`desirable_weight` is a setting of dpo_iteration/run_kto.py"),
+        ("dpo_iteration/run_dpo.py", ["--desirable_weight", "1"],
+         "`desirable_weight` is a setting of dpo_iteration/run_kto.py"),
         ("sft/run_sft.py", ["--beta", "0.1"], "`beta` is a setting of dpo_iteration/run_dpo.py and dpo_iteration/run_kto.py"),
         ("reward_model/run_rm.py", ["--max_samples", "5"], "`max_samples` is a setting of sft/run_sft.py"),
-        ("dpo_iteration/run_kto.py", ["--desirable_wieght", "1"], "unknown setting `desirable_wieght`: did you mean `desirable_w"),
+        ("dpo_iteration/run_kto.py", ["--desirable_wieght", "1"],
+         "unknown setting `desirable_wieght`: did you mean `desirable_weight`"),
     ],
 )  # fmt: skip
 def test_a_setting_of_another_program_names_that_program(program, flags, message):
@@ -51,15 +55,15 @@ def test_a_setting_of_another_program_names_that_program(program, flags, message
 
 
 def test_an_unknown_setting_is_refused_before_torch_or_trl_is_imported():
-    words = ["dpo_iteration/run_dpo.py", "configs/training.yaml", "--lerning_rate", "1"]
-    done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    words = [sys.executable, "-X", "importtime", "dpo_iteration/run_dpo.py", "configs/training.yaml", "--lerning_rate", "1"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown setting `lerning_rate`: did you mean `learning_rate`?" in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "yaml" in imported and not imported & {"torch", "trl", "transformers"}
 
 
 def test_what_a_library_says_of_a_missing_file_is_one_line_and_what_the_system_says_stays():
-    with pytest.raises(InputError, match="^here: cannot be loaded: no weights$"), sources.loading("here", "here"):
+    with pytest.raises(InputError, match=r"^here: cannot be loaded: no weights$"), sources.loading("here", "here"):
         raise OSError("no weights\nand much more")
     with pytest.raises(OSError, match="full") as error, sources.loading("here"):
         raise OSError(28, "full")
@@ -78,7 +82,8 @@ def nobody(monkeypatch, tmp_path):
 
 
 def test_wandb_without_a_login_is_refused_with_the_command_that_is_there(nobody):
-    with pytest.raises(InputError, match=f"{sys.prefix}/bin/wandb login, or WANDB_API_KEY=…; or WANDB_MODE=offline"):
+    said = f"{sys.prefix}/bin/wandb login, or WANDB_API_KEY=…; or WANDB_MODE=offline"
+    with pytest.raises(InputError, match=re.escape(said)):
         reports.check_outside({"report_to": "wandb"}, [], ahead=True)
     reports.check_outside({"report_to": "tensorboard"}, [], ahead=True)
     reports.check_outside({}, [], ahead=True)

@@ -1,6 +1,7 @@
 """Rows made by several worker processes are those of one; nothing waits for them with a timeout, nothing outlives them."""
 
 import copy
+import logging
 import os
 import signal
 import subprocess
@@ -16,11 +17,12 @@ from transformers import TrainingArguments
 
 from baton.drops import Drops
 from baton.errors import InputError
-from baton.models.templates import load_tokenizer
+from baton.models.templates import load_tokenizer, prompt_token_ids
 from baton.training import tokenising
 from baton.training.rows import rows_on_disk
 from dpo_iteration.rows import rows_of_pairs
 from tests.programs import ROOT, read_jsonl
+from tests.training.killed_worker import killed
 
 CHUNK, FEW = 7, 10
 
@@ -104,7 +106,7 @@ import itertools, sys
 from collections import Counter
 from functools import partial
 from baton.drops import Drops
-from baton.models.templates import load_tokenizer
+from baton.models.templates import load_tokenizer, prompt_token_ids
 from baton.training import tokenising
 from baton.training.rows import rows_on_disk
 from dpo_iteration.rows import rows_of_pairs
@@ -167,3 +169,23 @@ def test_processes_wait_for_rows_longer_than_a_collective_would(tmp_path):
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "3 rows\n" * 2
+
+
+def test_a_worker_that_is_killed_is_one_message(task, cores):
+    cores(2)
+    with pytest.raises(InputError, match="one of 2 tokenising processes was killed, mostly for lack of memory"):
+        list(tokenising.tokenised(killed, pairs_of(task, 30), Drops(), Counter()))
+
+
+def test_a_text_longer_than_the_tokenizer_says_is_no_warning(tokenizer, caplog):
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 4
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(caplog.handler)
+    try:
+        prompt_token_ids(short, [{"role": "user", "content": "It opens at sea."}], "here")
+        assert not caplog.messages
+        short("It opens at sea, and it ends there.")
+        assert caplog.messages
+    finally:
+        logger.removeHandler(caplog.handler)

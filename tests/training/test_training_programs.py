@@ -165,6 +165,10 @@ def test_dpo_killed_and_started_again_ends_with_the_same_weights(task, annotated
     expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert expected.keys() == got.keys() and all((expected[name] == got[name]).all() for name in expected)
 
+    expected, got = (read_jsonl(tmp_path / f"{name}.metrics.jsonl") for name in ("whole", "killed"))
+    assert [line["step"] for line in got] == [*range(1, 9), 8]  # that of the end too
+    assert [line.get("loss") for line in got] == [line.get("loss") for line in expected]
+
 
 def test_dpo_mixes_files_and_the_pairs_of_earlier_rounds_and_shows_what_it_trains_on(task, annotated, tmp_path):
     rounds = [tmp_path / f"round{number}" / "pairs.jsonl" for number in (1, 2)]
@@ -255,6 +259,9 @@ def test_every_trainer_refuses_a_training_of_no_steps_before_it_loads_a_model(ta
     done = run_program(program, *words, "--output_dir", tmp_path / "model", "--max_steps", 0, *SMALL)
     assert done.returncode == 2, done.stderr
     assert "`max_steps`: 0 would train by epochs" in done.stderr and "runs on:" not in done.stderr
+    if program != "reward_model/run_rm.py":  # which holds pairs out
+        done = run_program(program, *words, "--output_dir", tmp_path / "model", "--eval_strategy", "steps", *SMALL)
+        assert done.returncode == 2 and "`eval_strategy`: this program has no data to evaluate on" in done.stderr
 
 
 def test_yaml_file_with_an_unknown_key_names_the_nearest(task, annotated, tmp_path):

@@ -44,7 +44,6 @@ def arguments_of(**settings):
         ({}, {"num_train_epochs": 0}, {}, "`num_train_epochs` must be above 0"),
         ({}, {"per_device_train_batch_size": 0}, {}, "`per_device_train_batch_size` must be 1 or more"),
         ({}, {"save_only_model": True}, {}, "`save_only_model` leaves the optimizer out"),
-        ({}, {"eval_strategy": "steps", "eval_steps": 5}, {}, "`eval_strategy`: run_dpo.py has no held-out pairs"),
         ({}, {"sync_ref_model": True}, {}, "`sync_ref_model` changes the reference"),
         ({"use_peft": True, "forward": "trl"}, {"sync_ref_model": True}, {}, "`sync_ref_model` does not go with `use_peft`"),
         ({"use_peft": True, "lora_dropout": 0.1}, {}, {}, "`lora_dropout` does nothing with `disable_dropout`"),
