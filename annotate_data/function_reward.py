@@ -15,6 +15,7 @@ import orjson
 from annotate_data.parallel import in_parallel
 from annotate_data.work import Score, Task
 from baton.errors import InputError
+from baton.program import harmless
 
 WORKER = Path(__file__).with_name("function_worker.py")
 IMPORT_SECONDS = 900  # that a function's file may take to import: it may load a model
@@ -78,7 +79,7 @@ class Worker:
             raise InputError(f"{file}: not imported after {IMPORT_SECONDS} s")
         answer = orjson.loads(line) if line else {"traceback": "it ended its process; see above"}
         if "traceback" in answer:
-            raise InputError(f"{file}: cannot be imported:\n{answer['traceback']}")
+            raise InputError(f"{file}: cannot be imported:\n{shown(answer['traceback'])}")
         self.imported = True
 
 
@@ -134,7 +135,7 @@ class FunctionReward:
         answer = orjson.loads(line)
         if "error" in answer:
             note = f"{self.name} raised {answer['error']}"
-            return [Score(task, index, None, note, detail=answer["traceback"]) for index in task.missing]
+            return [Score(task, index, None, note, detail=shown(answer["traceback"])) for index in task.missing]
         if len(answer["rewards"]) != len(task.missing):
             raise InputError(f"{self.named(task)} gave {len(answer['rewards'])} rewards for {len(task.missing)} responses")
         # NaN and infinities are null in JSON
@@ -144,6 +145,11 @@ class FunctionReward:
     def named(self, task: Task) -> str:
         """The record and the function, for errors."""
         return f"{task.where}: prompt {task.record['id']}: {self.file}:{self.name}"
+
+
+def shown(text: str) -> str:
+    """A traceback as harmless characters: its message may quote what a model said."""
+    return "\n".join(map(harmless, text.splitlines()))
 
 
 def answer_within(seconds: float, worker: subprocess.Popen, request: bytes) -> tuple[bytes, bool]:

@@ -154,10 +154,16 @@ def end_with_launcher() -> None:
     if PARENT not in os.environ:
         return
     die_with_parent()
+    if not _runs(int(os.environ[PARENT])):  # it died before
+        raise KeyboardInterrupt
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; False too where it is dead and its parent has not collected it yet."""
     try:
-        os.kill(int(os.environ[PARENT]), 0)
-    except ProcessLookupError:  # it died before
-        raise KeyboardInterrupt from None
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # the name may hold spaces
+    except OSError:
+        return False
 
 
 def _tell_launcher(code: int, message: str) -> None:

@@ -73,23 +73,36 @@ class Shard(Stage):
 
 
 def begin(
-    name: str, arguments: StageArguments, prefix: Path, index: int, count: int, inputs: dict[str, str | Path]
+    name: str,
+    arguments: StageArguments,
+    prefix: Path,
+    index: int,
+    count: int,
+    inputs: dict[str, str | Path],
+    check: Callable[[], object] = lambda: None,
 ) -> Shard | None:
     """Start or resume a shard, or return None (and say so) where it is finished, in this or another number of shards.
+
+    `check` is called where there is work to do, also for `--check`, and raises InputError.
 
     Raises InputError where the shards at `prefix` are of another task, or where another program works on this shard or on
     another number of them. `<shard>.refused` then holds the message, so that merging does not take an old shard for this one.
     """
     shard = Shard(prefix, index, count, task_of(name, arguments, {}))
     if arguments.check:
-        look_ahead(shard.output, inputs, arguments.overwrite, lambda: _plan(shard, arguments.overwrite, inputs)[0])
+        planned = look_ahead(shard.output, inputs, arguments.overwrite, lambda: _plan(shard, arguments.overwrite, inputs)[0])
+        if not planned.startswith(UP_TO_DATE):
+            check()
         return None
     shard.output.parent.mkdir(parents=True, exist_ok=True)
     with noting_refusal(prefix, index):
         planned = _plan_and_lock(shard, arguments.overwrite, inputs)
     refused_path(shard.output).unlink(missing_ok=True)
     log.info("%s: %s", shard.output, planned)
-    return None if planned.startswith(UP_TO_DATE) else shard
+    if planned.startswith(UP_TO_DATE):
+        return None
+    check()
+    return shard
 
 
 def _plan(shard: Shard, overwrite: bool, inputs: dict[str, str | Path]) -> tuple[str, dict[str, Any] | None, list[str]]:
@@ -128,7 +141,7 @@ def _plan_and_lock(shard: Shard, overwrite: bool, inputs: dict[str, str | Path])
             return planned
         _refuse_others_at_work(shard, any_number=bool(other))
         if not shard.lock.take():
-            raise AtWork(f"{shard.output}: another process is working on it; wait for it or stop it")
+            raise AtWork(f"{shard.output}: another process is working on it{shard.lock.holder()}; wait for it or stop it")
         if begun is None or other:
             remove_partial(shard.prefix)
             goes_on = not overwrite and bool(same)
@@ -183,8 +196,8 @@ def _refuse_others_at_work(shard: Shard, any_number: bool) -> None:
         lock = Lock(_lock_path(shard.prefix, index, count))
         if not lock.take():
             raise AtWork(
-                f"{shard.output}: another process is working on shard {index} of {count}; wait for it or stop it, and then run "
-                "this command again"
+                f"{shard.output}: another process is working on shard {index} of {count}{lock.holder()}; wait for it or stop "
+                "it, and then run this command again"
             )
         lock.release()
 

@@ -84,7 +84,7 @@ class Stage:
         if program.rank() == 0 and planned != UP_TO_DATE:
             output.parent.mkdir(parents=True, exist_ok=True)
             if not stage.lock.take():
-                raise InputError(f"{output}: another process is working on it; wait for it or stop it")
+                raise InputError(f"{output}: another process is working on it{stage.lock.holder()}; wait for it or stop it")
             planned = plan()  # another process may have finished the work before the lock was ours
         log.info("%s: %s", output, planned)
         if program.rank() == 0:

@@ -18,6 +18,7 @@ from baton import program, shards
 from baton.arguments import option, parse
 from baton.drops import Drops
 from baton.errors import InputError
+from baton.launch import gpus
 from baton.launch.words import new_parser, parse_known
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords, shard_range
@@ -53,7 +54,8 @@ def main() -> None:
     if arguments.check:
         check_first_prompts(arguments)
     prefix, shard = Path(arguments.output_dir), (arguments.local_index, arguments.my_world_size)
-    stage = shards.begin("generate", arguments, prefix, *shard, inputs)
+    check_device = gpus.check_vllm if arguments.backend == "vllm" else lambda: None
+    stage = shards.begin("generate", arguments, prefix, *shard, inputs, check_device)
     if stage is None:
         check_hub_ahead(arguments.model_name_or_path, shards.shard_path(prefix, arguments.local_index))
         return

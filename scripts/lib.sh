@@ -22,19 +22,29 @@ has_env() {
   [[ -x $BATON_ENVS/$1/bin/python && ! -e $BATON_ENVS/.$1.unfinished ]]
 }
 
+# Prints cpu or cuda: what environment $1 is made for, or is being made for. Prints nothing where there is none.
+env_device() {
+  local word=""
+  read -r word 2>/dev/null <"$BATON_ENVS/.$1.unfinished" || true
+  [[ -n $word ]] || { read -r && read -r word _; } 2>/dev/null <"$BATON_ENVS/$1/baton.stamp" || true
+  [[ ! $word =~ ^(cpu|cuda)$ ]] || echo "$word"
+}
+
 # Runs a command in an environment without activating it: in_env inference|training COMMAND [ARGUMENT ...]
+# Where the environment is missing it returns 2: to exit would close the terminal of a user who has sourced this file.
 in_env() {
   local name=$1 prefix=VIRTUAL_ENV
   shift
-  [[ $name =~ ^(inference|training)$ ]] || die "no environment '$name'; there are inference and training"
+  [[ $name =~ ^(inference|training)$ ]] || (die "no environment '$name'; there are inference and training") || return
   has_env "$name" ||
-    die "the $name environment is missing in $BATON_ENVS: run bash scripts/setup_envs.sh"
+    (die "the $name environment is missing in $BATON_ENVS: run bash scripts/setup_envs.sh") || return
   [[ ! -d $BATON_ENVS/$name/conda-meta ]] || prefix=CONDA_PREFIX
-  env -u PYTHONHOME -u VIRTUAL_ENV -u CONDA_PREFIX "$prefix=$BATON_ENVS/$name" \
+  env -u PYTHONHOME -u VIRTUAL_ENV -u CONDA_PREFIX "$prefix=$BATON_ENVS/$name" PYTHONNOUSERSITE=1 \
     PATH="$BATON_ENVS/$name/bin:$PATH" PYTHONPATH="$BATON_ROOT${PYTHONPATH:+:$PYTHONPATH}" "$@"
 }
 
-# Prints the GPUs that may be used, on one line: those in CUDA_VISIBLE_DEVICES where it is set, else all of the machine.
+# Prints the GPUs that may be used, on one line: those in CUDA_VISIBLE_DEVICES where it is set, else all of the machine; none
+# where the environments are made for the CPU.
 gpu_ids() {
   in_env inference python -m baton.launch gpus
 }

@@ -12,11 +12,13 @@ Makes DIR/inference and DIR/training from the pins in configs/envs/. A second ca
 
   --manager  what makes an environment: conda, or Python's venv, which needs python3.11
              (default: what made the environment that is there; else conda where it is installed, else venv)
-  --device   cpu or cuda: which lock to install (default: cuda where nvidia-smi answers, else cpu)
+  --device   cpu or cuda: which lock to install (default: what the environments that are there were made for; else cuda where
+             nvidia-smi answers, else cpu)
   --prefix   the folder of both environments (default: \$BATON_ENVS if set, else .envs in the project)
   --help     this text
 
-With another --prefix than the default, export BATON_ENVS=DIR so that the other scripts find the environments.
+With another --prefix than the default, export BATON_ENVS=DIR so that the other scripts find the environments. An environment
+that a running process of this machine uses is not changed: exit code 2.
 EOF
 }
 
@@ -33,15 +35,26 @@ while (($#)); do
   esac
   shift 2
 done
-if [[ -z $device ]]; then
-  device=cpu
-  if nvidia-smi >/dev/null 2>&1; then device=cuda; fi
-fi
-[[ $device == cpu || $device == cuda ]] || die "--device is cpu or cuda, not '$device'"
+[[ $device =~ ^(cpu|cuda)?$ ]] || die "--device is cpu or cuda, not '$device'"
 [[ $manager =~ ^(conda|venv)?$ ]] || die "--manager is conda or venv, not '$manager'"
 [[ $manager != conda ]] || command -v conda >/dev/null || die "--manager conda: no conda on PATH"
 mkdir -p "$BATON_ENVS" || die "--prefix: cannot make the folder $BATON_ENVS"
 BATON_ENVS="$(cd "$BATON_ENVS" && pwd)"
+export PYTHONNOUSERSITE=1   # pip of a conda environment would else see, and remove, the user's own packages in ~/.local
+
+# What the environments were made for stays: the login node of a cluster has no GPU, and they are in use on other machines.
+if [[ -z $device ]]; then
+  present=cpu
+  if nvidia-smi >/dev/null 2>&1; then present=cuda; fi
+  device=$(env_device inference)
+  device=${device:-$(env_device training)}
+  if [[ -n $device && $device != "$present" ]]; then
+    reason="nvidia-smi answers here"
+    [[ $present == cuda ]] || reason="no nvidia-smi answers here"
+    say "$BATON_ENVS stays for $device, though $reason; --device $present makes it anew, another --prefix keeps both"
+  fi
+  device=${device:-$present}
+fi
 
 # Prints the pins of environment $1, one name==version a line, in the lock's order.
 pins() {
@@ -137,31 +150,41 @@ verify() {
   "$BATON_ENVS/$1/bin/python" -c "import $modules"
 }
 
-# Lets `import baton` work in environment $1: Python reads the project's path from a .pth file there.
+# Lets programs of any clone import their own `baton` in environment $1, which clones may share: Python reads baton.pth.
 link_project() {
   local site
   for site in "$BATON_ENVS/$1"/lib/python3.*/site-packages; do
-    [[ "$(cat "$site/baton.pth" 2>/dev/null)" == "$BATON_ROOT" ]] || echo "$BATON_ROOT" >"$site/baton.pth"
+    cmp -s "$BATON_ROOT/configs/envs/baton.pth" "$site/baton.pth" || cp "$BATON_ROOT/configs/envs/baton.pth" "$site/baton.pth"
   done
+}
+
+# Prints the ids of the processes of this machine that run in environment $1: what they started as, or have loaded, is there.
+users_of() {
+  # The pattern is not among grep's words, which it would find.
+  grep -lsaF -f <(echo "$BATON_ENVS/$1/") /proc/[0-9]*/cmdline /proc/[0-9]*/maps | cut -d / -f 3 | sort -nu || true
 }
 
 # Makes environment $1 or brings it up to date.
 make_env() {
-  local dir=$BATON_ENVS/$1 unfinished=$BATON_ENVS/.$1.unfinished made_as
+  local dir=$BATON_ENVS/$1 unfinished=$BATON_ENVS/.$1.unfinished made_as in_use
   # Whoever installs holds this lock, and so does its pip after a kill: two never write to one environment.
-  exec 9>"$BATON_ENVS/.$1.lock"
+  exec 9>>"$BATON_ENVS/.$1.lock"
   flock 9
+  echo "process $BASHPID on $(uname -n), since $(date '+%Y-%m-%d %H:%M:%S')" >"$BATON_ENVS/.$1.lock"
   up_to_date "$1" && return
   if [[ -e $dir && ! -e $dir/baton.stamp && ! -e $unfinished ]]; then
     die "$dir exists and was not made here: move it away, or choose another --prefix"
   fi
+  in_use=$(users_of "$1" | paste -sd ' ')
+  [[ -z $in_use ]] ||
+    die "$dir would be changed, but processes run in it ($in_use): wait for them or stop them, or choose another --prefix"
   made_as="$(head -n 1 "$dir/baton.stamp" 2>/dev/null || true)"
   if [[ -e $unfinished || $made_as != "$(stamp "$1" | head -n 1)" ]]; then
-    touch "$unfinished"
+    echo "$device" >"$unfinished"
     rm -rf "$dir"
     create "$1"
   fi
-  touch "$unfinished"
+  echo "$device" >"$unfinished"
   install_pins "$1"
   verify "$1"
   link_project "$1"
@@ -184,7 +207,10 @@ for name in inference training; do
     continue
   fi
   log=$BATON_ENVS/$name.log
-  flock --nonblock "$BATON_ENVS/.$name.lock" true || say "$name: waiting for an installation under way"
+  lock=$BATON_ENVS/.$name.lock code=0
+  answer=$(flock --nonblock "$lock" true 2>&1) || code=$?
+  ((code < 2)) || die "$lock: no lock can be had there ($answer): choose a --prefix on a file system that has locks"
+  ((code == 0)) || say "$name: waiting for an installation under way ($(head -n 1 "$lock"))"
   say "$name: $(pins "$name" | wc -l) packages for $device with $(manager_of "$name"); log: $log"
   make_env "$name" >"$log" 2>&1 &
   installation[$name]=$!
@@ -194,10 +220,10 @@ for name in "${!installation[@]}"; do
   if wait "${installation[$name]}"; then
     say "$name: ready"
   else
-    failed=1
+    failed=$?
     say "$name: failed; the end of $BATON_ENVS/$name.log:"
     tail -n 20 "$BATON_ENVS/$name.log" >&2
   fi
 done
-((failed == 0)) || exit 1
+((failed == 0)) || exit "$failed"
 say "both environments are up to date in $BATON_ENVS ($device), $SECONDS s"

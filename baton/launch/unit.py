@@ -83,6 +83,7 @@ def variables(unit: Unit) -> dict[str, str]:
     values["CONDA_PREFIX" if (folder / "conda-meta").is_dir() else "VIRTUAL_ENV"] = str(folder)
     values["PATH"] = os.pathsep.join([str(folder / "bin"), *path])
     values["PYTHONPATH"] = os.pathsep.join([str(ROOT), *python_path])
+    values["PYTHONNOUSERSITE"] = "1"  # a conda environment would read the user's own packages in ~/.local
     values[PROCESSES] = str(unit.processes)
     if unit.processes > 1 and not unit.gpus:
         values["ACCELERATE_USE_CPU"] = "true"
@@ -102,7 +103,21 @@ def environment_folder(name: str) -> Path:
     """The folder of an environment. Raises InputError if it is not installed, or half installed."""
     if name not in ENVIRONMENTS:
         raise InputError(f"no environment '{name}'; there are {' and '.join(ENVIRONMENTS)}")
-    folder = Path(os.environ.get("BATON_ENVS") or ROOT / ".envs").absolute()
+    folder = _environments()
     if not os.access(folder / name / "bin/python", os.X_OK) or (folder / f".{name}.unfinished").exists():
         raise InputError(f"the {name} environment is missing in {folder}: run bash scripts/setup_envs.sh")
     return folder / name
+
+
+def made_for(name: str) -> str | None:
+    """`cpu` or `cuda`: what an environment is made for, as scripts/setup_envs.sh notes in it; None where there is no note."""
+    try:
+        _, second = (_environments() / name / "baton.stamp").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return None
+    return second.split(" ")[0]
+
+
+def _environments() -> Path:
+    """The folder of all environments."""
+    return Path(os.environ.get("BATON_ENVS") or ROOT / ".envs").absolute()

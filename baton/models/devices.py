@@ -17,24 +17,21 @@ LONGEST_WAIT = timedelta(hours=2)
 
 
 def choose_device(wanted: Device) -> "torch.device":
-    """This process's device. Raises InputError if there is no GPU, or none of its own for each process.
+    """This process's device. Raises InputError if a GPU is wanted and there is none.
 
-    On CPU the cores are divided among the processes of this machine: launchers tend to give each a single thread.
+    That each process has a GPU of its own is for baton/launch/check.py to check. On CPU the cores are divided among the
+    processes of this machine: launchers tend to give each a single thread.
     """
     import torch
 
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     on_cpu = wanted == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     if not on_cpu and torch.cuda.is_available():
-        if processes > torch.cuda.device_count():
-            raise InputError(
-                f"{processes} processes on this machine, but {torch.cuda.device_count()} GPUs: start one process per GPU"
-            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
     if wanted == "cuda":
         raise InputError("--device cuda: PyTorch finds no GPU on this machine")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     return torch.device("cpu")
 

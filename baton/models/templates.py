@@ -278,5 +278,5 @@ def _text(tokenizer: Any, messages: Messages, where: str, **options: Any) -> str
 
 
 def _encode(tokenizer: Any, text: Any) -> Any:
-    """The token ids of a text, or of each of several. Those who cut or drop what is too long count it, and no warning says it."""
+    """The token ids of a text, or of each of several. Those who cut or drop what is too long count it; no warning says it."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

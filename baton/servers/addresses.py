@@ -8,6 +8,7 @@ import httpx
 import orjson
 
 from baton.errors import InputError
+from baton.program import harmless
 from baton.secrets import is_secret
 
 PASSING = (408, 425, 429)  # statuses of a refusal that may pass: too slow, too early, too often
@@ -53,13 +54,13 @@ def check_url(url: str, argument: str) -> str:
 
 
 def error_text(response: httpx.Response) -> str:
-    """What a server says about an error, in OpenAI's shape or as text, at most 500 characters."""
+    """What a server says about an error, in OpenAI's shape or as text, at most 500 characters, harmless on a terminal."""
     try:
         content = orjson.loads(response.content)
     except json.JSONDecodeError:
-        return response.text[:200].strip() or response.reason_phrase
+        return harmless(response.text[:200].strip() or response.reason_phrase)
     if isinstance(content, dict):
         content = content.get("error", content)
     if isinstance(content, dict):
         content = content.get("message") or content.get("detail") or content
-    return str(content)[:500]
+    return harmless(str(content)[:500])

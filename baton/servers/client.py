@@ -8,6 +8,7 @@ import httpx
 import tenacity
 
 from baton.errors import FailuresListed, InputError
+from baton.program import harmless
 from baton.servers.addresses import PASSING, Refused, Transient, error_text, proxy_settings
 
 ALONE = 3  # requests in a row that fail, with no answer to any in between: then the service is away
@@ -75,4 +76,5 @@ class Client:
         try:
             return read(answer.json())
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise Transient(f"{url}: not the expected answer ({type(error).__name__}: {error}): {answer.text[:200]}") from None
+            text = harmless(answer.text[:200])
+            raise Transient(f"{url}: not the expected answer ({type(error).__name__}: {error}): {text}") from None

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.environments import made_for
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 LOCKS = sorted((ROOT / "configs/envs").glob("*.txt"))
@@ -238,8 +240,9 @@ def test_the_commands_exit_code_and_arguments_pass_through_in_env():
         ("NoDevFiles", []),
     ],
 )
-def test_scripts_use_the_gpus_that_cuda_visible_devices_names(visible, ids):
-    result = run("bash", "-c", "source scripts/lib.sh; gpu_ids", CUDA_VISIBLE_DEVICES=visible)
+def test_scripts_use_the_gpus_that_cuda_visible_devices_names(tmp_path, visible, ids):
+    environments = str(made_for("cuda", tmp_path))
+    result = run("bash", "-c", "source scripts/lib.sh; gpu_ids", CUDA_VISIBLE_DEVICES=visible, BATON_ENVS=environments)
     assert result.stdout.split() == ids and result.returncode == 0
 
 

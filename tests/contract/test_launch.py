@@ -15,15 +15,18 @@ import pytest
 from baton import launch
 from baton.errors import InputError, UnitFailed
 from baton.launch import Unit, processes
+from tests.environments import made_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def environments(monkeypatch):
-    """The environments are those that the tests run in; the launcher is the default one."""
-    monkeypatch.setenv("BATON_ENVS", str(Path(sys.prefix).parent))
+def environments(monkeypatch, tmp_path_factory):
+    """The environments are those that the tests run in, as if made for GPUs; the launcher is the default one."""
+    folder = made_for("cuda", tmp_path_factory.mktemp("envs"))
+    monkeypatch.setenv("BATON_ENVS", str(folder))
     monkeypatch.delenv("LAUNCHER", raising=False)
+    return folder
 
 
 def program(folder: Path, text: str) -> str:
@@ -172,6 +175,19 @@ def test_kill_9_of_a_script_ends_the_stage_that_it_runs(tmp_path):
     wait_until_ended(pid)
 
 
+def test_a_stage_that_starts_when_its_script_is_dead_does_not_run(tmp_path):
+    """Also where nobody has collected the script yet, as under a shell or a container's first process that is busy."""
+    ran = tmp_path / "ran"
+    script = subprocess.Popen(["sleep", "600"])
+    script.kill()
+    os.waitid(os.P_PID, script.pid, os.WEXITED | os.WNOWAIT)  # dead, and left uncollected
+    try:
+        done = run(*on_training("unit", program(tmp_path, f"open({str(ran)!r}, 'w')")), BATON_PARENT=str(script.pid))
+    finally:
+        script.wait()
+    assert done.returncode == 130 and not ran.exists()
+
+
 def test_an_interrupted_launcher_ends_its_units_first_and_exits_with_130(tmp_path):
     pids = tmp_path / "pids"
     path = program(
@@ -285,14 +301,17 @@ def test_a_launcher_that_is_not_available_is_refused(tmp_path, launcher):
     assert f"LAUNCHER={launcher}: not available; set it to local" in done.stderr
 
 
-def test_a_program_runs_in_the_environment_of_its_unit(tmp_path):
-    path = program(tmp_path, "import os, sys, baton; print(sys.prefix, os.environ['VIRTUAL_ENV'], os.environ['PATH'])")
-    log, envs = tmp_path / "log", Path(sys.prefix).parent
+def test_a_program_runs_in_the_environment_of_its_unit(tmp_path, environments):
+    text = """
+        import os, sys, baton
+        print(sys.prefix, os.environ["VIRTUAL_ENV"], sys.flags.no_user_site, os.environ["PATH"])
+    """
+    path, log, envs = program(tmp_path, text), tmp_path / "log", environments
     path_before = os.pathsep.join([str(envs / "training/bin"), os.environ["PATH"]])
     done = run("run", "--name", "unit", "--environment", "inference", "--log", log, path, PATH=path_before)
     assert done.returncode == 0, done.stderr
-    prefix, active, search = log.read_text().split(maxsplit=2)
-    assert prefix == active == str(envs / "inference")
+    prefix, active, no_user_site, search = log.read_text().split(maxsplit=3)
+    assert prefix == active == str(envs / "inference") and no_user_site == "1"
     assert search.startswith(f"{envs / 'inference/bin'}{os.pathsep}") and str(envs / "training/bin") not in search
 
 

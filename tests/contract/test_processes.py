@@ -11,6 +11,7 @@ import pytest
 
 from baton.errors import InputError
 from baton.launch.check import check_processes
+from tests.environments import made_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/ddp.yaml", "--num_processes", "2"]
@@ -144,6 +145,7 @@ def machine(tmp_path, monkeypatch):
         smi = tmp_path / "nvidia-smi"
         smi.write_text("#!/bin/sh\n" + "".join(f"echo {index}\n" for index in range(found)))
         smi.chmod(0o755)
+        monkeypatch.setenv("BATON_ENVS", str(made_for("cuda", tmp_path / "envs")))
         for name in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "BATON_PROCESSES"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")

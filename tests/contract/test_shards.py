@@ -1,6 +1,8 @@
 """Shards of one task: any number goes on with the work of any other; nothing is done twice, nothing is lost or mixed."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -197,9 +199,10 @@ def test_another_number_of_shards_waits_for_a_program_that_is_at_work(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(InputError, match="another process is working on shard 1 of 3; wait for it or stop it"):
+    who = rf" \(process {holder.pid} on {re.escape(socket.gethostname())}, since 20\d\d-[\d: -]+\); wait for it or stop it"
+    with pytest.raises(InputError, match="another process is working on shard 1 of 3" + who):
         work.run(0, 2)
-    with pytest.raises(InputError, match=r"gen1\.jsonl: another process is working on it"):
+    with pytest.raises(InputError, match=r"gen1\.jsonl: another process is working on it" + who):
         work.run(1, 3)
     assert not list(tmp_path.glob("*.refused"))  # nothing old would be taken for it
     work.run(0, 3)  # its neighbour is not in the way
@@ -286,3 +289,22 @@ def test_a_lock_is_held_by_one_process_until_it_ends(tmp_path):
     assert taken() == "True"
     with Lock(path):  # the file of a process that ended is in nobody's way
         assert path.exists()
+
+
+def test_a_file_system_without_locks_is_said_with_its_path_and_what_to_do(tmp_path):
+    """The kernel's answer is made up, in the module that passes it on: no file system here gives it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, fcntl, os\n"
+        "def lockf(*_): raise OSError(number := getattr(errno, os.environ['ANSWER']), os.strerror(number))\n"
+        "fcntl.lockf = lockf\n"
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    words = ["tests/contract/small_stage.py", "--dataset_name_or_path", prompts, "--output_dir", tmp_path / "out.jsonl"]
+    for answer in ("ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"):
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "ANSWER": answer}
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert f"{tmp_path}/out.jsonl.partial.lock: the file system there has no file locks" in line
+        assert "give an output on another file system" in line

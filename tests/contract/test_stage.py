@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -307,7 +308,7 @@ def test_a_second_process_on_the_same_output_is_refused(prompts, output):
     for flags in ((), ("--overwrite",)):
         code, log = run(prompts, output, *flags)
         assert code == 2
-        assert "another process is working on it" in log
+        assert f"another process is working on it (process {first.pid} on {socket.gethostname()}, since 20" in log
     assert first.communicate()[1]
     assert first.returncode == 0
     assert_complete(output)

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from annotate_data.work import Responses, Scores
+from tests.environments import made_for
 from tests.inference.annotation_task import (
     CHAT_TEMPLATE,
     GOOD,
@@ -415,7 +416,7 @@ LAUNCHED = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE
 @pytest.mark.parametrize("program", [REWARDS, LOGPS])
 def test_more_processes_than_gpus_are_refused_before_anything_is_read(models, tmp_path, program):
     words = command(program, **values_of(program, models, tmp_path, [{"prompt": "Hello"}]))[1:]
-    done = run_program(*words, env=environment() | LAUNCHED)
+    done = run_program(*words, env=environment() | LAUNCHED | {"BATON_ENVS": str(made_for("cuda", tmp_path / "envs"))})
     assert done.returncode == 2
     assert "`num_processes`: 2 processes on this machine, but 1 GPUs" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -424,5 +425,5 @@ def test_more_processes_than_gpus_are_refused_before_anything_is_read(models, tm
 def test_a_scorer_that_needs_no_gpu_may_have_more_processes_than_gpus(models, tmp_path):
     values = {"dataset_name_or_path": write(tmp_path / "in.jsonl", [{"prompt": "Hello"}]), "output_dir": tmp_path / "o.jsonl"}
     words = command(REWARDS, scorer="function:docs/examples/gsm8k_reward.py:gsm8k_reward", **values)[1:]
-    done = run_program(*words, env=environment() | LAUNCHED)
+    done = run_program(*words, env=environment() | LAUNCHED | {"BATON_ENVS": str(made_for("cuda", tmp_path / "envs"))})
     assert done.returncode == 2 and "in.jsonl:1: " in done.stderr and "num_processes" not in done.stderr

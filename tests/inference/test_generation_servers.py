@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from baton.launch.processes import identify, is_alive
+from tests.environments import made_for
 from tests.inference.misbehaving_server import MisbehavingServer
 from tests.inference.tiny_policy import make_tiny_policy
 from tests.programs import ROOT, run_program, start
@@ -348,7 +349,8 @@ def test_where_one_port_is_taken_no_server_is_started(tmp_path):
 
 def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
     command = [*REGISTER, "some/model", "--num_servers", "2", "--tensor_parallel_size", "2"]
-    result = run(command, env={**os.environ, "BATON_SERVERS": str(tmp_path), "CUDA_VISIBLE_DEVICES": "4,5,6"})
+    environment = {"BATON_ENVS": str(made_for("cuda", tmp_path / "envs")), "CUDA_VISIBLE_DEVICES": "4,5,6"}
+    result = run(command, env=os.environ | environment | {"BATON_SERVERS": str(tmp_path)})
     assert result.returncode == 2
     assert "2 servers of 2 GPUs each, but there are 3 GPUs" in result.stderr
 

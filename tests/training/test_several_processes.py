@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.environments import made_for
 from tests.programs import ROOT, run_program, succeed, write_jsonl
 from tests.training.test_training_programs import SMALL
 
@@ -79,7 +80,7 @@ def test_more_processes_than_gpus_are_refused_before_anything_loads(task, tmp_pa
     launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0"}
     words = words_of(program, task, tmp_path / "model")
     words[words.index("--use_cpu") + 1] = "false"
-    done = run_program(*words, env=os.environ | launched)
+    done = run_program(*words, env=os.environ | launched | {"BATON_ENVS": str(made_for("cuda", tmp_path / "envs"))})
     assert done.returncode == 2
     assert "`num_processes`: 2 processes on this machine, but 1 GPUs" in done.stderr
     assert len(done.stderr.splitlines()) == 2, done.stderr  # beside what is done with the output
