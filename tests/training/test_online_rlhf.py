@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from baton.errors import InputError
 from baton.models.templates import load_tokenizer, template_hash
 from dpo_iteration.online_rlhf import own_names
-from tests.programs import ROOT, read_jsonl, run_program, write_jsonl
+from tests.programs import read_jsonl, run_program, write_jsonl
 
 # As its run_loop.sh writes it, with the paths of this test.
 WRITTEN_BY_ITS_LOOP = """\
@@ -102,9 +102,10 @@ def test_samples_of_another_chat_template_are_said_at_the_start_and_among_the_la
     assert len(lines) == 2 and lines[1] == finished + 1
 
 
-def test_evaluation_does_not_change_what_is_learnt(task, annotated, tmp_path):
+def test_evaluation_does_not_change_what_is_learnt_and_pairs_beyond_the_most_are_counted(task, annotated, tmp_path):
     dropout = ["--use_peft", "--lora_dropout", 0.2, "--disable_dropout", "false"]  # which takes random numbers at each step
     words = ["--model_name_or_path", task / "base", "--train_dir", annotated, "--max_steps", 3, "--max_length", 128]
+    words += ["--max_training_samples", 20]
     words += ["--max_prompt_length", 64, "--use_cpu", "true", "--bf16", "false", "--logging_steps", 1, *dropout]
     policies = []
     for evaluation in ([], ["--eval_dir", task / "data/rm_test.jsonl", "--eval_strategy", "steps", "--eval_steps", 1]):
@@ -112,6 +113,8 @@ def test_evaluation_does_not_change_what_is_learnt(task, annotated, tmp_path):
         done = run_program("dpo_iteration/run_dpo.py", *words, "--output_dir", output, *evaluation)
         assert done.returncode == 0, done.stderr
         policies.append(load_file(output / "adapter_model.safetensors"))
+        counts = json.loads(output.with_name(f"{output.name}.manifest.json").read_text())["counts"]
+        assert counts == {"in": 48, "out": 20, "dropped": {"beyond max_training_samples": 28}}
         lines = read_jsonl(f"{output}.metrics.jsonl")
         assert [line["step"] for line in lines if "eval_loss" in line] == ([1, 2, 3] if evaluation else [])
     assert all((policies[0][name] == policies[1][name]).all() for name in policies[0])
@@ -154,12 +157,3 @@ def test_an_evaluation_without_pairs_is_refused(task, annotated, tmp_path, asked
     words = ["--model_name_or_path", task / "base", "--train_dir", annotated, "--output_dir", tmp_path / "policy", *asked]
     done = run_program("dpo_iteration/run_dpo.py", *words)
     assert done.returncode == 2 and "needs pairs to evaluate on: name a file of them with --eval_dir" in done.stderr
-
-
-def test_only_the_first_pairs_are_trained_on_and_the_others_are_counted(task, annotated, tmp_path):
-    words = ["--model_name_or_path", task / "base", "--train_dir", annotated, "--output_dir", tmp_path / "policy"]
-    words += ["--max_training_samples", 5, "--max_steps", 1, "--use_cpu", "true", "--bf16", "false"]
-    done = run_program("dpo_iteration/run_dpo.py", ROOT / "configs/training.yaml", *words)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads((tmp_path / "policy.manifest.json").read_text())["counts"]
-    assert counts == {"in": 48, "out": 5, "dropped": {"beyond max_training_samples": 43}}
