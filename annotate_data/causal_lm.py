@@ -12,12 +12,13 @@ from baton.models.attention import NAME
 from baton.models.batching import batches, windows
 from baton.models.forward import obstacle
 from baton.models.scoring import packed_response_logps, response_logps
-from baton.models.templates import SAMPLED, load_tokenizer, prompt_token_ids, sampled_or_tokenised
+from baton.models.templates import SAMPLED, load_tokenizer, prompt_token_ids, sampled_or_tokenised, template_hash
 
 # Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
 
 TOO_LONG = "longer than max_length tokens"
+OTHER_TEMPLATE = "sampled with another chat template, so after another prompt: give --chat_template FILE"
 RETOKENISED = "tokenised again: no sampled token ids, or ids that this tokenizer does not read as the response"
 
 
@@ -32,6 +33,7 @@ class CausalLM:
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
+        self.template = template_hash(self.tokenizer)
         self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device)
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
@@ -70,7 +72,10 @@ class CausalLM:
         sampled, reason = _at(task.record, "response_token_ids", index), _at(task.record, "finish_reasons", index)
         text = task.responses[index]
         ids, source = sampled_or_tokenised(self.tokenizer, task.prompt, text, sampled, reason, task.where)
-        return ids, None if source == SAMPLED else RETOKENISED
+        if source != SAMPLED:
+            return ids, RETOKENISED
+        template = task.record.get("chat_template_hash", self.template)
+        return ids, None if template == self.template else f"{OTHER_TEMPLATE} ({template}, here {self.template})"
 
 
 def _at(record: Record, field: str, index: int) -> Any:

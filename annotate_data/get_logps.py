@@ -20,7 +20,7 @@ from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.models import loading
 from baton.program import log_what_runs, run
-from baton.sources import check_model_path, template_input
+from baton.sources import check_hub, check_hub_ahead, check_model_path, template_input
 from baton.stage import Stage
 
 
@@ -59,7 +59,11 @@ def main() -> None:
     check = None if will_be_made(arguments.dataset_name_or_path) else lambda stage: read_responses()
     stage = Stage.begin("logps", arguments, arguments.output_dir, inputs, check=check)
     if stage is None:
+        for model in paths.values():
+            check_hub_ahead(model, arguments.output_dir)
         return
+    for model in paths.values():
+        check_hub(model)
     responses = read_responses()
 
     from annotate_data.annotate import annotate

@@ -33,7 +33,7 @@ from baton.errors import FailuresListed, InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.program import rank, run
-from baton.sources import template_input
+from baton.sources import check_hub, check_hub_ahead, template_input
 from baton.stage import Stage
 
 
@@ -100,10 +100,15 @@ def main() -> None:
 
     check = None if will_be_made(arguments.dataset_name_or_path) else lambda stage: read_responses()
     stage = Stage.begin("annotate", arguments, arguments.output_dir, inputs, settings, check=check)
+    models = [scorer.target for scorer in wanted if scorer.kind in scorers.KINDS_ON_GPU]
     if stage is None:
+        for model in models:
+            check_hub_ahead(model, arguments.output_dir)
         if arguments.plot and not arguments.check and rank() == 0 and not plot_path(arguments.output_dir).exists():
             draw(arguments.output_dir)
         return
+    for model in models:
+        check_hub(model)
     responses = read_responses()
 
     def add_rewards(record: Record, scores: dict[str, list[float]]) -> tuple[Record, dict[str, list[float]]]:

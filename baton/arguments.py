@@ -7,6 +7,7 @@ a key that nobody knows, or a value of the wrong type or range, is an InputError
 import argparse
 import dataclasses
 import difflib
+import glob
 import re
 import sys
 import types
@@ -76,7 +77,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file)") from None
+        near = sorted(path.parent.parent.glob(f"*/{glob.escape(path.name)}")) if path.name else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file){hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-99-99 is no date

@@ -38,7 +38,9 @@ def difference(known: dict[str, Any], source: str | Path) -> str | None:
     path = Path(source)
     if path.exists():
         same = known.get("state") == _state(_files(path)) or known["hash"] == fingerprint(source)["hash"]
-        return None if same else f"the content of {source} has changed"
+        if same:
+            return None
+        return f"the content of {source} has changed" if known["path"] == str(source) else f"{source} is not {known['path']}"
     if "state" in known:
         return f"{source} is no longer there"
     name, _, before = known["hash"].partition("@")
@@ -58,6 +60,15 @@ def cached_commit(name: str) -> str | None:
         if reference.is_file():
             return reference.read_text(encoding="ascii").strip()
     return None
+
+
+def cached_folder(model: str) -> Path | None:
+    """Where the hub's cache holds the files of a model at its commit that was last loaded here, or None."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
+    reference = folder / "refs/main"
+    return folder / "snapshots" / reference.read_text(encoding="ascii").strip() if reference.is_file() else None
 
 
 def latest_commit(name: str) -> str | None:

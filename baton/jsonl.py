@@ -20,7 +20,9 @@ def open_lines(path: Path) -> IO[bytes]:
     try:
         return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     except OSError as error:
-        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        twins = [path.with_suffix(ending) for ending in (".jsonl", ".json")] if isinstance(error, FileNotFoundError) else []
+        hint = next((f"; did you mean {twin}?" for twin in twins if twin.is_file()), "")
+        raise InputError(f"{path}: {(error.strerror or str(error)).lower()}{hint}") from None
 
 
 def dump(record: object) -> bytes:

@@ -64,7 +64,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         signal.signal(number, signal.default_int_handler)
     code, message = 0, ""
     try:
-        _end_with_launcher()
+        end_with_launcher()
         main()
     except (InputError, FailuresListed, UnitFailed) as error:
         code, message = error.exit_code, str(error)
@@ -143,7 +143,7 @@ def die_with_parent() -> None:
         log.debug("no prctl here: this process may outlive kill -9 of its parent")
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
     """Die with the parent, where a launcher or a script has started this program and waits for it.
 
     Between the launcher and this process may stand `accelerate launch`, which dies with the launcher; by itself it is the

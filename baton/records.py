@@ -21,15 +21,30 @@ Messages = list[dict[str, str]]
 
 PROMPT_KEYS = ("prompt", "context_messages")
 
+# How chat templates of wide use open a response.
+OPENINGS = (
+    "<|start_header_id|>assistant<|end_header_id|>",
+    "<|im_start|>assistant",
+    "<start_of_turn>model",
+    "<|assistant|>",
+    "[/INST]",
+    "Correct Assistant:",
+)
+
 
 def as_messages(value: object, where: str, field: str) -> Messages:
     """A conversation as a list of {"role", "content"}; a plain string is one user turn.
 
-    Raises InputError naming `where` and `field` for anything else.
+    Raises InputError naming `where` and `field` for anything else, and for a text that a chat template has written.
     """
     if isinstance(value, str):
         if not value.strip():
             raise InputError(f"{where}: `{field}` is empty")
+        if value.rstrip().endswith(OPENINGS):
+            raise InputError(
+                f"{where}: `{field}` is a text that a chat template has written already, which would be written into another "
+                "turn; give the messages that it was made from"
+            )
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: `{field}` must be a string or a list of messages, got {_short(value)}")

@@ -173,7 +173,10 @@ def _finished(shard: Shard, begun: dict[str, Any] | None, differences_of: Differ
     in_the_way = [index for index in other if index == shard.index or begun is None]
     if in_the_way:
         place, found = shard_path(shard.prefix, in_the_way[0]), other[in_the_way[0]]
-        raise InputError(f"{place}: finished, of another task: {'; '.join(found)}; --overwrite replaces it")
+        raise InputError(
+            f"{place}: finished, of another task: {'; '.join(found)}; to keep it, give another --output_dir, such as "
+            f"{shard.prefix}_2; to replace it, add --overwrite"
+        )
     # Without parts, what is finished stands in shards of their number alone.
     numbers = {manifest["shard"][1] for manifest in same.values()} if begun is None else {begun.get(ONLY_NUMBER)} - {None}
     if numbers - {shard.count}:

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from baton.ahead import will_be_made
+from baton.ahead import later, will_be_made
 from baton.errors import InputError
+from baton.fingerprint import cached_folder
 
 log = logging.getLogger("baton")
+
+HUB_SECONDS = 5  # how long to wait for the hub to say whether it gives a model
 
 
 def check_model_path(model: str) -> None:
@@ -30,43 +33,83 @@ def check_model_path(model: str) -> None:
         raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
 
 
+def check_hub(model: str, ahead: bool = False, weights: bool = True) -> None:
+    """Raise InputError, in seconds and without a download, for a model of the Hugging Face hub that cannot be had from here.
+
+    The hub is asked only for what is neither a local path nor in its cache on this machine (of which `weights=False` needs the
+    tokenizer alone). To be called where the model is about to be loaded, and before any heavy import. `ahead` of the work, a
+    hub that cannot be asked is a warning: it may answer by then.
+    """
+    if Path(model).exists() or will_be_made(model) or _in_cache(model, weights):
+        return
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    log_in = f"log in with `{Path(sys.prefix, 'bin/hf')} auth login`, or set HF_TOKEN"
+    if constants.HF_HUB_OFFLINE:
+        _cannot_ask(f"{model}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set; give a local folder", ahead)
+        return
+    try:
+        # Of a gated model the hub shows everything but the files.
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=HUB_SECONDS)
+    except EntryNotFoundError:
+        return  # an adapter, for one; what it lacks is said when it is loaded
+    except GatedRepoError:
+        raise InputError(
+            f"{model}: the hub gives this model only to those who were granted access: ask for it at "
+            f"{constants.ENDPOINT}/{model}, then {log_in}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{model}: neither a folder here nor a model that the hub shows to you: correct the name, or, if it is private, "
+            f"{log_in}"
+        ) from None
+    except Exception as error:  # the kinds of failures of a network are too many to name
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+        if status in (401, 403):
+            raise InputError(f"{model}: the hub refuses it (status {status}): {log_in}") from None
+        reason = f"status {status}" if status else _first_line(error)
+        _cannot_ask(
+            f"{model}: neither a folder here nor in the hub's cache, and the hub at {constants.ENDPOINT} does not answer "
+            f"({reason}); check the network, or give a local folder",
+            ahead,
+        )
+
+
+def _cannot_ask(problem: str, ahead: bool) -> None:
+    if not ahead:
+        raise InputError(problem) from None
+    log.warning("%s", problem)
+
+
+def check_hub_ahead(model: str, output: Path, weights: bool = True) -> None:
+    """For `--check`: have `check_hub` made, once, for a model that the work on `output` would load.
+
+    With HF_HUB_OFFLINE the plan of another machine can be made, where the models are.
+    """
+    if will_be_made(output) and not will_be_made(model):
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        if not HF_HUB_OFFLINE:
+            later(f"hub model {model} {weights}", lambda: check_hub(model, weights=weights))
+
+
+def _in_cache(model: str, weights: bool) -> bool:
+    """Whether the cache of the hub holds the model: all files of its weights, or, without `weights`, its tokenizer."""
+    folder = cached_folder(model)
+    names = {path.name for path in folder.iterdir()} if folder and folder.is_dir() else set()
+    if not weights:
+        return "tokenizer_config.json" in names
+    for index in (name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))):
+        return names.issuperset(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+    return any(name.endswith((".safetensors", ".bin")) for name in names)
+
+
 def check_start(model: str) -> None:
     """`check_model_path` of a model that training starts from; raise InputError for an adapter without its model as well."""
     check_model_path(model)
     if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists() and not will_be_made(model):
         raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
-
-
-def check_hub(model: str, ahead: bool = False) -> None:
-    """Raise InputError for a model of the Hugging Face hub that is not on this machine and cannot be fetched: one request.
-
-    `ahead` of the work, a hub that does not answer is a warning: it may answer by then.
-    """
-    if Path(model).exists() or will_be_made(model):
-        return
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    if any(isinstance(try_to_load_from_cache(model, name), str) for name in ("config.json", "adapter_config.json")):
-        return
-    login = Path(sys.prefix, "bin/hf")
-    try:
-        HfApi().auth_check(model)
-    except GatedRepoError:
-        raise InputError(
-            f"{model}: a gated model: ask for access on its page, https://huggingface.co/{model}, and then log in: {login} "
-            "auth login, or HF_TOKEN=…"
-        ) from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"{model}: not on the Hugging Face hub, or private; if it is private, log in: {login} auth login, or HF_TOKEN=…; a "
-            "folder of this machine needs its path"
-        ) from None
-    except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
-        problem = f"{model}: not on this machine, and the Hugging Face hub does not answer ({_first_line(error)})"
-        if not ahead:
-            raise InputError(f"{problem}; where there is no network, give the path of a folder that holds the model") from None
-        log.warning("%s", problem)
 
 
 @contextmanager

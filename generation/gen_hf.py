@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
+from baton.servers import processes
 from baton.servers.pool import Refused, Servers, Transient, base_url
-from baton.sources import check_model_path
+from baton.sources import check_hub, check_hub_ahead, check_model_path
 from baton.stage import Stage
 from generation import sampling
 from generation.api import Service, ask, check_logps
@@ -39,13 +41,10 @@ log = logging.getLogger("baton")
 NAMED_FAILURES = 20
 
 
-class Arguments(GenerationArguments):
+class ClientArguments(GenerationArguments):
+    """What sampling through any servers takes."""
+
     output_dir: str = option(..., "the output FILE, such as data/gen_data.jsonl", changes_result=False)
-    ports: list[int] = option([], "ports of servers on this machine", changes_result=False)
-    url: list[str] = option([], "addresses of servers, such as http://host:8000/v1", changes_result=False)
-    tokenizer: str | None = option(None, "the policy, for its tokenizer and chat template", changes_result=False)
-    model: str | None = option(None, "the model's name at the servers; the first that they serve if not given")
-    api_key: SecretStr | None = option(None, "the servers' API key; $VLLM_API_KEY if not given", changes_result=False)
     max_workers: int = option(128, "prompts in flight at most, over all servers", ge=1, changes_result=False)
     timeout: float = option(1800, "seconds to wait for one prompt's responses", gt=0, changes_result=False)
     max_retries: int = option(8, "attempts at a prompt after the first", ge=0, changes_result=False)
@@ -55,6 +54,14 @@ class Arguments(GenerationArguments):
     )
 
 
+class Arguments(ClientArguments):
+    ports: list[int] = option([], "ports of servers on this machine", changes_result=False)
+    url: list[str] = option([], "addresses of servers, such as http://host:8000/v1", changes_result=False)
+    tokenizer: str | None = option(None, "the policy, for its tokenizer and chat template", changes_result=False)
+    model: str | None = option(None, "the model's name at the servers; the first that they serve if not given")
+    api_key: SecretStr | None = option(None, "the servers' API key; $VLLM_API_KEY if not given", changes_result=False)
+
+
 def main() -> None:
     arguments = parse(Arguments, __doc__ or "")
     urls = [f"http://127.0.0.1:{port}/v1" for port in arguments.ports] + list(map(base_url, arguments.url))
@@ -62,37 +69,60 @@ def main() -> None:
         raise InputError("which servers? give --ports 8000 8001 … or --url http://host:8000/v1 …")
     if not all(0 < port < 65536 for port in arguments.ports):
         raise InputError(f"--ports {arguments.ports}: a port is a number from 1 to 65535")
+    processes.check_not_refused(arguments.ports)
+    if not arguments.tokenizer and not arguments.model:
+        log.warning("give --tokenizer or --model: without both, the answers of another model count as the same task")
+    key = arguments.api_key.get_secret_value() if arguments.api_key else os.environ.get("VLLM_API_KEY")
+    sample(arguments, Path(arguments.output_dir), arguments.tokenizer, nullcontext(urls), arguments.model, key)
+
+
+def sample(
+    arguments: ClientArguments,
+    output: Path,
+    policy: str | None,
+    servers: AbstractContextManager[list[str]],
+    model: str | None = None,
+    key: str | None = None,
+) -> None:
+    """The stage: responses of the servers, whose URLs the context gives, to all prompts.
+
+    `policy` is the model whose tokenizer makes the prompts' token ids; None sends messages. The context is entered only where
+    there is something to sample.
+    """
     check(arguments)
     inputs = prompt_inputs(arguments)
-    if arguments.tokenizer:
-        check_model_path(arguments.tokenizer)
-        inputs["tokenizer"] = arguments.tokenizer
-    elif not arguments.model:
-        log.warning("give --tokenizer or --model: without both, the answers of another model count as the same task")
-    output = Path(arguments.output_dir)
+    if policy:
+        check_model_path(policy)
+        inputs["tokenizer"] = policy
     if arguments.check:
         check_first_prompts(arguments)
-
     stage = Stage.begin("generate through servers", arguments, output, inputs)
     if stage is None:
+        if policy:
+            check_hub_ahead(policy, output, weights=False)
         return
     prompts = read_prompts(arguments)
     partial, drops = PartialRecords(output, len(prompts)), Drops()
     tokens = sum(sampling.count_tokens(record) for _, record in partial.records())
     facts: dict[str, Any] = {}
     if partial.done < len(prompts):
-        tokenizer = load_tokenizer(arguments.tokenizer, arguments.chat_template) if arguments.tokenizer else None
+        if policy:
+            check_hub(policy, weights=False)
+        tokenizer = load_tokenizer(policy, arguments.chat_template) if policy else None
         if tokenizer:
-            sampling.check_templates(tokenizer, prompts, (0, 1))
-        facts = asyncio.run(generate(arguments, urls, tokenizer, prompts, partial, drops))
+            sampling.check_tokenizer(tokenizer, arguments, prompts, (0, 1))
+        with servers as urls:
+            pool = Servers(urls, key, arguments.timeout, arguments.max_retries, arguments.patience)
+            facts = asyncio.run(generate(arguments, pool, model, tokenizer, prompts, partial, drops))
     tokens += facts.pop("tokens", 0)
     written = partial.assemble()
     stage.finish(records_in=len(prompts), records_out=written, drops=drops, prompts=len(prompts), tokens=tokens, **facts)
 
 
 async def generate(
-    arguments: Arguments,
-    urls: list[str],
+    arguments: ClientArguments,
+    servers: Servers,
+    model: str | None,
     tokenizer: Any,
     prompts: PromptSet,
     partial: PartialRecords,
@@ -102,12 +132,11 @@ async def generate(
 
     Raises FailuresListed, with everything else done, if servers refuse prompts, fail at them for good, or die.
     """
-    key = arguments.api_key.get_secret_value() if arguments.api_key else os.environ.get("VLLM_API_KEY")
-    servers = Servers(urls, key, arguments.timeout, arguments.max_retries, arguments.patience)
     try:
-        service = await Service.find(servers, arguments.model)
+        service = await Service.find(servers, model)
         await check_logps(service, arguments)
-        program.log_what_runs(servers=len(urls), model=service.model, engine=service.engine, context=service.context)
+        count = len(servers.servers)
+        program.log_what_runs(servers=count, model=service.model, engine=service.engine, context=service.context)
         if tokenizer is None:
             tasks = messages_only(prompts, partial)
         else:
@@ -158,6 +187,7 @@ def messages_only(prompts: PromptSet, partial: PartialRecords) -> Iterator[sampl
     """What is still to do, for a server that applies its own chat template."""
     for position, where, record, _ in prompts.shard(0, 1):
         if position not in partial:
+            record.pop(sampling.TEMPLATE_HASH, None)  # of an earlier sampling; the server's template is not known here
             yield sampling.Task(position, where, record, [])
 
 

@@ -23,7 +23,7 @@ from baton.launch.words import new_parser, parse_known
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
-from baton.sources import check_model_path
+from baton.sources import check_hub, check_hub_ahead, check_model_path
 from generation import engine, sampling
 from generation.arguments import GenerationArguments, check, check_first_prompts, prompt_inputs, read_prompts
 
@@ -57,6 +57,7 @@ def main() -> None:
     check_device = gpus.check_vllm if arguments.backend == "vllm" else lambda: None
     stage = shards.begin("generate", arguments, prefix, *shard, inputs, check_device)
     if stage is None:
+        check_hub_ahead(arguments.model_name_or_path, shards.shard_path(prefix, arguments.local_index))
         return
     prompts = read_prompts(arguments)
     span = shard_range(len(prompts), *shard)
@@ -91,8 +92,9 @@ def checked_inputs(arguments: Arguments) -> dict[str, str | Path]:
 def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, drops: Drops) -> int:
     """Sample responses to the unfinished prompts, each on disk once it is finished; returns the tokens."""
     shard = arguments.local_index, arguments.my_world_size
+    check_hub(arguments.model_name_or_path)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    sampling.check_templates(tokenizer, prompts, shard)
+    sampling.check_tokenizer(tokenizer, arguments, prompts, shard)
     if arguments.backend == "hf":
         from generation import transformers_engine
 

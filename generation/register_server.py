@@ -17,6 +17,7 @@ from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.words import new_parser, parse_known, positive
 from baton.servers import processes as servers
+from baton.sources import check_hub, check_model_path
 
 log = logging.getLogger("baton")
 
@@ -48,19 +49,16 @@ def start(arguments: argparse.Namespace, vllm_options: list[str]) -> None:
     if ports[-1] > LAST_PORT:
         raise InputError(f"--port {arguments.port}: {count} servers would need port {ports[-1]}; the last one is {LAST_PORT}")
 
-    options = ["--tensor-parallel-size", str(size), "--disable-uvicorn-access-log"]
-    options += ["--max-num-seqs", str(arguments.max_num_seqs), "--gpu-memory-utilization", arguments.gpu_memory_utilization]
-    for name, value in (("--max-model-len", arguments.max_model_len), ("--dtype", arguments.dtype)):
-        options += [name, value] if value is not None else []
-    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    names = ("tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "max_model_len", "dtype")
+    settings = {name: getattr(arguments, name) for name in names}
+    gpus_each = size if visible else 0
+    options, variables = servers.engine_options(settings, gpus_each, count)
     if arguments.api_key is not None:
         variables["VLLM_API_KEY"] = arguments.api_key
-    if not visible:
-        options += servers.CPU_OPTIONS
-        variables |= servers.cpu_variables(count)
 
+    check_hub(model)
     places = [servers.Place(arguments.host, port) for port in ports]
-    started = servers.start_missing(places, model, [*options, *vllm_options], size if visible else 0, variables)
+    started = servers.start_missing(places, model, [*options, *vllm_options], gpus_each, variables)
     if started:
         log.info("%s: servers to start: %d; it may take minutes; logs: %s/PORT.log", model, len(started), servers.folder())
     for server in servers.wait_until_ready(ports, started, arguments.timeout):
@@ -96,11 +94,12 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def check_model(model: str) -> str:
-    """A hub name as it is, a folder as a full path. Raises InputError for a folder without a model."""
-    if not (Path(model).exists() or model[0] in "./~"):
+    """A hub name as it is, a folder as a full path. Raises InputError for a folder without a model, or a name of neither."""
+    check_model_path(model)
+    if not Path(model).exists():
         return model
     if not Path(model, "config.json").is_file():
-        raise InputError(f"{model}: no config.json there, so it holds no model")
+        raise InputError(f"{model}: no config.json in this folder; a server needs a whole model")
     return os.path.realpath(model)
 
 

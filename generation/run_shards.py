@@ -1,4 +1,4 @@
-"""Sample K responses to every prompt, on all GPUs of the machine (or on its CPU), and merge the shards.
+"""No test: samples K responses to every prompt, on all GPUs of the machine (or on its CPU), and merges the shards.
 
     bash scripts/test_gen.sh --model_name_or_path MODEL --dataset_name_or_path PROMPTS --output_dir ./data/gen_data [--K 4 ...]
 

@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 import xxhash
 
 from baton.drops import Drops
+from baton.errors import InputError
 from baton.jsonl import Record
-from baton.models.templates import prompt_text, prompt_token_ids
+from baton.models.templates import prompt_text, prompt_token_ids, template_hash
 from baton.pairs import PER_RESPONSE_KEYS
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
 from generation.arguments import GenerationArguments
+
+TEMPLATE_HASH = "chat_template_hash"
 
 
 class Task(NamedTuple):
@@ -44,8 +47,10 @@ def prompt_seed(arguments: GenerationArguments, record: Record) -> int | None:
     return seed_from(arguments.seed, arguments.iter, record["id"]) if arguments.reproducible else None
 
 
-def check_templates(tokenizer: Any, prompts: PromptSet, shard: tuple[int, int]) -> None:
-    """Raise InputError for the first prompt of the shard that the chat template refuses."""
+def check_tokenizer(tokenizer: Any, arguments: GenerationArguments, prompts: PromptSet, shard: tuple[int, int]) -> None:
+    """Raise InputError for end ids that are no tokens, and for the first prompt of the shard that the chat template refuses."""
+    if strange := [id_ for id_ in arguments.eos_ids if not 0 <= id_ < len(tokenizer)]:
+        raise InputError(f"--eos_ids {strange[0]}: no token of {tokenizer.name_or_path}, which has {len(tokenizer)}")
     for _, where, _, messages in prompts.shard(*shard):
         prompt_text(tokenizer, messages, where)
 
@@ -58,13 +63,17 @@ def unfinished(
     drops: Drops,
     context: int | None,
 ) -> Iterator[Task]:
-    """Yield what is still to do; drop prompts that fill a context of `context` tokens (None: not known)."""
+    """Yield what is still to do; drop prompts that fill a context of `context` tokens (None: not known).
+
+    The records say which chat template made the token ids, so that later stages can compare theirs.
+    """
+    template = {TEMPLATE_HASH: template_hash(tokenizer)}
     for position, where, record, messages in prompts.shard(*shard):
         if position in partial:
             continue
         token_ids = prompt_token_ids(tokenizer, messages, where)
         if context is None or len(token_ids) < context:
-            yield Task(position, where, record, token_ids)
+            yield Task(position, where, record | template, token_ids)
         else:
             reason = f"prompt longer than the context of {context} tokens"
             drops.add(reason, f"{record['id']} ({where}, {len(token_ids)} tokens)")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Samples K responses to every prompt, on all GPUs of the machine (or on its CPU), and merges the shards. (It is no test.)
+# No test: samples K responses to every prompt, on all GPUs of the machine (or on its CPU), and merges the shards.
 # usage: bash scripts/test_gen.sh --model_name_or_path MODEL --dataset_name_or_path PROMPTS --output_dir ./data/gen_data [--K 4 …]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -144,8 +144,11 @@ class Servers:
         try:
             response = await self.client.get(f"{server.url}/models", timeout=10)
             models = self._checked(server, response).get("data")
-        except (httpx.TransportError, Transient) as error:
-            log.warning("%s: set aside: %s", server.url, str(error) or type(error).__name__)
+        except httpx.TransportError:
+            self._set_aside(server)  # the probe says so
+            return []
+        except Transient as error:
+            log.warning("%s: set aside: %s", server.url, error)
             self._set_aside(server)
             return []
         except Refused as refused:

@@ -1,6 +1,7 @@
 """vLLM servers that run on this machine, as processes with a state on disk: start, find, wait for and stop them.
 
-Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model) and PORT.log.
+Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model) and PORT.log. A fourth,
+PORT.refused, is there where the last call wanted another model on the port: clients, whose caller may not know, refuse too.
 """
 
 import http.client
@@ -8,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from baton import launch
 from baton.errors import InputError, UnitFailed
@@ -17,6 +18,7 @@ from baton.launch.unit import ROOT, end_of_log
 from baton.locks import Lock
 
 POLL_SECONDS = 0.5
+SERVE = Path(__file__).with_name("serve.py")  # started with -P: its folder is no place to import from
 
 # On a CPU each engine is one process: as two, the one would spin while the other works. Statistics, which bare vLLM does not
 # count either, would cost a tenth of the speed.
@@ -90,6 +92,14 @@ def describe(server: Server) -> str:
     return f"port {server.port}  pid {server.process.pid}  {state:8}  {server.model}  log {server.log}"
 
 
+def check_not_refused(ports: Iterable[int]) -> None:
+    """Raise InputError if the last call that was to start a server on one of these ports wanted another model there."""
+    for port in ports:
+        server, refusal = find(port), _file(port, "refused")
+        if server and is_alive(server) and refusal.exists():
+            raise InputError(f"{refusal.read_text()}; then start the servers again")
+
+
 def runs_already(place: Place, model: str) -> bool:
     """Whether a server that was started here runs on the port, with this model; what is left of a dead one is removed.
 
@@ -98,7 +108,10 @@ def runs_already(place: Place, model: str) -> bool:
     server = find(place.port)
     if server and is_alive(server):
         if server.model != model:
-            raise InputError(f"port {place.port} already serves {server.model}; --stop ends it")
+            refusal = f"port {place.port} already serves {server.model}, not {model}; `register_server.sh --stop` ends it"
+            _file(place.port, "refused").write_text(refusal)
+            raise InputError(refusal)
+        _file(place.port, "refused").unlink(missing_ok=True)
         return True
     if server:
         stop([server])
@@ -129,7 +142,7 @@ def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int
     unit = Unit(
         name=f"the server on port {place.port}",
         environment="inference",
-        program=("-m", "vllm.entrypoints.openai.api_server", "--model", model, *address, *options),
+        program=("-P", str(SERVE), "--model", model, *address, *options),
         gpus=gpus,
         log=_file(place.port, "log"),
         variables=variables,
@@ -138,6 +151,19 @@ def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int
     _file(place.port, "what").write_text(f"{place.host} {model}\n")
     _file(place.port, "pid").write_text(f"{process.pid} {process.started}\n")
     return Server(place, model, process)
+
+
+def engine_options(settings: Mapping[str, Any], gpus: int, servers: int) -> tuple[list[str], dict[str, str]]:
+    """The words of vLLM's command line, and environment variables, for each of several servers on this machine.
+
+    `settings` are values by vLLM's names, with `_` for `-`; those that are None are left out. `gpus` is how many GPUs each of
+    the servers has, 0 on a CPU.
+    """
+    options = ["--disable-uvicorn-access-log"]
+    for name, value in settings.items():
+        options += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    return (options, variables) if gpus else (options + CPU_OPTIONS, variables | cpu_variables(servers))
 
 
 def cpu_variables(servers: int) -> dict[str, str]:
@@ -175,7 +201,7 @@ def stop(servers: Iterable[Server]) -> None:
     servers = list(servers)
     processes.end(server.process for server in servers)
     for server in servers:
-        for kind in ("pid", "what"):
+        for kind in ("pid", "what", "refused"):
             _file(server.port, kind).unlink(missing_ok=True)
 
 

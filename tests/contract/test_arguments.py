@@ -159,6 +159,8 @@ def test_a_file_that_is_no_yaml_is_named_with_the_place_and_none_of_its_text(tmp
 def test_an_absent_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(InputError, match=r"absent\.yaml: no such file"):
         read("absent.yaml")
+    with pytest.raises(InputError, match=r"config/training\.yaml: no such file .*did you mean configs/training\.yaml\?"):
+        read("./config/training.yaml")
     with pytest.raises(InputError, match=r"cannot be read"):
         read(str(tmp_path))
 

@@ -127,6 +127,12 @@ def test_every_format_is_read_alike(tmp_path, name):
             ":2: the record has no `prompt` or `context_messages`",
         ),
         ("p.jsonl", b'{"prompt": "  "}\n', ":1: `prompt` is empty"),
+        (
+            "p.json",  # as early versions of Online-RLHF write their records
+            b'{"type": "text_only", "instances": [{"prompt": "<|start_header_id|>user<|end_header_id|>\\n\\nA film?<|eot_id|>'
+            b'<|start_header_id|>assistant<|end_header_id|>\\n\\n", "responses": ["Dune."]}]}',
+            ": item 1: `prompt` is a text that a chat template has written already",
+        ),
         ("p.jsonl", b'{"prompt": 5}\n', ":1: `prompt` must be a string or a list of messages"),
         ("p.jsonl", b'{"prompt": []}\n', ":1: `prompt` must be"),
         ("p.jsonl", b'{"prompt": [{"role": "user"}]}\n', ":1: `prompt`: `content` must be a string"),
@@ -240,3 +246,9 @@ def test_memory_grows_by_a_few_bytes_a_record_whatever_the_records_hold(tmp_path
         output.unlink()
         output.with_name(output.name + ".partial").unlink()
     assert (peaks[200_000] - peaks[10_000]) / 190_000 < 100  # bytes a record; a record has 430
+
+
+def test_a_missing_file_whose_twin_has_another_ending_is_named_with_it(tmp_path):
+    write_lines(tmp_path / "gen_data.json", RECORDS)  # as Online-RLHF's README merges to .json and annotates .jsonl
+    with pytest.raises(InputError, match=r"gen_data\.jsonl: no such file or directory; did you mean \S+gen_data\.json\?"):
+        list(read_records(str(tmp_path / "gen_data.jsonl")))

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from itertools import chain
@@ -31,7 +32,7 @@ def program(name: str, *arguments: object, **flags: object) -> list[str]:
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
     """Run a command that is no program of ours, or one that must start as an interpreter of its own."""
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **{"cwd": ROOT, **options})
 
 
 def write(path: Path, prompts: list[object]) -> Path:
@@ -85,7 +86,7 @@ def generate_command(policy: Path, folder: Path, shards: int = 8) -> list[str]:
 
 def test_the_script_runs_every_shard_and_merges_them(policy, tmp_path):
     write(tmp_path / "prompts.jsonl", PROMPTS)
-    result = run(generate_command(policy, tmp_path, shards=2))
+    result = run(generate_command(policy, Path(), shards=2), cwd=tmp_path)  # paths are relative to the caller's folder
     assert result.returncode == 0, result.stderr
     assert [record["n"] for record in read(tmp_path / "gen_data.jsonl")] == list(range(13))
     log = (tmp_path / "gen_data0.log").read_text()
@@ -241,7 +242,10 @@ def test_a_second_iteration_with_the_same_paths_is_not_merged_into_the_first_one
         assert refused.returncode == 2
     result = merge(tmp_path, 2)
     assert result.returncode == 2
-    assert re.search(r"gen_data0\.jsonl: .*refused .*prompts: the content of \S+ has changed", result.stderr)
+    of_another = r"gen_data0\.jsonl: .*refused .*prompts: \S+/second/prompts\.jsonl is not \S+/prompts\.jsonl"
+    assert re.search(of_another, result.stderr)
+    advice = f"to keep it, give another --output_dir, such as {tmp_path}/gen_data_2; to replace it, add --overwrite"
+    assert advice in result.stderr
     for index in (0, 1):  # the first iteration's own lines, and then others that are refused before the task is known
         succeed(*program("get_hf2.py", dataset_name_or_path=prompts, local_index=index, **flags))
     assert "up to date" in merge(tmp_path, 2).stderr
@@ -365,6 +369,7 @@ BAD_FLAGS = {
     "unknown split setting": (["--dataset_slit", "test"], "did you mean `dataset_split`"),
     "no such template": (["--chat_template", "./nowhere.jinja"], r"--chat_template ./nowhere\.jinja"),
     "a folder for a prefix": (["--output_dir", "./"], "--output_dir ./: give the beginning of file names"),
+    "an end id beyond the vocabulary": (["--eos_ids", "128009"], r"--eos_ids 128009: no token of \S+, which has \d+"),
     "no such dtype": (["--dtype", "int4"], "`dtype`.*float32"),
 }
 
@@ -372,6 +377,25 @@ BAD_FLAGS = {
 @pytest.mark.parametrize(("flags", "message"), BAD_FLAGS.values(), ids=BAD_FLAGS)
 def test_bad_flags_are_named_before_an_engine_starts(policy, tmp_path, flags, message):
     refused(policy, write(tmp_path / "prompts.jsonl", ["a"]), tmp_path, message, *flags)
+
+
+@pytest.mark.parametrize("check", [(), ("--check",)], ids=["at work", "check"])
+def test_a_hub_model_that_cannot_be_had_is_one_message_of_the_samplers_and_scorers(tmp_path, check):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "responses": ["b", "c"]}) + "\n")
+    for program, flag in (
+        ("generation/get_hf2.py", ["--model_name_or_path", "some/model"]),
+        ("annotate_data/get_rewards.py", ["--scorer", "bt:some/model"]),
+        ("annotate_data/get_logps.py", ["--models", "policy=some/model"]),
+    ):
+        words = [program, "--dataset_name_or_path", data, "--output_dir", tmp_path / Path(program).stem, *flag, *check]
+        with socket.socket() as nobody:  # bound, so that nothing else answers there, and not listening
+            nobody.bind(("127.0.0.1", 0))
+            hub = {"HF_ENDPOINT": f"http://127.0.0.1:{nobody.getsockname()[1]}", "HF_HUB_CACHE": str(tmp_path / "hub")}
+            done = run([sys.executable, *map(str, words)], env=os.environ | hub | {"HF_HUB_OFFLINE": "0"})
+        assert done.returncode == 2, done.stderr
+        assert "some/model: neither a folder here nor in the hub's cache" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_an_unknown_key_in_the_yaml_file_is_named(policy, tmp_path):

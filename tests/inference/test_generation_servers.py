@@ -7,15 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
+from baton.launch.processes import identify, is_alive
 from tests.environments import made_for
 from tests.inference.misbehaving_server import MisbehavingServer
 from tests.inference.tiny_policy import make_tiny_policy
-from tests.programs import ROOT, run_program
+from tests.programs import ROOT, run_program, start
 
 REGISTER = ["bash", str(ROOT / "generation/register_server.sh")]
 
@@ -133,6 +136,22 @@ def test_a_second_call_finds_the_servers_running_and_status_shows_them(pair):
         assert re.search(rf"port {port}  pid \d+  ready ", again.stdout)
 
 
+def test_a_client_does_not_take_a_server_of_another_model_for_the_one_that_was_refused(pair, tmp_path):
+    """As where a script starts the next round's servers, and goes on although the last round's are still there."""
+    (tmp_path / "next").mkdir()
+    (tmp_path / "next/config.json").write_text("{}")
+    register = ["--num_servers", 2, "--port", pair.ports[0]]
+    refused = pair.register(tmp_path / "next", *register)
+    client = gen_hf(write(tmp_path, 1), "--ports", *pair.ports, "--K", 1, "--max_new_tokens", 4)
+    sampled = run_program(*client, env=pair.env)
+    for result in (refused, sampled):
+        assert result.returncode == 2
+        message = rf"port {pair.ports[0]} already serves \S+policy0, not \S+next; `register_server.sh --stop` ends it"
+        assert re.search(message, result.stderr)
+    assert pair.start().returncode == 0
+    assert run_program(*client, env=pair.env).returncode == 0
+
+
 def test_sampled_token_ids_and_finish_reasons_come_back(pair, policy, tmp_path):
     from transformers import AutoTokenizer
 
@@ -216,6 +235,35 @@ def test_prompts_beyond_the_servers_context_are_dropped_and_a_refusal_names_the_
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 3, 2)
 
 
+def test_servers_of_a_program_end_with_it_at_kill_9_too_and_any_others_complete_its_task(pair, policy, tmp_path):
+    prefix, prompts = tmp_path / "gen_data", write(tmp_path, 200)
+    output, states = Path(f"{prefix}.jsonl"), Path(f"{prefix}.servers")
+    task = ["--dataset_name_or_path", prompts, "--K", 2, "--max_new_tokens", 40, "--temperature", 0.7, "--response_logps"]
+    own = ["generation/run_servers.py", "--model_name_or_path", policy, "--output_dir", prefix, *task]
+    program = start(*own, "--max_workers", 8, output=str(tmp_path))
+    while finished_lines(output) < 3:
+        program.join(0.02)
+        assert program.exitcode is None, (tmp_path / "stderr").read_text()
+    (server,) = (int(path.read_text().split()[0]) for path in states.glob("*.pid"))
+    started = [identify(each.pid) for each in (psutil.Process(server), *psutil.Process(server).children(recursive=True))]
+    assert len(started) > 1  # the engine is a process of its own
+    program.kill()
+    while any(map(is_alive, started)):  # else the test's time limit ends it
+        time.sleep(0.02)
+    kept = finished_lines(output)
+    assert 3 <= kept < 200
+    with_client = run_program(
+        "generation/gen_hf.py", "--output_dir", output, "--ports", *pair.ports, "--tokenizer", policy, *task
+    )
+    assert with_client.returncode == 0, with_client.stderr
+    assert "going on where it stopped" in with_client.stderr
+    assert_each_prompt_once(output, 200, 2)
+    again = run_program(*own)
+    assert again.returncode == 0, again.stderr
+    assert "up to date" in again.stderr
+    assert "servers start" not in again.stderr
+
+
 def test_one_of_two_servers_killed_in_the_middle_loses_no_prompt(pair, policy, tmp_path):
     flags = ["--ports", *pair.ports, "--tokenizer", policy, "--K", 4, "--max_new_tokens", 100, "--max_workers", 16]
     command = gen_hf(write(tmp_path, 300), *flags)
@@ -252,6 +300,7 @@ def test_both_servers_killed_keeps_what_is_done_and_a_rerun_completes_it(pair, p
     assert pair.start(count=1).returncode == 0
     result = run_program(*command)
     assert result.returncode == 0, result.stderr
+    assert result.stderr.count(f":{pair.ports[1]}/v1: set aside") == 1
     assert_each_prompt_once(output, 300, 4)
 
 
@@ -271,7 +320,7 @@ def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path):
     [
         ([], "which model"),
         (["--ports", "8000"], "unknown option '--ports'"),
-        (["./nowhere"], "no config.json"),
+        (["./nowhere"], "./nowhere: no such folder"),
         (["some/model", "--num_servers", "none"], "--num_servers must be a positive number, not 'none'"),
         (["some/model", "--max_num_seqs", "many"], "--max_num_seqs must be a positive number, not 'many'"),
         (["some/model", "--port"], "--port needs a value"),

@@ -1,5 +1,6 @@
 """Log-probabilities that sampling keeps: one a token, of the distribution that was sampled; they change no token."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from baton.manifest import read_manifest
 from report.kl import history, obstacle
-from tests.inference.tiny_policy import make_tiny_policy
+from tests.inference.tiny_policy import TEMPLATE, make_tiny_policy
 from tests.programs import read_jsonl, run_program, succeed, write_jsonl
 
 K, NEW, TEMPERATURE, TOP_K, TOP_P = 3, 24, 0.7, 200, 0.8
@@ -102,8 +104,13 @@ def test_get_logps_scores_the_same_tokens_and_sampling_resumed_and_merged_keeps_
     assert [manifest["stage"] for manifest in history(tmp_path / "scored.jsonl")] == ["logps", "merge", "generate"]
     assert obstacle(list(history(tmp_path / "scored.jsonl")), by_sampler=True) is None
 
+    assert {record["chat_template_hash"] for record in again} == {hashlib.sha256(TEMPLATE.encode()).hexdigest()[:16]}
+    again[0]["chat_template_hash"] = "0" * 16
     again[2]["response_token_ids"][1] = [5] * len(again[2]["response_token_ids"][1])  # as of another tokenizer
     score(policy, write_jsonl(merged, again), tmp_path / "other.jsonl")
+    noted = read_manifest(tmp_path / "other.jsonl")["noted"]
+    (other,) = (note for note in noted if note.startswith("sampled with another chat template"))
+    assert noted[other] == {"responses": len(again[0]["responses"]), "prompts": [again[0]["id"]]}
     assert "tokenised 1 responses again" in obstacle(list(history(tmp_path / "other.jsonl")), by_sampler=True)
 
 

@@ -1,14 +1,11 @@
 """What training programs say of settings that are not theirs, of models out of reach, and of reports without a login."""
 
 import dataclasses
-import http.server
 import importlib
-import logging
 import os
 import re
 import subprocess
 import sys
-import threading
 
 import pytest
 import trl
@@ -63,58 +60,6 @@ def test_an_unknown_setting_is_refused_before_torch_or_trl_is_imported():
     assert done.returncode == 2 and "unknown setting `lerning_rate`: did you mean `learning_rate`?" in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "yaml" in imported and not imported & {"torch", "trl", "transformers"}
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the Hugging Face hub does to whether a model may be read."""
-
-    def do_GET(self):
-        code, error = {"open": (200, ""), "gated": (403, "GatedRepo"), "none": (404, "RepoNotFound")}[self.path.split("/")[4]]
-        self.send_response(code)
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub at an address of this machine, and an empty cache."""
-    from huggingface_hub import constants, file_download, hf_api
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(hf_api, "ENDPOINT", address, raising=False)
-    monkeypatch.setattr(file_download, "HF_HUB_CACHE", str(tmp_path), raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [("baton/gated", "baton/gated: a gated model: ask for access"), ("baton/none", "baton/none: not on the Hugging Face hub")],
-)
-def test_a_model_that_cannot_be_fetched_is_one_message(hub, model, message):
-    sources.check_hub("baton/open")
-    with pytest.raises(InputError, match=message):
-        sources.check_hub(model)
-
-
-def test_a_hub_that_does_not_answer_is_an_error_where_work_begins_and_a_warning_ahead_of_it(hub, caplog):
-    hub.shutdown()
-    hub.server_close()
-    with pytest.raises(InputError, match="baton/open: not on this machine, and the Hugging Face hub does not answer"):
-        sources.check_hub("baton/open")
-    with caplog.at_level(logging.WARNING, logger="baton"):
-        sources.check_hub("baton/open", ahead=True)
-    assert "the Hugging Face hub does not answer" in caplog.text
 
 
 def test_what_a_library_says_of_a_missing_file_is_one_line_and_what_the_system_says_stays():

@@ -1,0 +1,97 @@
+"""Sample K responses to every prompt through vLLM servers of its own, one per GPU (or one on the CPU), which end with it.
+
+    python generation/run_servers.py --model_name_or_path MODEL --dataset_name_or_path PROMPTS \\
+        --output_dir ./data/gen_data --K 4
+
+writes <output_dir>.jsonl (--output_dir is the beginning of a file's name), as generation/gen_hf.py does with servers that are
+there. The servers take free ports of this machine and log to <output_dir>.servers/. After any failure, run the same command
+again: it goes on where it stopped.
+"""
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from baton import program
+from baton.arguments import option, parse
+from baton.errors import InputError
+from baton.launch import gpus
+from baton.servers import processes
+from baton.sources import check_model_path
+from generation.gen_hf import ClientArguments, sample
+
+log = logging.getLogger("baton")
+
+HOST = "127.0.0.1"
+START_SECONDS = 1800
+
+
+class Arguments(ClientArguments):
+    model_name_or_path: str = option(..., "the policy: a model's folder or hub name", changes_result=False)
+    output_dir: str = option("./data/gen_data", "the output is <output_dir>.jsonl", changes_result=False)
+    num_servers: int | None = option(None, "servers; one per GPU or group of GPUs, 1 on a CPU", ge=1, changes_result=False)
+    tensor_parallel_size: int = option(1, "GPUs that share one copy of the model", ge=1, changes_result=False)
+    max_model_len: int | None = option(None, "tokens of prompt and response; the model's context if not given", ge=2)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(None, "of weights and arithmetic")
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory", gt=0, le=1, changes_result=False)
+    max_num_seqs: int | None = option(None, "responses that a server samples at once", ge=1, changes_result=False)
+
+
+def main() -> None:
+    arguments = parse(Arguments, __doc__ or "")
+    if not Path(arguments.output_dir).name or arguments.output_dir.endswith("/"):
+        raise InputError(f"--output_dir {arguments.output_dir}: give the beginning of file names, such as data/gen_data")
+    size, visible = arguments.tensor_parallel_size, gpus.visible()
+    count = arguments.num_servers or (len(visible) // size if visible else 1)
+    if (size > 1 or visible) and not 0 < count * size <= len(visible):
+        raise InputError(f"{max(count, 1)} servers of {size} GPUs each, but there are {len(visible)} GPUs")
+    folder = Path(f"{arguments.output_dir}.servers")
+    running = own_servers(arguments, folder, count, size if visible else 0)
+    check_model_path(arguments.model_name_or_path)
+    sample(arguments, Path(f"{arguments.output_dir}.jsonl"), arguments.model_name_or_path, running)
+
+
+@contextmanager
+def own_servers(arguments: Arguments, folder: Path, count: int, gpus_each: int) -> Iterator[list[str]]:
+    """Context in which `count` servers of the policy answer, whose URLs it gives; logs and state of them are in `folder`."""
+    os.environ["BATON_SERVERS"] = str(folder)
+    processes.stop(processes.known())  # what a program that was killed has left
+    names = ("tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "max_model_len", "dtype")
+    settings = {name: getattr(arguments, name) for name in names}
+    if arguments.response_logps:
+        settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k and top-p
+    options, variables = processes.engine_options(settings, gpus_each, count)
+    model = arguments.model_name_or_path
+    model = os.path.realpath(model) if Path(model).exists() else model
+    with free_ports(count) as ports:
+        places = [processes.Place(HOST, port) for port in ports]
+        try:
+            variables |= {program.PARENT: str(os.getpid()), "VLLM_API_KEY": ""}
+            processes.start_missing(places, model, options, gpus_each, variables)
+            log.info("%s: servers start: %d; it may take minutes; logs: %s/PORT.log", model, count, folder)
+            for server in processes.wait_until_ready(ports, ports, START_SECONDS):
+                log.info("%s", processes.describe(server))
+            yield [f"http://{HOST}:{port}/v1" for port in ports]
+        finally:
+            processes.stop(processes.known())
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def free_ports(count: int) -> Iterator[list[int]]:
+    """Ports that no other program is given meanwhile: they stay bound here, where a server may listen all the same."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind((HOST, 0))
+        yield [each.getsockname()[1] for each in sockets]
+
+
+if __name__ == "__main__":
+    program.run(main)
