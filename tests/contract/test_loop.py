@@ -144,17 +144,19 @@ DPO_CONFIG=configs/quickstart/dpo.yaml
     assert "15 stages, 0 of them up to date" in done.stdout
 
 
-def units_of_two_rounds(folder: Path, config: Path) -> list[Unit]:
+def units_with_mistakes(folder: Path) -> list[Unit]:
+    """Three trainings and a scoring: a mistyped setting, a missing file, a value of the wrong type, a mistyped function."""
+    settings = (("1", "--learning_rat", "1"), ("2", "--learning_rate", "1"), ("1", "--learning_rate", "many"))
     train = [
         Unit(
             name=f"round{number}-train",
             environment="training",
             program=(
-                *("dpo_iteration/run_dpo.py", str(config), "--model_name_or_path", f"{folder}/policy"),
-                *("--dataset_name_or_path", f"{folder}/pairs{number}.jsonl", "--output_dir", f"{folder}/out{number}"),
+                *("dpo_iteration/run_dpo.py", "--model_name_or_path", f"{folder}/policy", "--use_cpu", "true", *words),
+                *("--dataset_name_or_path", f"{folder}/pairs{pairs}.jsonl", "--output_dir", f"{folder}/out{number}"),
             ),
         )
-        for number in (1, 2)
+        for number, (pairs, *words) in enumerate(settings, 1)
     ]
     reward = ("annotate_data/get_rewards.py", "--dataset_name_or_path", f"{folder}/pairs1.jsonl", "--output_dir")
     scorer = f"function:{folder}/rule.py:breviti"
@@ -163,12 +165,11 @@ def units_of_two_rounds(folder: Path, config: Path) -> list[Unit]:
 
 def test_what_is_wrong_with_any_stage_is_said_of_all_at_once_before_one_starts(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = folder / "dpo.yaml"
-    config.write_text("learning_rat: 1\nuse_cpu: true\n")
     (folder / "pairs1.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"], "rewards": [0, 1]}\n')
-    entries = plan(units_of_two_rounds(folder, config))
+    entries = plan(units_with_mistakes(folder))
     said = problems(entries)
-    assert "learning_rat" in said and f"round2-train: {folder}/pairs2.jsonl: no such file" in said
+    assert "round1-train: unknown setting `learning_rat`" in said and "round3-train: `learning_rate`" in said
+    assert f"round2-train: {folder}/pairs2.jsonl: no such file" in said
     assert "score: " in said and "breviti" in said
     assert "no such file" in listing(entries)
     assert not (folder / "out1.partial").exists() and not list(folder.glob("*.lock"))
