@@ -49,10 +49,10 @@ gpu_ids() {
   in_env inference python -m baton.launch gpus
 }
 
-# Runs one stage of the run in $run_dir, its output in a log of its own; a failure ends the script with the log's end.
+# Runs one stage of the run in $run_dir, its output in a log of its own; returns its exit code, after the log's end.
 # The options are those of `python -m baton.launch run`. What was started ends with the script, even if that is killed.
 # stage NAME inference|training [OPTION ...] PROGRAM [ARGUMENT ...]
 stage() {
   BATON_PARENT=$$ in_env "$2" python -m baton.launch run --name "$1" --environment "$2" \
-    --log "${run_dir:?the caller sets it}/logs/$1.log" "${@:3}" || exit
+    --log "${run_dir:?the caller sets it}/logs/$1.log" "${@:3}"
 }

@@ -101,14 +101,20 @@ resolved_recipe() {
 plan="" up_to_date=""
 
 # Runs a stage unless it is up to date: step NAME inference|training [OPTION ...] PROGRAM [ARGUMENT ...]
+# One that finished without some records (exit code 3, with its output) does not end the run: its log names them.
 step() {
-  local words=(--name "$1" --environment "${@:2}")
+  local words=(--name "$1" --environment "${@:2}") code=0
   if [[ -n $plan ]]; then
     printf '%s\0' "${#words[@]}" "${words[@]}" >>"$plan"
   elif [[ $'\n'$up_to_date$'\n' == *$'\n'$1$'\n'* ]]; then
     say "$1: up to date"
   else
-    stage "$@"
+    stage "$@" || code=$?
+    if ((code == 3)) && [[ -n $(printf '%s\0' "${#words[@]}" "${words[@]}" | in_env training python -m baton.launch plan) ]]; then
+      say "$1: goes on without the records that were dropped"
+    elif ((code)); then
+      exit "$code"
+    fi
   fi
 }
 

@@ -27,6 +27,20 @@ DPO_ARGS=(--max_steps 6 --save_steps 2)
 HELDOUT_PROMPTS=$RUN_DIR/data/heldout.jsonl
 HELDOUT_K=2
 GOLD_SCORER=quickstart/score_gold.py
+EVAL_SCORERS=(brevity=function:$RUN_DIR/rule.py:brevity)
+"""
+
+# It fails at one held-out prompt, which is then dropped in every round.
+RULE = """
+import json, pathlib
+
+FIRST = json.loads(pathlib.Path(__file__).with_name("data").joinpath("heldout.jsonl").open().readline())["prompt"]
+
+
+def brevity(prompts, responses, records):
+    if records[0]["prompt"] == FIRST:
+        raise ValueError("no opinion")
+    return [-len(response) for response in responses]
 """
 
 
@@ -52,6 +66,7 @@ def run_dir(tmp_path_factory):
         data / "rm_train.jsonl", "--output_dir", folder / "reward_model", *steps,
     )  # fmt: skip
     (folder / "tiny.env").write_text(RECIPE)
+    (folder / "rule.py").write_text(RULE)
     return folder
 
 
@@ -90,6 +105,11 @@ def test_relay_killed_at_random_moments_ends_with_every_prompt_once(run_dir):
     for record in read_jsonl(run_dir / f"heldout/round{ROUNDS}/evaluated.jsonl"):
         assert [len(logps) for logps in record["response_logps"]] == [len(ids) for ids in record["response_token_ids"]]
         assert record["logps_by"].keys() == {"initial"}
+        assert record["rewards_by"].keys() == {"bt", "brevity", "gold"}
+    assert [entry["prompts"] for entry in summary["rounds"]] == [HELDOUT - 1] * (ROUNDS + 1)
+    for number in range(1, ROUNDS + 1):
+        steps = [line["step"] for line in read_jsonl(run_dir / f"round{number}/metrics.jsonl")]
+        assert steps == sorted(set(steps)) and steps[-1] == 6
     assert (run_dir / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -102,7 +122,7 @@ def written(run_dir):
 def test_relay_run_again_does_nothing_twice(run_dir):
     before = written(run_dir)
     planned = shell(*run_loop(run_dir), "--plan")
-    assert planned.returncode == 0 and "16 stages, 16 of them up to date" in planned.stdout, planned.stdout + planned.stderr
+    assert planned.returncode == 0 and "18 stages, 18 of them up to date" in planned.stdout, planned.stdout + planned.stderr
     done = shell(*run_loop(run_dir))
     assert done.returncode == 0, done.stderr
     assert before and before == written(run_dir)
