@@ -72,7 +72,14 @@ def train(
 
 def _write_card(trainer: Any, stage: Stage, counts: dict[str, Any] | None) -> None:
     if counts is not None and program.rank() == 0:
-        write_card(stage.partial_folder, stage.manifest, counts, trainer.state.log_history)
+        write_card(stage.partial_folder, stage.manifest, counts, history_of_export(trainer))
+
+
+def history_of_export(trainer: Any) -> list[dict[str, Any]]:
+    """What was logged up to the step whose weights are exported: the best one's with `load_best_model_at_end`."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
+    return [line for line in trainer.state.log_history if line["step"] <= step]
 
 
 def stop_at_end_of_turn(folder: Path, tokenizer: Any, messages: Messages, where: str) -> None:
