@@ -138,10 +138,13 @@ def template_input(chat_template: str | Path | None) -> dict[str, str]:
 
 
 def refuse_input(path: Path, inputs: dict[str, str | Path], flag: str, output: str | Path) -> None:
-    """Raise InputError where a stage would lose `path`, a file that it writes beside its `output` and that `flag` names.
+    """Raise InputError where `path`, a file that a stage writes beside its `output` and that `flag` names, cannot be there.
 
-    It would replace an input, or be deleted where the finished folder takes the place of what is at `output`.
+    It would replace an input, a folder or a device, or be deleted where the finished folder takes the place of what is at
+    `output`.
     """
+    if path.exists() and not path.is_file():  # a device such as /dev/null would be replaced too
+        raise InputError(f"{flag} {path}: what is there is no file; give the path of one")
     folder, target = Path(output).resolve(), path.resolve()
     if not {folder, in_progress(folder)}.isdisjoint((target, *target.parents)):
         raise InputError(f"{flag} {path}: lies in the output {output}, which is replaced as a whole; give a path beside it")

@@ -63,9 +63,9 @@ class Stage:
 
         `settings` decide the result beside the arguments; where `config_class` gives a trainer's configuration, they are its
         settings as the user wrote them. `check` is what `--check` also calls where there is work to do, and `--overwrite`
-        before it replaces anything: what needs heavy imports and raises InputError. Where work starts afresh, what `output` held
-        before is kept as `<output>.old` until the new output is complete. Raises InputError where `output` holds, or is being
-        given, the result of another task; the message names the differences.
+        before it replaces anything: what needs heavy imports and raises InputError. Where work starts afresh, what `output`
+        held before is kept as `<output>.old` until the new output is complete. Raises InputError where `output` holds, or is
+        being given, the result of another task; the message names the differences.
         """
         settings = dict(settings or {})
         task = task_of(name, arguments, trainer_settings(settings) if config_class else settings)
