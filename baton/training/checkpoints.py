@@ -1,5 +1,6 @@
 """From the last whole checkpoint, or from the start, to a clean model folder."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -118,7 +119,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             step = _state_of(checkpoint)["global_step"]
-        except (FileNotFoundError, orjson.JSONDecodeError, KeyError):
+        except (FileNotFoundError, json.JSONDecodeError, KeyError):
             log.info("%s: half-written, passed over", checkpoint)
             continue
         log.info("going on from %s (step %d)", checkpoint, step)
@@ -127,8 +128,11 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any]:
-    """How far the training was when a checkpoint was written (Transformers' TrainerState)."""
-    return orjson.loads((checkpoint / "trainer_state.json").read_bytes())
+    """How far the training was when a checkpoint was written (Transformers' TrainerState).
+
+    Its numbers may be NaN or Infinity, such as a gradient's norm that fp16 could not hold: no JSON, and yet whole.
+    """
+    return json.loads((checkpoint / "trainer_state.json").read_bytes())
 
 
 def fit_layout(trainer: Any, checkpoint: Path) -> None:

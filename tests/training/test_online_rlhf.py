@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from baton.errors import InputError
 from baton.models.templates import load_tokenizer, template_hash
-from baton.training.checkpoints import history_of_export
+from baton.training.checkpoints import history_of_export, last_whole_checkpoint
 from baton.training.metrics_file import MetricsFile
 from dpo_iteration.online_rlhf import own_names
 from tests.programs import read_jsonl, run_program, write_jsonl
@@ -182,3 +182,11 @@ def test_a_spoilt_line_of_the_metrics_is_no_reason_not_to_go_on(tmp_path):
     path.write_bytes(b'{"step":1,"loss":0.7}\n\0\0\0\n{"step":2,"loss":0.6}\n{"step":3,"loss":0.5}\n{"step":')
     MetricsFile(path).on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
     assert [line["step"] for line in read_jsonl(path)] == [1, 2]
+
+
+def test_a_checkpoint_whose_numbers_are_not_finite_is_whole(tmp_path):
+    state = {"global_step": 4, "log_history": [{"step": 4, "grad_norm": float("inf"), "loss": float("nan")}]}
+    for step, text in ((2, "{}"), (4, json.dumps(state)), (6, json.dumps(state)[:-9])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
