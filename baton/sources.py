@@ -10,6 +10,7 @@ from pathlib import Path
 from baton.ahead import later, will_be_made
 from baton.errors import InputError
 from baton.fingerprint import cached_folder
+from baton.manifest import in_progress
 
 log = logging.getLogger("baton")
 
@@ -136,8 +137,17 @@ def template_input(chat_template: str | Path | None) -> dict[str, str]:
     return {"chat_template": str(chat_template)}
 
 
-def refuse_input(path: Path, inputs: dict[str, str | Path], flag: str) -> None:
-    """Raise InputError where `path`, a file that a stage writes beside its output and `flag` names, is one of its inputs."""
+def refuse_input(path: Path, inputs: dict[str, str | Path], flag: str, output: str | Path) -> None:
+    """Raise InputError where `path`, a file that a stage writes beside its `output` and that `flag` names, cannot be there.
+
+    It would replace an input, a folder or a device, or be deleted where the finished folder takes the place of what is at
+    `output`.
+    """
+    if path.exists() and not path.is_file():  # a device such as /dev/null would be replaced too
+        raise InputError(f"{flag} {path}: what is there is no file; give the path of one")
+    folder, target = Path(output).resolve(), path.resolve()
+    if not {folder, in_progress(folder)}.isdisjoint((target, *target.parents)):
+        raise InputError(f"{flag} {path}: lies in the output {output}, which is replaced as a whole; give a path beside it")
     for name, source in inputs.items():
         if Path(source).resolve() == path.resolve():
             raise InputError(f"{path}: cannot replace the input `{name}`; give another {flag}")

@@ -62,10 +62,10 @@ class Stage:
         """Start or resume the work on `output`, or return None (and say so) where it is up to date, or for `--check`.
 
         `settings` decide the result beside the arguments; where `config_class` gives a trainer's configuration, they are its
-        settings as the user wrote them. `check` is what `--check` also calls where there is work to do: what needs heavy
-        imports and raises InputError. Where work starts afresh, what `output` held before is kept as `<output>.old` until
-        the new output is complete. Raises InputError where `output` holds, or is being given, the result of another task; the
-        message names the differences.
+        settings as the user wrote them. `check` is what `--check` also calls where there is work to do, and `--overwrite`
+        before it replaces anything: what needs heavy imports and raises InputError. Where work starts afresh, what `output`
+        held before is kept as `<output>.old` until the new output is complete. Raises InputError where `output` holds, or is
+        being given, the result of another task; the message names the differences.
         """
         settings = dict(settings or {})
         task = task_of(name, arguments, trainer_settings(settings) if config_class else settings)
@@ -81,6 +81,8 @@ class Stage:
                 ahead.later(f"{name} {task['settings']}", lambda: check(stage))
             return None
         planned = plan()
+        if check and arguments.overwrite:
+            check(stage)  # what it refuses leaves the old output, and unfinished work, where it is
         if program.rank() == 0 and planned != UP_TO_DATE:
             output.parent.mkdir(parents=True, exist_ok=True)
             if not stage.lock.take():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baton import jsonl, program
+from baton.ahead import check_there
 from baton.arguments import option
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -141,9 +142,14 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     for model in models_of(arguments):
         check_start(model)
     dataset_probs(arguments)
-    for name in ("do_eval", "eval_strategy"):
-        if not arguments.eval_dir and spelling(settings.get(name)) not in (None, False, "no"):
-            raise InputError(f"`{name}` needs pairs to evaluate on: name a file of them with --eval_dir, or leave it out")
+    asked = [name for name in ("do_eval", "eval_strategy") if spelling(settings.get(name)) not in (None, False, "no")]
+    if asked and not arguments.eval_dir:
+        raise InputError(f"`{asked[0]}` needs pairs to evaluate on: name a file of them with --eval_dir, or leave it out")
+    source = held_out_source(arguments, settings)
+    if asked and not source:
+        raise InputError("`eval_strategy` asks for what `do_eval: false` leaves out: leave one of them out")
+    if source:
+        check_there(source, "held-out data")
 
 
 def models_of(arguments: Arguments) -> tuple[str, str]:
@@ -174,8 +180,8 @@ def inputs_of(
     inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path, "reference": reference}
     inputs |= source_inputs("data", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
     inputs |= {"held-out data": held_out} if held_out else {}
-    refuse_input(pairs_path, inputs, "--pairs_path")
-    refuse_input(metrics_path, inputs, "--metrics_path")
+    refuse_input(pairs_path, inputs, "--pairs_path", arguments.output_dir)
+    refuse_input(metrics_path, inputs | {"pairs_path": pairs_path}, "--metrics_path", arguments.output_dir)
     return inputs | {f"pairs of {path.parent.name}": path for path in earlier}
 
 
@@ -233,7 +239,7 @@ def held_out_rows(arguments: Arguments, source: str, tokenizer: Any, config: Any
         return at_least_one(make(first, account.drops, account.counted), source, account.drops)
 
     rows = rows_on_disk(token_ids, config, "held_out", pair_features())
-    if source in split_sources(arguments.dataset_name_or_path):
+    if program.rank() == 0 and source in split_sources(arguments.dataset_name_or_path):
         log.warning("`eval_dir` is data that is trained on, so what is evaluated is not held out")
     log.info("evaluating on %d pairs, dropped: %s", len(rows), account.drops)
     return rows, account
@@ -328,7 +334,7 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, history_of_export, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from dpo_iteration.checks import check_pairs
 
@@ -358,7 +364,7 @@ def main() -> None:
         stop_at_end_of_turn(stage.partial_folder, tokenizer, conversation, where)
         log.info("pairs: %s", in_words(account.counted))
         if held_out is not None:
-            metrics |= last_evaluation(trainer.state.log_history)
+            metrics |= last_evaluation(history_of_export(trainer))
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         stage.finish(**counts, pairs=account.facts, metrics=metrics, scratch=SCRATCH)
         if warning := template_warning(account.counted, tokenizer):

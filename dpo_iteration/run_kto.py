@@ -170,8 +170,8 @@ def main() -> None:
     output = Path(arguments.output_dir)
     examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")
     metrics_path = metrics_file(output, arguments.metrics_path)
-    refuse_input(examples_path, inputs, "--examples_path")
-    refuse_input(metrics_path, inputs, "--metrics_path")
+    refuse_input(examples_path, inputs, "--examples_path", output)
+    refuse_input(metrics_path, inputs | {"examples_path": examples_path}, "--metrics_path", output)
     checked = partial(checked_config, arguments, settings)
     # KTO's KL term is a mean over the examples that all processes compute at a time.
     stage = Stage.begin("kto", arguments, output, inputs, settings | batch_together(settings), config_class, checked)

@@ -149,7 +149,7 @@ def main() -> None:
     inputs = {"model": arguments.model_name_or_path, "pairs": source} | ({"held-out pairs": held_out} if held_out else {})
     inputs |= template_input(arguments.chat_template)
     metrics_path = metrics_file(arguments.output_dir, arguments.metrics_path)
-    refuse_input(metrics_path, inputs, "--metrics_path")
+    refuse_input(metrics_path, inputs, "--metrics_path", arguments.output_dir)
     checked = partial(checked_config, arguments, settings)
     stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class, checked)
     if stage is None:

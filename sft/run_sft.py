@@ -121,7 +121,7 @@ def main() -> None:
     inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
     inputs |= template_input(arguments.chat_template)
     metrics_path = metrics_file(arguments.output_dir, arguments.metrics_path)
-    refuse_input(metrics_path, inputs, "--metrics_path")
+    refuse_input(metrics_path, inputs, "--metrics_path", arguments.output_dir)
     checked = partial(checked_config, arguments, settings)
     stage = Stage.begin("sft", arguments, Path(arguments.output_dir), inputs, settings, config_class, checked)
     if stage is None:

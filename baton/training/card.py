@@ -21,7 +21,7 @@ def write_card(folder: Path, manifest: dict[str, Any], counts: dict[str, Any], h
     Args:
         manifest: of the work in progress.
         counts: `in`, `out`, and `dropped` by reason.
-        history: what the trainer has logged.
+        history: what the trainer has logged up to the step of these weights.
     """
     text = card(manifest, counts, history, rewards_of(manifest["inputs"]))
     (folder / CARD).write_text(text, encoding="utf-8")
@@ -30,7 +30,8 @@ def write_card(folder: Path, manifest: dict[str, Any], counts: dict[str, Any], h
 def card(manifest: dict[str, Any], counts: dict[str, Any], history: list[dict[str, Any]], rewards: list[str]) -> str:
     """The text of a card, Markdown; `rewards` name what scored the data."""
     inputs = {name: named(source) for name, source in manifest["inputs"].items()}
-    head = {"library_name": "transformers"}
+    adapter = manifest["arguments"].get("use_peft") and not manifest["arguments"].get("merge_adapter")
+    head = {"library_name": "peft" if adapter else "transformers"}
     if "state" not in manifest["inputs"]["model"]:  # a name of the hub, and no folder of this machine
         head = {"base_model": manifest["inputs"]["model"]["path"], **head}
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"

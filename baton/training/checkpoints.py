@@ -1,5 +1,6 @@
 """From the last whole checkpoint, or from the start, to a clean model folder."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -72,7 +73,14 @@ def train(
 
 def _write_card(trainer: Any, stage: Stage, counts: dict[str, Any] | None) -> None:
     if counts is not None and program.rank() == 0:
-        write_card(stage.partial_folder, stage.manifest, counts, trainer.state.log_history)
+        write_card(stage.partial_folder, stage.manifest, counts, history_of_export(trainer))
+
+
+def history_of_export(trainer: Any) -> list[dict[str, Any]]:
+    """What was logged up to the step whose weights are exported: the best one's with `load_best_model_at_end`."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
+    return [line for line in trainer.state.log_history if line["step"] <= step]
 
 
 def stop_at_end_of_turn(folder: Path, tokenizer: Any, messages: Messages, where: str) -> None:
@@ -111,7 +119,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             step = _state_of(checkpoint)["global_step"]
-        except (FileNotFoundError, orjson.JSONDecodeError, KeyError):
+        except (FileNotFoundError, json.JSONDecodeError, KeyError):
             log.info("%s: half-written, passed over", checkpoint)
             continue
         log.info("going on from %s (step %d)", checkpoint, step)
@@ -120,8 +128,11 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any]:
-    """How far the training was when a checkpoint was written (Transformers' TrainerState)."""
-    return orjson.loads((checkpoint / "trainer_state.json").read_bytes())
+    """How far the training was when a checkpoint was written (Transformers' TrainerState).
+
+    Its numbers may be NaN or Infinity, such as a gradient's norm that fp16 could not hold: no JSON, and yet whole.
+    """
+    return json.loads((checkpoint / "trainer_state.json").read_bytes())
 
 
 def fit_layout(trainer: Any, checkpoint: Path) -> None:

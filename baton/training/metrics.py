@@ -191,7 +191,7 @@ class WarnOfTrouble(TrainerCallback):
         if self.warned_of_fall or first is None or not self.beta or not logs.get("lengths/chosen"):
             return
         fall = (first - logs["rewards/chosen"]) / self.beta
-        if fall < FALL_PER_TOKEN * logs["lengths/chosen"]:
+        if math.isnan(fall) or fall < FALL_PER_TOKEN * logs["lengths/chosen"]:
             return
         self.warned_of_fall = True
         log.warning(

@@ -1,11 +1,15 @@
 """The trainer's numbers as a file of JSON lines, which is right after a death as well."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from baton import jsonl
+from baton.errors import InputError
+
+log = logging.getLogger("baton")
 
 # What an evaluation, and the end of a training, log once a step; every other line is one of the training.
 EVALUATION, SUMMARY = "eval_loss", "train_runtime"
@@ -53,9 +57,11 @@ def _kind(line: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; a last one that a killed process half wrote is left out."""
-    if not path.exists():
-        return []
-    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    lines = [jsonl.parse(line, f"{path}:{number}") for number, line in enumerate(whole, 1)]
+    """The lines of a file, those left out that a death has spoilt: they are no reason not to go on."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            lines.append(jsonl.parse(line, f"{path}:{number}"))
+        except InputError as error:
+            log.warning("%s; the line is left out", error)
     return [line for line in lines if isinstance(line.get("step"), int)]

@@ -238,6 +238,21 @@ def test_a_folder_that_no_stage_made_is_not_replaced_even_when_told_to_overwrite
     assert (output / "thesis.tex").read_text() == "precious"
 
 
+def test_what_is_refused_before_an_output_is_overwritten_leaves_it_where_it_is(tmp_path):
+    def refuse(stage: Stage) -> None:
+        raise InputError("no login")
+
+    output = tmp_path / "policy"
+    for path in (output, output.with_name("policy.partial")):
+        path.mkdir()
+    for path in ("policy.manifest.json", "policy.partial.manifest.json"):
+        (tmp_path / path).write_bytes(orjson.dumps({"stage": "small", "arguments": {}, "inputs": {}}))
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="no login"):
+        Stage.begin("small", StageArguments(overwrite=True), output, {}, check=refuse)
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_an_output_never_replaces_its_input(prompts):
     before = prompts.read_bytes()
     code, log = run(prompts, prompts, "--overwrite")

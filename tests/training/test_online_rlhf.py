@@ -2,12 +2,15 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 from baton.errors import InputError
 from baton.models.templates import load_tokenizer, template_hash
+from baton.training.checkpoints import history_of_export, last_whole_checkpoint
+from baton.training.metrics_file import MetricsFile
 from dpo_iteration.online_rlhf import own_names
 from tests.programs import read_jsonl, run_program, write_jsonl
 
@@ -157,3 +160,33 @@ def test_an_evaluation_without_pairs_is_refused(task, annotated, tmp_path, asked
     words = ["--model_name_or_path", task / "base", "--train_dir", annotated, "--output_dir", tmp_path / "policy", *asked]
     done = run_program("dpo_iteration/run_dpo.py", *words)
     assert done.returncode == 2 and "needs pairs to evaluate on: name a file of them with --eval_dir" in done.stderr
+
+
+def test_an_evaluation_that_is_asked_for_and_left_out_is_refused_before_a_model_is_loaded(task, annotated, tmp_path):
+    words = ["--model_name_or_path", task / "base", "--train_dir", annotated, "--output_dir", tmp_path / "policy"]
+    words += ["--eval_dir", annotated, "--do_eval", "false", "--eval_strategy", "steps", "--check"]
+    done = run_program("dpo_iteration/run_dpo.py", *words)
+    assert done.returncode == 2 and "`eval_strategy` asks for what `do_eval: false` leaves out" in done.stderr
+
+
+def test_the_figures_of_the_best_checkpoint_are_said_where_its_weights_are_the_policy():
+    history = [{"step": 2, "eval_loss": 0.5}, {"step": 4, "eval_loss": 0.7}, {"step": 4, "train_loss": 0.6}]
+    state = SimpleNamespace(best_model_checkpoint="policy.partial/checkpoint-2", global_step=4, log_history=history)
+    for load_best, said in ((True, history[:1]), (False, history)):
+        args = SimpleNamespace(load_best_model_at_end=load_best)
+        assert history_of_export(SimpleNamespace(state=state, args=args)) == said
+
+
+def test_a_spoilt_line_of_the_metrics_is_no_reason_not_to_go_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1,"loss":0.7}\n\0\0\0\n{"step":2,"loss":0.6}\n{"step":3,"loss":0.5}\n{"step":')
+    MetricsFile(path).on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
+    assert [line["step"] for line in read_jsonl(path)] == [1, 2]
+
+
+def test_a_checkpoint_whose_numbers_are_not_finite_is_whole(tmp_path):
+    state = {"global_step": 4, "log_history": [{"step": 4, "grad_norm": float("inf"), "loss": float("nan")}]}
+    for step, text in ((2, "{}"), (4, json.dumps(state)), (6, json.dumps(state)[:-9])):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"

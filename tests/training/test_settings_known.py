@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import trl
@@ -100,3 +101,13 @@ def test_every_way_to_log_in_to_wandb_is_known(nobody, monkeypatch, login):
     else:
         monkeypatch.setenv(*login.split("="))
     reports.check_outside({"report_to": ["wandb"]}, [], ahead=False)
+
+
+@pytest.mark.parametrize("path", ["policy/metrics.jsonl", "policy.partial/metrics.jsonl", "policy"])
+def test_a_file_in_the_output_which_would_be_deleted_at_the_end_is_refused(tmp_path, path):
+    with pytest.raises(InputError, match=r"--metrics_path .*: lies in the output .*; give a path beside it"):
+        sources.refuse_input(tmp_path / path, {}, "--metrics_path", tmp_path / "policy")
+    for there in (tmp_path, Path("/dev/null")):
+        with pytest.raises(InputError, match="what is there is no file"):
+            sources.refuse_input(there, {}, "--metrics_path", tmp_path / "policy")
+    sources.refuse_input(tmp_path / "policy.metrics.jsonl", {}, "--metrics_path", tmp_path / "policy")
