@@ -23,13 +23,16 @@ class Outlook:
     """What the programs that this process has looked at would do.
 
     `planned` says it for each output, by its full path; where work is to be done, the output is also in `to_make`. `checks`
-    are those that need heavy imports, one of a kind: they are made once, after all others.
+    are those that need heavy imports, one of a kind: they are made once, after all others. `adapters` are outputs that will
+    hold an adapter without its model.
     """
 
     planned: dict[Path, str] = field(default_factory=dict)
     to_make: set[Path] = field(default_factory=set)
     checks: dict[str, Check] = field(default_factory=dict)
+    adapters: set[Path] = field(default_factory=set)
     several: bool = False  # whether other programs follow
+    starts: bool = False  # whether the programs start now, here, if nothing is wrong
 
 
 OUTLOOK = Outlook()
@@ -46,6 +49,21 @@ def will_be_made(source: str | Path) -> bool:
     """Whether a program that was looked at would make `source`, or the folder that it is in."""
     path = Path(source).resolve()
     return not OUTLOOK.to_make.isdisjoint((path, *path.parents))
+
+
+def note_adapter(output: Path) -> None:
+    """Remember that `output` will hold an adapter without its model."""
+    OUTLOOK.adapters.add(output.resolve())
+
+
+def will_be_adapter(model: str | Path) -> bool:
+    """Whether a program that was looked at would make `model` an adapter without its model."""
+    return Path(model).resolve() in OUTLOOK.adapters
+
+
+def starts_here() -> bool:
+    """Whether the programs that are looked at start now on this machine, if nothing is wrong."""
+    return OUTLOOK.starts
 
 
 def later(kind: str, check: Check) -> None:
