@@ -95,6 +95,8 @@ def _look(unit: Unit) -> Planned:
     waiting = [planned for planned in found if not planned.startswith(ahead.UP_TO_DATE)]
     if not found:
         entry.planned = UNCHECKED
+    elif ahead.WAITS in waiting:
+        entry.planned = ahead.WAITS
     elif waiting:
         entry.planned = ahead.RESUMES if ahead.RESUMES in waiting or len(waiting) < len(found) else RUNS
     else:
@@ -115,7 +117,9 @@ def _take_for_made(unit: Unit) -> None:
     """Have what a unit would make count as made, so that those after it have no problem for this reason alone."""
     for flag, value in zip(unit.program, unit.program[1:], strict=False):
         if flag in OUTPUTS:
-            ahead.OUTLOOK.to_make |= {Path(value).resolve(), Path(f"{value}.jsonl").resolve()}
+            made = {Path(value).resolve(), Path(f"{value}.jsonl").resolve()}
+            ahead.OUTLOOK.to_make |= made
+            ahead.OUTLOOK.refused |= made
 
 
 @contextlib.contextmanager

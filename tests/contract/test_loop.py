@@ -14,6 +14,7 @@ from baton.launch import recipe
 from baton.launch.plan import listing, plan, problems
 from baton.launch.unit import Unit
 from baton.sources import check_hub_ahead
+from baton.task import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = ("INITIAL_POLICY", "MAX_NEW_TOKENS", "LEARNING_RATE_OF_NOTHING", "K")
@@ -215,3 +216,30 @@ def test_a_run_that_starts_offline_needs_the_hubs_models_here_and_a_plan_does_no
     ahead.OUTLOOK.starts = True
     with pytest.raises(InputError, match="not in the hub's cache on this machine, and HF_HUB_OFFLINE is set"):
         check_hub_ahead("nobody/nothing", folder / "out")
+
+
+def test_what_follows_from_a_refused_stage_is_no_mistake_of_its_own(folder, monkeypatch):
+    """Nor is a result of another stage «made from» what this one would read."""
+    monkeypatch.chdir(ROOT)
+    (folder / "samples.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"]}\n')
+    for name, stage, inputs in (("old", "annotate", {"dataset": {}}), ("later", "annotate", {"dataset": {}}), ("own", "x", {})):
+        (folder / f"{name}.jsonl").write_text("")
+        manifest = {"version": 0 if stage == "annotate" else VERSION, "stage": stage, "arguments": {}, "inputs": inputs}
+        (folder / f"{name}.jsonl.manifest.json").write_text(json.dumps(manifest))
+    chain = (("samples", "old"), ("old", "later"), ("samples", "new"), ("new", "own"))
+    units = [
+        Unit(
+            name=output,
+            environment="inference",
+            program=(
+                *("annotate_data/get_rewards.py", "--scorer", f"function:{folder}/rule.py:brevity"),
+                *("--dataset_name_or_path", f"{folder}/{source}.jsonl", "--output_dir", f"{folder}/{output}.jsonl"),
+            ),
+        )
+        for source, output in chain
+    ]
+    old, later, new, own = plan(units)
+    assert "another version of Baton" in old.problem
+    assert later.problem is None and later.planned == ahead.WAITS and not later.up_to_date
+    assert new.problem is None and new.planned == "would run"
+    assert "stage (x, now annotate)" in own.problem
