@@ -149,7 +149,10 @@ def check_reward_model(path: str) -> None:
     check_model_path(path)
     file = Path(path, "config.json")
     if file.exists() and not will_be_made(path):
-        config = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file}: not JSON: {error}; is the model's folder copied whole?") from None
         names = config.get("architectures") or []
         labels = config.get("num_labels") or len(config.get("id2label") or "12")
         if any("Causal" in name for name in names) or labels != 1:
