@@ -146,5 +146,5 @@ def test_ahead_of_the_work_a_hub_that_cannot_be_asked_is_a_warning_and_a_refusal
 
 def test_a_reward_model_with_half_a_config_is_bad_input(tmp_path):
     (tmp_path / "config.json").write_text('{"num_labels"')
-    with pytest.raises(InputError, match="config.json: not JSON"):
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
         check_reward_model(str(tmp_path))
