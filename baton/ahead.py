@@ -14,6 +14,7 @@ from pathlib import Path
 from baton.errors import InputError
 
 UP_TO_DATE, RESUMES = "up to date", "going on where it stopped"
+WAITS = "not known: an earlier stage, whose output this one was made from, has to be put right first"
 
 Check = Callable[[], object]  # raises InputError
 
@@ -23,13 +24,17 @@ class Outlook:
     """What the programs that this process has looked at would do.
 
     `planned` says it for each output, by its full path; where work is to be done, the output is also in `to_make`. `checks`
-    are those that need heavy imports, one of a kind: they are made once, after all others.
+    are those that need heavy imports, one of a kind: they are made once, after all others. `adapters` are outputs that will
+    hold an adapter without its model; `refused` those whose programs refuse, and what was made from them.
     """
 
     planned: dict[Path, str] = field(default_factory=dict)
     to_make: set[Path] = field(default_factory=set)
     checks: dict[str, Check] = field(default_factory=dict)
+    adapters: set[Path] = field(default_factory=set)
+    refused: set[Path] = field(default_factory=set)
     several: bool = False  # whether other programs follow
+    starts: bool = False  # whether the programs start now, here, if nothing is wrong
 
 
 OUTLOOK = Outlook()
@@ -38,14 +43,40 @@ OUTLOOK = Outlook()
 def note(output: Path, planned: str) -> None:
     """Remember what is planned for an output: `up to date`, or what is to be done."""
     OUTLOOK.planned[output.resolve()] = planned
+    if planned == WAITS:
+        OUTLOOK.refused.add(output.resolve())
     if not planned.startswith(UP_TO_DATE):
         OUTLOOK.to_make.add(output.resolve())
 
 
 def will_be_made(source: str | Path) -> bool:
     """Whether a program that was looked at would make `source`, or the folder that it is in."""
+    return _is_in(OUTLOOK.to_make, source)
+
+
+def is_refused(source: str | Path) -> bool:
+    """Whether the program that would make `source`, or the folder that it is in, refuses to, or waits for one that does."""
+    return _is_in(OUTLOOK.refused, source)
+
+
+def _is_in(outputs: set[Path], source: str | Path) -> bool:
     path = Path(source).resolve()
-    return not OUTLOOK.to_make.isdisjoint((path, *path.parents))
+    return not outputs.isdisjoint((path, *path.parents))
+
+
+def note_adapter(output: Path) -> None:
+    """Remember that `output` will hold an adapter without its model."""
+    OUTLOOK.adapters.add(output.resolve())
+
+
+def will_be_adapter(model: str | Path) -> bool:
+    """Whether a program that was looked at would make `model` an adapter without its model."""
+    return Path(model).resolve() in OUTLOOK.adapters
+
+
+def starts_here() -> bool:
+    """Whether the programs that are looked at start now on this machine, if nothing is wrong."""
+    return OUTLOOK.starts
 
 
 def later(kind: str, check: Check) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from baton.ahead import later, will_be_made
+from baton.ahead import later, starts_here, will_be_adapter, will_be_made
 from baton.errors import InputError
 from baton.fingerprint import cached_folder
 from baton.manifest import in_progress
@@ -86,12 +86,12 @@ def _cannot_ask(problem: str, ahead: bool) -> None:
 def check_hub_ahead(model: str, output: Path, weights: bool = True) -> None:
     """For `--check`: have `check_hub` made, once, for a model that the work on `output` would load.
 
-    With HF_HUB_OFFLINE the plan of another machine can be made, where the models are.
+    With HF_HUB_OFFLINE the plan of another machine can be made, where the models are; what starts here needs them here.
     """
     if will_be_made(output) and not will_be_made(model):
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
-        if not HF_HUB_OFFLINE:
+        if starts_here() or not HF_HUB_OFFLINE:
             later(f"hub model {model} {weights}", lambda: check_hub(model, weights=weights))
 
 
@@ -109,7 +109,8 @@ def _in_cache(model: str, weights: bool) -> bool:
 def check_start(model: str) -> None:
     """`check_model_path` of a model that training starts from; raise InputError for an adapter without its model as well."""
     check_model_path(model)
-    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists() and not will_be_made(model):
+    is_adapter = Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists()
+    if will_be_adapter(model) or (is_adapter and not will_be_made(model)):
         raise InputError(f"{model}: holds an adapter without its model; train it with --merge_adapter to start from it")
 
 
@@ -158,7 +159,10 @@ def check_reward_model(path: str) -> None:
     check_model_path(path)
     file = Path(path, "config.json")
     if file.exists() and not will_be_made(path):
-        config = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file}: not JSON: {error}; is the model's folder copied whole?") from None
         names = config.get("architectures") or []
         labels = config.get("num_labels") or len(config.get("id2label") or "12")
         if any("Causal" in name for name in names) or labels != 1:

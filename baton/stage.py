@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from baton import ahead, program
-from baton.ahead import RESUMES, UP_TO_DATE
+from baton.ahead import RESUMES, UP_TO_DATE, WAITS
 from baton.arguments import StageArguments
 from baton.drops import Drops
 from baton.errors import InputError
@@ -213,14 +213,19 @@ def look_ahead(output: Path, inputs: dict[str, str | Path], overwrite: bool, pla
     """
     for name, source in inputs.items():
         ahead.check_there(source, name)
-    changing = [source for source in inputs.values() if ahead.will_be_made(source)]
+    changing = {name: source for name, source in inputs.items() if ahead.will_be_made(source)}
+    planned = STARTS if changing else plan()
     unfinished = read_manifest(in_progress(output)) or {}
     if changing and not overwrite and (output.exists() or keeps_work(output, unfinished)):
-        raise InputError(
-            f"{output}: made from an earlier {changing[0]}, which is to be made anew: move {output} away, or delete "
-            "it, and run the same command again"
-        )
-    planned = STARTS if changing else plan()
+        if not any(map(ahead.is_refused, changing.values())):
+            made_from = ((read_manifest(output) if output.exists() else None) or unfinished).get("inputs", changing)
+            if not changing.keys() & made_from.keys():
+                plan()  # refuses it too: it is another stage's
+            raise InputError(
+                f"{output}: made from an earlier {next(iter(changing.values()))}, which is to be made anew: move {output} "
+                "away, or delete it, and run the same command again"
+            )
+        planned = WAITS  # not a mistake of its own
     log.info("%s: %s", output, planned)
     ahead.note(output, planned)
     return planned

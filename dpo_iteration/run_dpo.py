@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baton import jsonl, program
-from baton.ahead import check_there
+from baton.ahead import check_there, note_adapter
 from baton.arguments import option
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -328,6 +328,8 @@ def main() -> None:
     source = held_out_source(arguments, settings)
     inputs = inputs_of(arguments, source, pairs_path, metrics_path, earlier)
     checked = partial(checked_config, arguments, settings)
+    if arguments.use_peft and not arguments.merge_adapter:
+        note_adapter(output)
     stage = Stage.begin("dpo", arguments, output, inputs, settings | split_that_decides(settings), config_class, checked)
     if stage is None:
         return

@@ -34,18 +34,24 @@ K=8 TEMPERATURE=1.0 TOP_P=1.0 MAX_NEW_TOKENS=1024 MAX_MODEL_LEN=4096 GENERATE_WI
 SCORERS=() WEIGHTS=() REWARD_ARGS=()
 GPUS=${#gpus[@]} ACCELERATE_CONFIG=configs/zero2.yaml DPO_CONFIG=configs/training.yaml DPO_ARGS=()
 HELDOUT_PROMPTS="" HELDOUT_K=1 HELDOUT_ARGS=() EVAL_SCORERS=() GOLD_SCORER=""
-NAME=$(basename "$recipe" .env)
 variables=(
   INITIAL_POLICY REWARD_MODEL ROUNDS REFERENCE SEED DATASET_KEY ROLLOUT_BATCH_SIZE SYSTEM_PROMPT CHAT_TEMPLATE
   K TEMPERATURE TOP_P MAX_NEW_TOKENS MAX_MODEL_LEN GENERATE_WITH GPUS ACCELERATE_CONFIG DPO_CONFIG
-  HELDOUT_PROMPTS HELDOUT_K GOLD_SCORER NAME
+  HELDOUT_PROMPTS HELDOUT_K GOLD_SCORER
 )
 lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS HELDOUT_ARGS EVAL_SCORERS)
-export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$NAME}
-run_dir=$RUN_DIR
+export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
+run_dir=$RUN_DIR devices=${CUDA_VISIBLE_DEVICES-all}
+# What a recipe cannot set: the shell says so, with file and line. A recipe that fails is bad input.
+readonly recipe run_dir RUN_DIR show_plan devices visible variables lists
+trap 'exit 2' EXIT
 mapfile -t before < <(compgen -v)
 # shellcheck source=/dev/null
 source "$recipe"
+trap - EXIT
+[[ ${CUDA_VISIBLE_DEVICES-all} == "$devices" ]] ||
+  die "$recipe: sets CUDA_VISIBLE_DEVICES: set it before the command; a recipe says how many of those GPUs it takes, with GPUS"
+read -ra gpus <<<"$visible"
 mapfile -t new < <(LC_ALL=C comm -13 <(printf '%s\n' "${before[@]}" before | LC_ALL=C sort) <(compgen -v | LC_ALL=C sort))
 
 # Prints VARIABLE=WORD for each word of the recipe's lists.
@@ -138,7 +144,7 @@ train() {
 
 # Samples and scores the held-out prompts; the policy's own log-probabilities come from sampling: evaluate ROUND POLICY
 evaluate() {
-  local round=$1 policy=$2 folder=$run_dir/heldout/round$1
+  local round=$1 policy=$2 folder=$run_dir/heldout/round$1 last=data_with_logps.jsonl
   generate "evaluate$round-generate" "$policy" "$HELDOUT_PROMPTS" "$HELDOUT_K" "$folder/gen_data" --seed "$((SEED + 1000))" \
     --response_logps "${HELDOUT_ARGS[@]}"
   score "evaluate$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
@@ -148,10 +154,10 @@ evaluate() {
     --models "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl" "${template_args[@]}"
   if [[ -n $GOLD_SCORER ]]; then
     step "evaluate$round-gold" inference "$GOLD_SCORER" \
-      --dataset_name_or_path "$folder/data_with_logps.jsonl" --output_dir "$folder/evaluated.jsonl"
-  elif [[ -z $plan ]]; then
-    ln -sfn data_with_logps.jsonl "$folder/evaluated.jsonl"
+      --dataset_name_or_path "$folder/$last" --output_dir "$folder/data_with_gold.jsonl"
+    last=data_with_gold.jsonl
   fi
+  [[ -n $plan ]] || ln -sfn "$last" "$folder/evaluated.jsonl"
 }
 
 # All rounds, one stage after another; `policy` is then the last round's.
@@ -193,24 +199,28 @@ scorers=("${SCORERS[@]}")
 weights=("${WEIGHTS[@]}")
 ((${#weights[@]})) || weights=("${scorers[@]/*/1}")
 
-say "run: $run_dir ($ROUNDS rounds, $GPUS GPUs)"
-plan=$(mktemp)
-trap 'rm -f "$plan_file"' EXIT
-plan_file=$plan
-relay
-plan=""
-if [[ -n $show_plan ]]; then
-  in_env training python -m baton.launch plan --show <"$plan_file"
-  exit
-fi
-up_to_date=$(in_env training python -m baton.launch plan <"$plan_file") || die "nothing was started"
+# One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
+{
+  say "run: $run_dir ($ROUNDS rounds, $GPUS GPUs)"
+  plan=$(mktemp)
+  trap 'rm -f "$plan_file"' EXIT
+  plan_file=$plan
+  relay
+  plan=""
+  if [[ -n $show_plan ]]; then
+    in_env training python -m baton.launch plan --show <"$plan_file"
+    exit
+  fi
+  up_to_date=$(in_env training python -m baton.launch plan <"$plan_file") || die "nothing was started"
 
-mkdir -p "$run_dir"
-if [[ -f $run_dir/recipe.env ]] && ! diff -q "$run_dir/recipe.env" <(resolved_recipe) >/dev/null; then
-  say "the recipe has changed since this run began:"
-  diff "$run_dir/recipe.env" <(resolved_recipe) >&2 || true
-fi
-resolved_recipe >"$run_dir/recipe.env"
-relay
-in_env training python report/summarize.py --run_dir "$run_dir"
-say "done: the last policy is $policy"
+  mkdir -p "$run_dir"
+  if [[ -f $run_dir/recipe.env ]] && ! diff -q "$run_dir/recipe.env" <(resolved_recipe) >/dev/null; then
+    say "the recipe has changed since this run began:"
+    diff "$run_dir/recipe.env" <(resolved_recipe) >&2 || true
+  fi
+  resolved_recipe >"$run_dir/recipe.env"
+  relay
+  in_env training python report/summarize.py --run_dir "$run_dir"
+  say "done: the last policy is $policy"
+  exit
+}

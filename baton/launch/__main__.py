@@ -17,7 +17,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from baton import launch, program
+from baton import ahead, launch, program
 from baton.errors import InputError
 from baton.launch import gpus, plan, recipe
 from baton.launch.unit import ENVIRONMENTS, Unit
@@ -94,6 +94,7 @@ def planned_units():
 def show_plan(units: list[Unit], show: bool) -> None:
     """Print the plan, or the names of the units that are up to date. Raises InputError with the problems of all."""
     logging.getLogger("baton").setLevel(logging.WARNING)  # what each program says of itself is in the plan
+    ahead.OUTLOOK.starts = not show
     entries = plan.plan(units)
     if show:
         print(plan.listing(entries))

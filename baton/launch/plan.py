@@ -18,7 +18,7 @@ from baton.launch.unit import ROOT, Unit, launcher_words, uses_accelerate
 from baton.parallel import MODEL_PARALLEL_SIZES
 from baton.program import LOCAL_RANK
 
-RUNS, UNCHECKED = "would run", "would run; a program from outside Baton, not checked"
+RUNS, UNCHECKED = "would run", "would run; no stage of Baton's, so not checked"
 NO_OVERWRITE = (
     "(run_loop.sh has no --overwrite: start another run with --run_dir, or move the rounds that are to be made anew out of the "
     "run's folder, with all later ones and their heldout/)"
@@ -80,7 +80,7 @@ def problems(entries: Sequence[Planned]) -> str:
 def _look(unit: Unit) -> Planned:
     entry, before = Planned(unit), set(ahead.OUTLOOK.checks)
     file = Path(unit.program[0]).absolute()
-    if ROOT not in file.parents or not file.is_file():
+    if not _is_stage(file):
         entry.planned = UNCHECKED
         if not file.is_file():
             entry.problem = f"{unit.program[0]}: no such program"
@@ -93,7 +93,11 @@ def _look(unit: Unit) -> Planned:
         _take_for_made(unit)
         return entry
     waiting = [planned for planned in found if not planned.startswith(ahead.UP_TO_DATE)]
-    if waiting:
+    if not found:
+        entry.planned = UNCHECKED
+    elif ahead.WAITS in waiting:
+        entry.planned = ahead.WAITS
+    elif waiting:
         entry.planned = ahead.RESUMES if ahead.RESUMES in waiting or len(waiting) < len(found) else RUNS
     else:
         entry.planned = ahead.UP_TO_DATE
@@ -101,11 +105,21 @@ def _look(unit: Unit) -> Planned:
     return entry
 
 
+def _is_stage(file: Path) -> bool:
+    """Whether a program is a stage, with `--check`. Of any other, also of one in the project's folder, nothing is run."""
+    if ROOT not in file.parents or not file.is_file():
+        return False
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return all(re.search(sign, text, re.MULTILINE) for sign in (r"^from baton\b", r"^ +(program\.)?run\(main\)"))
+
+
 def _take_for_made(unit: Unit) -> None:
     """Have what a unit would make count as made, so that those after it have no problem for this reason alone."""
     for flag, value in zip(unit.program, unit.program[1:], strict=False):
         if flag in OUTPUTS:
-            ahead.OUTLOOK.to_make |= {Path(value).resolve(), Path(f"{value}.jsonl").resolve()}
+            made = {Path(value).resolve(), Path(f"{value}.jsonl").resolve()}
+            ahead.OUTLOOK.to_make |= made
+            ahead.OUTLOOK.refused |= made
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from baton.errors import InputError
 from baton.launch import recipe
 from baton.launch.plan import listing, plan, problems
 from baton.launch.unit import Unit
+from baton.sources import check_hub_ahead
+from baton.task import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = ("INITIAL_POLICY", "MAX_NEW_TOKENS", "LEARNING_RATE_OF_NOTHING", "K")
@@ -96,6 +99,9 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nK=1\n", "a preference pair needs 2 responses"),
         ("REWARD_MODEL=reward\nK=many\n", "K is a whole number from 1, not 'many'"),
         ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
+        ("REWARD_MODEL=reward\nrun_dir=elsewhere\n", "own.env: line 5: run_dir: readonly variable"),
+        ("REWARD_MODEL=reward\nNAME=another\n", "unknown variable NAME"),
+        ("REWARD_MODEL=reward\nexport CUDA_VISIBLE_DEVICES=3\n", "sets CUDA_VISIBLE_DEVICES: set it before the command"),
     ],
 )
 def test_a_recipe_that_cannot_run_is_refused_and_nothing_is_written(folder, text, message):
@@ -118,30 +124,34 @@ EVAL_SCORERS=(judge_of_all=function:{folder}/rule.py:brevity)
 HELDOUT_PROMPTS={folder}/heldout.jsonl
 HELDOUT_ARGS=(--temperature 0.7)
 DPO_CONFIG=configs/quickstart/dpo.yaml
+GOLD_SCORER=quickstart/score_gold.py
 """
+    evaluated = folder / "run/heldout/round0/evaluated.jsonl"  # of a call without GOLD_SCORER
+    evaluated.parent.mkdir(parents=True)
+    evaluated.symlink_to("data_with_logps.jsonl")
     (folder / "own.jinja").write_text("{{ messages[0].content }}")
     done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
     assert done.returncode == 0, done.stderr
-    assert not (folder / "run").exists()
+    assert [path for path in (folder / "run").rglob("*") if not path.is_dir()] == [evaluated]
     lines = commands(done.stdout)
     assert list(lines) == [
-        *("evaluate0-generate", "evaluate0-rewards", "evaluate0-logps"),
+        *("evaluate0-generate", "evaluate0-rewards", "evaluate0-logps", "evaluate0-gold"),
         *("round1-generate", "round1-rewards", "round1-train"),
-        *("evaluate1-generate", "evaluate1-rewards", "evaluate1-logps"),
+        *("evaluate1-generate", "evaluate1-rewards", "evaluate1-logps", "evaluate1-gold"),
         *("round2-generate", "round2-rewards", "round2-train"),
-        *("evaluate2-generate", "evaluate2-rewards", "evaluate2-logps"),
+        *("evaluate2-generate", "evaluate2-rewards", "evaluate2-logps", "evaluate2-gold"),
     ]
     for round_, line in ((0, lines["round1-generate"]), (1, lines["round2-generate"])):
         assert f"--data_seed 0 --rollout_batch_size 4 --iter {round_} --max_samples 6" in line
     assert "--max_samples" not in lines["evaluate0-generate"] and "--temperature 0.7" in lines["evaluate0-generate"]
     assert "--temperature 0.7" not in lines["round1-generate"]
     for name, line in lines.items():
-        assert ("--chat_template" in line) == (not name.endswith("rewards")), name
+        assert ("--chat_template" in line) == (not name.endswith(("rewards", "gold"))), name
         assert ("'Be brief.'" in line and "--dataset_key prompt" in line) == name.endswith("generate"), name
     assert "--weights 0.5 1 " in f"{lines['round1-rewards']} " and "judge_of_all" not in lines["round1-rewards"]
     assert "judge_of_all" in lines["evaluate1-rewards"] and lines["evaluate1-rewards"].endswith("--weights 0.5 1 0")
     assert f"--model_name_or_path {folder}/run/round1/policy" in lines["round2-train"]
-    assert "15 stages, 0 of them up to date" in done.stdout
+    assert "18 stages, 0 of them up to date" in done.stdout
 
 
 def units_with_mistakes(folder: Path) -> list[Unit]:
@@ -175,9 +185,61 @@ def test_what_is_wrong_with_any_stage_is_said_of_all_at_once_before_one_starts(f
     assert not (folder / "out1.partial").exists() and not list(folder.glob("*.lock"))
 
 
-def test_of_a_program_from_outside_nothing_is_run(folder):
+@pytest.mark.parametrize("in_the_projects_folder", [False, True])
+def test_of_a_users_own_program_nothing_is_run(folder, monkeypatch, in_the_projects_folder):
+    if in_the_projects_folder:
+        monkeypatch.setattr("baton.launch.plan.ROOT", folder)
     (folder / "own.py").write_text(f"open('{folder}/ran', 'w').close()\ndef main(): open('{folder}/ran', 'w').close()\n")
     units = [Unit(name=name, environment="inference", program=(str(folder / name),)) for name in ("own.py", "none.py")]
     outside, missing = plan(units)
     assert outside.planned.startswith("would run") and outside.problem is None and not (folder / "ran").exists()
     assert "none.py: no such program" in missing.problem
+
+
+def test_a_round_that_would_start_from_an_adapter_alone_is_refused_before_the_first_one_trains(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    ahead.OUTLOOK.several = True
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"], "rewards": [0, 1]}\n')
+    flags = ("--dataset_name_or_path", f"{folder}/pairs.jsonl", "--use_peft", "true", "--output_dir")
+    for merge, first, second in (("true", "one", "two"), ("false", "three", "four")):
+        words = ("dpo_iteration/run_dpo.py", "--merge_adapter", merge, *flags)
+        ahead.look((*words, f"{folder}/{first}", "--model_name_or_path", f"{folder}/policy"))
+        start = pytest.raises(InputError, match="adapter without its model") if merge == "false" else nullcontext()
+        with start:
+            ahead.look((*words, f"{folder}/{second}", "--model_name_or_path", f"{folder}/{first}"))
+
+
+def test_a_run_that_starts_offline_needs_the_hubs_models_here_and_a_plan_does_not(folder, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ahead.note(folder / "out", "starting")
+    check_hub_ahead("nobody/nothing", folder / "out")
+    ahead.OUTLOOK.starts = True
+    with pytest.raises(InputError, match="not in the hub's cache on this machine, and HF_HUB_OFFLINE is set"):
+        check_hub_ahead("nobody/nothing", folder / "out")
+
+
+def test_what_follows_from_a_refused_stage_is_no_mistake_of_its_own(folder, monkeypatch):
+    """Nor is a result of another stage «made from» what this one would read."""
+    monkeypatch.chdir(ROOT)
+    (folder / "samples.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"]}\n')
+    for name, stage, inputs in (("old", "annotate", {"dataset": {}}), ("later", "annotate", {"dataset": {}}), ("own", "x", {})):
+        (folder / f"{name}.jsonl").write_text("")
+        manifest = {"version": 0 if stage == "annotate" else VERSION, "stage": stage, "arguments": {}, "inputs": inputs}
+        (folder / f"{name}.jsonl.manifest.json").write_text(json.dumps(manifest))
+    chain = (("samples", "old"), ("old", "later"), ("samples", "new"), ("new", "own"))
+    units = [
+        Unit(
+            name=output,
+            environment="inference",
+            program=(
+                *("annotate_data/get_rewards.py", "--scorer", f"function:{folder}/rule.py:brevity"),
+                *("--dataset_name_or_path", f"{folder}/{source}.jsonl", "--output_dir", f"{folder}/{output}.jsonl"),
+            ),
+        )
+        for source, output in chain
+    ]
+    old, later, new, own = plan(units)
+    assert "another version of Baton" in old.problem
+    assert later.problem is None and later.planned == ahead.WAITS and not later.up_to_date
+    assert new.problem is None and new.planned == "would run"
+    assert "stage (x, now annotate)" in own.problem

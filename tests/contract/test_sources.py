@@ -10,7 +10,7 @@ import pytest
 
 from baton import sources
 from baton.errors import InputError
-from baton.sources import check_hub
+from baton.sources import check_hub, check_reward_model
 
 URL = "/{repo_id}/resolve/{revision}/{filename}"
 
@@ -142,3 +142,9 @@ def test_ahead_of_the_work_a_hub_that_cannot_be_asked_is_a_warning_and_a_refusal
     check_hub("some/model", ahead=True)
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 2 and "does not answer (status 500)" in said[0] and "HF_HUB_OFFLINE is set" in said[1]
+
+
+def test_a_reward_model_with_half_a_config_is_bad_input(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_labels"')
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
+        check_reward_model(str(tmp_path))
