@@ -43,9 +43,17 @@ variables=(
 lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS HELDOUT_ARGS EVAL_SCORERS)
 export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$NAME}
 run_dir=$RUN_DIR
+# What the loop has found out already, and a recipe that set it would change behind its back.
+settled=(recipe run_dir RUN_DIR show_plan visible gpus CUDA_VISIBLE_DEVICES variables lists BATON_ROOT BATON_ENVS)
+settled_values=$(declare -p "${settled[@]}" 2>/dev/null) || true
 mapfile -t before < <(compgen -v)
 # shellcheck source=/dev/null
 source "$recipe"
+changed=$(LC_ALL=C comm -13 <(LC_ALL=C sort <<<"$settled_values") <(declare -p "${settled[@]}" 2>/dev/null | LC_ALL=C sort))
+if [[ $changed =~ ^declare\ [^\ ]+\ ([[:alpha:]_]+) ]]; then
+  die "$recipe: ${BASH_REMATCH[1]} is settled before the recipe is read: give a variable of the recipe's own another name, the" \
+    "run's folder as --run_dir, the number of GPUs as GPUS, and an environment variable before the command"
+fi
 mapfile -t new < <(LC_ALL=C comm -13 <(printf '%s\n' "${before[@]}" before | LC_ALL=C sort) <(compgen -v | LC_ALL=C sort))
 
 # Prints VARIABLE=WORD for each word of the recipe's lists.
@@ -74,6 +82,9 @@ if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
 elif [[ -z $REWARD_MODEL ]] && ((${#SCORERS[@]} == 0)); then
   die "$recipe: sets neither REWARD_MODEL nor SCORERS: what scores the responses?"
 fi
+for variable in HELDOUT_ARGS EVAL_SCORERS GOLD_SCORER; do
+  [[ -n $HELDOUT_PROMPTS || -z ${!variable:-} ]] || die "$recipe: $variable is for evaluation, and HELDOUT_PROMPTS is empty"
+done
 if ((GPUS > ${#gpus[@]})); then
   [[ -n $show_plan ]] || die "$recipe: GPUS=$GPUS, but there are ${#gpus[@]} to use"
   say "the recipe needs $GPUS GPUs, and this machine has ${#gpus[@]}: the plan is that of a machine with $GPUS"

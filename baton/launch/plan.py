@@ -102,10 +102,14 @@ def _look(unit: Unit) -> Planned:
 
 
 def _take_for_made(unit: Unit) -> None:
-    """Have what a unit would make count as made, so that those after it have no problem for this reason alone."""
+    """Have what a unit would make count as made, so that those after it have no problem for this reason alone.
+
+    What is there stays as it is: a unit that refuses to replace it changes nothing for those that were made from it.
+    """
     for flag, value in zip(unit.program, unit.program[1:], strict=False):
         if flag in OUTPUTS:
-            ahead.OUTLOOK.to_make |= {Path(value).resolve(), Path(f"{value}.jsonl").resolve()}
+            paths = Path(value).resolve(), Path(f"{value}.jsonl").resolve()
+            ahead.OUTLOOK.to_make |= {path for path in paths if not path.exists()}
 
 
 @contextlib.contextmanager

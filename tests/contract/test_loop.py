@@ -57,6 +57,8 @@ def commands(planned: str) -> dict[str, str]:
     [
         ("MAX_NEW_TOKEN", "unknown variable MAX_NEW_TOKEN: did you mean MAX_NEW_TOKENS"),
         ("BLUE", "unknown variable BLUE: there are INITIAL_POLICY, MAX_NEW_TOKENS"),
+        ("max_new_tokens", "unknown variable max_new_tokens: did you mean MAX_NEW_TOKENS"),
+        ("Max_New_Tokens", "unknown variable Max_New_Tokens: did you mean MAX_NEW_TOKENS"),
     ],
 )
 def test_a_variable_that_there_is_not_is_refused_with_the_nearest(new, message):
@@ -95,6 +97,10 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("", "sets neither REWARD_MODEL nor SCORERS"),
         ("REWARD_MODEL=reward\nK=1\n", "a preference pair needs 2 responses"),
         ("REWARD_MODEL=reward\nK=many\n", "K is a whole number from 1, not 'many'"),
+        ("REWARD_MODEL=reward\nEVAL_SCORERS=(bt:other)\n", "EVAL_SCORERS is for evaluation, and HELDOUT_PROMPTS is empty"),
+        ("REWARD_MODEL=reward\ngpus=4\n", "gpus is settled before the recipe is read"),
+        ("REWARD_MODEL=reward\nRUN_DIR=elsewhere\n", "RUN_DIR is settled before the recipe is read"),
+        ("REWARD_MODEL=reward\nexport CUDA_VISIBLE_DEVICES=3\n", "CUDA_VISIBLE_DEVICES is settled before the recipe is read"),
         ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
     ],
 )
@@ -173,6 +179,25 @@ def test_what_is_wrong_with_any_stage_is_said_of_all_at_once_before_one_starts(f
     assert "score: " in said and "breviti" in said
     assert "no such file" in listing(entries)
     assert not (folder / "out1.partial").exists() and not list(folder.glob("*.lock"))
+
+
+def test_a_stage_that_refuses_to_replace_its_output_is_no_problem_of_those_that_were_made_from_it(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("first", "second", "third"):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"], "rewards": [0, 1]}\n')
+    units = [
+        Unit(
+            name=output,
+            environment="inference",
+            program=(
+                *("annotate_data/post_process.py", "--post_processor", "rs", "--dataset_name_or_path"),
+                *(f"{folder}/{source}.jsonl", "--output_dir", f"{folder}/{output}.jsonl"),
+            ),
+        )
+        for source, output in (("first", "second"), ("second", "third"))
+    ]
+    said = problems(plan(units))
+    assert said.count("exists, and no manifest says that this stage made it") == 2 and "made from an earlier" not in said
 
 
 def test_of_a_program_from_outside_nothing_is_run(folder):
