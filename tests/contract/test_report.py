@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from baton.arguments import StageArguments, option
-from baton.manifest import write_manifest
 from baton.stage import Stage
 from generation.arguments import GenerationArguments
 from report import metrics, plot, summarize
@@ -342,9 +341,8 @@ def test_a_run_without_held_out_prompts_has_its_trainings_drawn(tmp_path):
 
 def test_a_training_too_short_to_log_a_loss_does_not_end_a_run_without_held_out_prompts_in_an_error(tmp_path):
     logged(tmp_path, 1, {"step": 1, "train_loss": 0.7})
-    output, counts = tmp_path / "round1/pairs.jsonl", {"in": 1, "out": 1, "dropped": {}}
-    write_manifest(output, {"stage": "dpo", "started": "now", "counts": counts, "seconds": 1.0})
-    output.touch()
+    (tmp_path / "round1/pairs.jsonl").touch()
+    made_by("dpo", tmp_path / "round1/pairs.jsonl", StageArguments(), {})
     assert [stage["stage"] for stage in summary(tmp_path)["stages"]] == ["dpo"]
 
 
