@@ -125,8 +125,8 @@ def refuse_missing(scores: Scores, reasons: Counter[str]) -> None:
     if not reasons:
         lines.append("  the warnings above say why")
     lines.append(
-        "what is scored is kept; the same command asks for these alone, --unanswered drop leaves out the records that have no "
-        "answer then either"
+        "all other scores are kept, and the same command asks for the missing ones alone; with --unanswered drop it leaves out "
+        "the records that still get no answer"
     )
     raise FailuresListed("\n".join(lines))
 

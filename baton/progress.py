@@ -40,12 +40,11 @@ class Progress:
             rate = (self.done - self.already) / (now - self.start)
             left = tqdm.format_interval((self.total - self.done) / rate) if self.is_known(now) else "?"
             log.info(
-                "%d of %s %s, %.1f %s/s, %s left %s",
+                "%d of %s %s, %s, %s left %s",
                 self.done,
                 "?" if self.total is None else self.total,
                 self.unit,
-                rate,
-                self.unit,
+                f"{1 / rate:.1f} s/{self.unit.removesuffix('s')}" if 0 < rate < 1 else f"{rate:.1f} {self.unit}/s",
                 left,
                 note,
             )

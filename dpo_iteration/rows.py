@@ -152,7 +152,7 @@ def shown(row: dict[str, Any], tokenizer: Any) -> str:
         if ids is None:
             continue
         if not name.endswith("_ids"):
-            lines.append(f"  {name:10} {ids}")
+            lines.append(f"  {name:10} {ids:.4g}" if isinstance(ids, float) else f"  {name:10} {ids}")
             continue
         text = harmless(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         text = text.replace("⟦", "\\u27e6").replace("⟧", "\\u27e7")

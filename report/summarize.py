@@ -43,7 +43,8 @@ def main() -> None:
     arguments = parse(Arguments, __doc__)
     run_dir = arguments.run_dir
     trainings = read_trainings(run_dir)
-    paths = evaluated_files(run_dir, required=not trainings)
+    stages = stage_accounts(run_dir)
+    paths = evaluated_files(run_dir, required=not (trainings or stages))
     rounds, sentences, left_out, numbers = [], [], None, []
     if paths:
         rounds, sentences = zip(*(checked(path, read_round(path)) for path in paths), strict=True)
@@ -54,7 +55,7 @@ def main() -> None:
         "kl_notes": notes(sentences, numbers) if numbers else [],
         "left_out": left_out,
         "training": account(trainings),
-        "stages": stage_accounts(run_dir),
+        "stages": stages,
     }
     pictures = _write(run_dir, summary, trainings, arguments.overwrite)
     if left_out and left_out["prompts"] > MANY * left_out["of"]:
@@ -62,8 +63,8 @@ def main() -> None:
     console = Console() if sys.stdout.isatty() else Console(width=120)
     if numbers:
         print_rounds(console, numbers, summary["kl_notes"], left_out)
-    if summary["stages"]:
-        print_stages(console, summary["stages"])
+    if stages:
+        print_stages(console, stages)
     if arguments.samples and numbers:
         print_samples(console, rounds, arguments.samples)
     log.info("%s", ", ".join(map(str, [run_dir / "summary.json", *pictures])))

@@ -55,8 +55,9 @@ def draw_trainings(trainings: dict[int, list[Line]], title: str, path: Path) -> 
             points = _known(lines, keys)
             # A round of a single line is a point.
             axis.plot([begin + step for step, _ in points], [value for _, value in points], color=BLUE, marker=_marker(points))
-            ticks.append((begin, f"round {number}" if len(trainings) <= 6 else str(number)))
-            axis.axvline(begin, color="#d6d9dc", linewidth=1)
+            edge = begin + 0.5  # between the last step of a round and the first of the next
+            ticks.append((edge, f"round {number}" if len(trainings) <= 6 else str(number)))
+            axis.axvline(edge, color="#d6d9dc", linewidth=1)
             begin += lines[-1]["step"]
         axis.set_xticks([place for place, _ in ticks], [name for _, name in ticks], ha="left")
         axis.set_xlim(0, 1.02 * begin or 1)

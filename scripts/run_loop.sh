@@ -72,14 +72,17 @@ done
 for variable in K HELDOUT_K ROUNDS ROLLOUT_BATCH_SIZE MAX_NEW_TOKENS MAX_MODEL_LEN; do
   [[ ${!variable} =~ ^([1-9][0-9]*)?$ ]] || die "$recipe: $variable is a whole number from 1, not '${!variable}'"
 done
-[[ $GPUS =~ ^[0-9]+$ ]] || die "$recipe: GPUS is a whole number, not '$GPUS'"
-[[ $SEED =~ ^[0-9]+$ ]] || die "$recipe: SEED is a whole number, not '$SEED'"
+[[ $GPUS =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: GPUS is a whole number, not '$GPUS'"
+[[ $SEED =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SEED is a whole number, not '$SEED'"
 ((K > 1)) || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
 if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
   die "$recipe: sets both REWARD_MODEL and SCORERS: give the model among the scorers, SCORERS=(bt:$REWARD_MODEL …)"
 elif [[ -z $REWARD_MODEL ]] && ((${#SCORERS[@]} == 0)); then
   die "$recipe: sets neither REWARD_MODEL nor SCORERS: what scores the responses?"
 fi
+for variable in HELDOUT_ARGS EVAL_SCORERS GOLD_SCORER; do
+  [[ -n $HELDOUT_PROMPTS || -z ${!variable:-} ]] || die "$recipe: $variable is for evaluation, and HELDOUT_PROMPTS is empty"
+done
 if ((GPUS > ${#gpus[@]})); then
   [[ -n $show_plan ]] || die "$recipe: GPUS=$GPUS, but there are ${#gpus[@]} to use"
   say "the recipe needs $GPUS GPUs, and this machine has ${#gpus[@]}: the plan is that of a machine with $GPUS"
@@ -183,7 +186,8 @@ relay() {
     if [[ $REFERENCE == previous ]]; then reference=$policy; fi
     train "round$round-train" dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$policy" \
       --ref_model "$reference" --dataset_name_or_path "$folder/data_with_rewards.jsonl" --pairs_path "$folder/pairs.jsonl" \
-      --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + round))" "${template_args[@]}" "${DPO_ARGS[@]}"
+      --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + round))" \
+      "${template_args[@]}" "${DPO_ARGS[@]}"
 
     policy=$folder/policy
     if [[ -n $HELDOUT_PROMPTS ]]; then evaluate "$round" "$policy"; fi
@@ -201,7 +205,7 @@ weights=("${WEIGHTS[@]}")
 
 # One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
 {
-  say "run: $run_dir ($ROUNDS rounds, $GPUS GPUs)"
+  say "run: $run_dir ($ROUNDS rounds, $GPUS GPUs); all stages are checked before the first one starts"
   plan=$(mktemp)
   trap 'rm -f "$plan_file"' EXIT
   plan_file=$plan

@@ -32,15 +32,18 @@ def check(recipe: str, words: Sequence[tuple[str, str]], known: Collection[str],
         recipe: its path, for messages.
         words: (variable, word) of every variable of flags.
         known: the variables that a recipe may set.
-        new: all shell variables that the recipe has set. Names in lower case are its own, and exported ones are for programs.
+        new: all shell variables that the recipe has set. Names in lower case are its own, unless in upper case they are
+            known; exported ones are for programs.
     """
     for name in new:
-        if name not in known and name not in os.environ and name.isupper() and not OF_THE_SHELL.fullmatch(name):
-            near = difflib.get_close_matches(name, known, n=1)
+        own = name.islower() and name.upper() not in known
+        if name not in known and name not in os.environ and not own and not OF_THE_SHELL.fullmatch(name):
+            near = difflib.get_close_matches(name.upper(), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise InputError(
-                f"{recipe}: unknown variable {name}: {hint} (a variable of the recipe's own is written in lower case, one for "
-                "programs is exported)"
+                f"{recipe}: unknown variable {name}: {hint} (settings of sampling, scoring and training go into GENERATE_ARGS, "
+                "REWARD_ARGS and DPO_ARGS, as flags; a variable of the recipe's own is written in lower case, one for programs "
+                "is exported)"
             )
     refuse_secrets(recipe, [word for _, word in words])
     for name, word in words:

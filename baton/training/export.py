@@ -34,6 +34,7 @@ log = logging.getLogger("baton")
 
 SHARD_BYTES = 2 << 30  # of a file of weights, so that no second model is in memory
 CHUNK = 1 << 24  # weights that are compared at a time
+LARGE_LOSS = 0.5  # share of the update's norm that sampling should not lose
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by their names in safetensors
 
 
@@ -311,6 +312,8 @@ class Rounding:
             loses = f"rounding takes away {in_16_bits:.1%} of the update's norm"
         else:
             loses = f"a 16-bit copy, as vLLM makes it, loses {in_16_bits:.1%} of the update's norm"
+            if in_16_bits > LARGE_LOSS:
+                loses += " (sample with --dtype float32; in a recipe, GENERATE_ARGS=(--dtype float32))"
         without = f"; not compared, as the start has none of their name and shape: {', '.join(self.new)}" if self.new else ""
         log.info("export: %s; %s; %.1f %% of the weights differ from the start's%s", name, loses,
                  100 * facts["export_changed"], without)  # fmt: skip

@@ -26,6 +26,12 @@ class ProgressLines(TrainerCallback):
         # A resumed trainer takes the intervals of lines and checkpoints from its checkpoint, not from its own settings.
         state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
+            if args.get_warmup_steps(state.max_steps) >= state.max_steps > 0:
+                log.warning(
+                    "the training has %d steps, and the warm-up takes %d, so the learning rate never reaches %g: make "
+                    "`warmup_steps` smaller",
+                    state.max_steps, args.get_warmup_steps(state.max_steps), args.learning_rate,
+                )  # fmt: skip
             self.progress = Progress(state.max_steps, "steps", done=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

@@ -60,6 +60,8 @@ def commands(planned: str) -> dict[str, str]:
     [
         ("MAX_NEW_TOKEN", "unknown variable MAX_NEW_TOKEN: did you mean MAX_NEW_TOKENS"),
         ("BLUE", "unknown variable BLUE: there are INITIAL_POLICY, MAX_NEW_TOKENS"),
+        ("max_new_tokens", "unknown variable max_new_tokens: did you mean MAX_NEW_TOKENS"),
+        ("Max_New_Tokens", "unknown variable Max_New_Tokens: did you mean MAX_NEW_TOKENS"),
     ],
 )
 def test_a_variable_that_there_is_not_is_refused_with_the_nearest(new, message):
@@ -98,6 +100,8 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("", "sets neither REWARD_MODEL nor SCORERS"),
         ("REWARD_MODEL=reward\nK=1\n", "a preference pair needs 2 responses"),
         ("REWARD_MODEL=reward\nK=many\n", "K is a whole number from 1, not 'many'"),
+        ("REWARD_MODEL=reward\nEVAL_SCORERS=(bt:other)\n", "EVAL_SCORERS is for evaluation, and HELDOUT_PROMPTS is empty"),
+        ("REWARD_MODEL=reward\nRUN_DIR=elsewhere\n", "own.env: line 5: RUN_DIR: readonly variable"),
         ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
         ("REWARD_MODEL=reward\nrun_dir=elsewhere\n", "own.env: line 5: run_dir: readonly variable"),
         ("REWARD_MODEL=reward\nNAME=another\n", "unknown variable NAME"),

@@ -46,3 +46,14 @@ def test_long_work_has_an_estimate_long_before_its_half(monkeypatch, caplog):
     said = lines(monkeypatch, caplog, finished, 10_000)
     assert [left == "?" for second, left in said] == [second < 80 for second, _ in said]
     assert said[-1][1] != "?"
+
+
+def test_what_takes_longer_than_a_second_has_its_seconds_said_instead_of_a_rate_of_nothing(monkeypatch, caplog):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    caplog.set_level(logging.INFO, logger="baton")
+    bar = progress.Progress(10, "steps")
+    clock.now += 45
+    bar.update()
+    assert caplog.messages[-1].startswith("1 of 10 steps, 45.0 s/step")

@@ -339,6 +339,13 @@ def test_a_run_without_held_out_prompts_has_its_trainings_drawn(tmp_path):
     assert "round2/metrics.jsonl:1: expected an object with a `step`" in report(tmp_path).stderr
 
 
+def test_a_training_too_short_to_log_a_loss_does_not_end_a_run_without_held_out_prompts_in_an_error(tmp_path):
+    logged(tmp_path, 1, {"step": 1, "train_loss": 0.7})
+    (tmp_path / "round1/pairs.jsonl").touch()
+    made_by("dpo", tmp_path / "round1/pairs.jsonl", StageArguments(), {})
+    assert [stage["stage"] for stage in summary(tmp_path)["stages"]] == ["dpo"]
+
+
 def test_intervals_and_figures_lie_within_the_picture(tmp_path):
     def drawn(rounds: list[dict]) -> dict[str, tuple[float, float]]:
         figures = []

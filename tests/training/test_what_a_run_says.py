@@ -17,6 +17,7 @@ from baton.training.adapters import LoraArguments, adapter_config
 from baton.training.checks import check_precision
 from baton.training.memory import Sharding, check_memory, estimate, largest_batch, outline, sharding_of
 from baton.training.metrics import WarnOfTrouble, forward_flops, peak_flops_of, weights_of
+from baton.training.progress import ProgressLines
 from baton.training.reference import reference_logps
 from dpo_iteration.checks import check_pairs, check_training
 from dpo_iteration.run_dpo import Arguments
@@ -246,6 +247,13 @@ def test_falling_chosen_responses_are_said_once_with_the_fall_in_nats(caplog):
     (message,) = warnings_of(caplog, falls)
     assert message.startswith("step 110:") and "fallen by 10.0 nats since the first line (0.10 a token)" in message
     assert warnings_of(caplog, falls[:9]) == []
+
+
+@pytest.mark.parametrize(("steps", "said"), [(10, True), (11, False)])
+def test_a_training_that_ends_within_its_warm_up_is_warned_of(steps, said, caplog):
+    config, state = config_of(warmup_steps=10, learning_rate=1e-6), TrainerState(max_steps=steps)
+    ProgressLines().on_train_begin(config, state, None)
+    assert ("the learning rate never reaches 1e-06" in caplog.text) == said
 
 
 def test_a_loss_that_stays_at_ln_2_past_the_warm_up_is_said_once(caplog):
