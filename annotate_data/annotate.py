@@ -89,7 +89,7 @@ def keep_all(name: str, given: Iterable[Score], scores: Scores, progress: Progre
         if score.value is None:
             continue
         if not math.isfinite(score.value):
-            raise InputError(f"{_named(score)}: {name} gave {score.value}; of a model, try --dtype float32")
+            raise InputError(f"{_named(score)}: {name} gave {score.value}, which is no score; for a model, try --dtype float32")
         any_score = True
         _keep(name, held, scores, progress)
     if held and not any_score and not scores.has_any(name):

@@ -94,10 +94,14 @@ def make_checks() -> None:
 
 def check_there(source: str | Path, name: str) -> None:
     """Raise InputError where an input is a local path with nothing there, and nothing will be made there."""
-    text = str(source)
-    is_local = text.startswith((".", "/", "~")) or Path(text).suffix in (".jsonl", ".json", ".gz", ".parquet")
-    if is_local and not Path(text).exists() and not will_be_made(text):
-        raise InputError(f"{text}: no such file or folder (the input `{name}`)")
+    if is_local(source) and not Path(source).exists() and not will_be_made(source):
+        raise InputError(f"{source}: no such file or folder (the input `{name}`)")
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether a source can only be a path of this machine, and no name of the hub."""
+    path = Path(source)
+    return path.exists() or str(source).startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".gz", ".parquet")
 
 
 def look(words: Sequence[str]) -> list[str]:

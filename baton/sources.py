@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from baton.ahead import later, starts_here, will_be_adapter, will_be_made
 from baton.errors import InputError
@@ -34,15 +35,19 @@ def check_model_path(model: str) -> None:
         raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
 
 
-def check_hub(model: str, ahead: bool = False, weights: bool = True) -> None:
+def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Literal["model", "dataset"] = "model") -> None:
     """Raise InputError, in seconds and without a download, for a model of the Hugging Face hub that cannot be had from here.
 
     The hub is asked only for what is neither a local path nor in its cache on this machine (of which `weights=False` needs the
     tokenizer alone). To be called where the model is about to be loaded, and before any heavy import. `ahead` of the work, a
-    hub that cannot be asked is a warning: it may answer by then.
+    hub that cannot be asked is a warning: it may answer by then. Of a dataset it is one always, since copies of datasets are
+    kept elsewhere.
     """
-    if Path(model).exists() or will_be_made(model) or _in_cache(model, weights):
+    is_model = kind == "model"
+    place, nor_cached = ("folder", " nor in the hub's cache") if is_model else ("file", "")
+    if Path(model).exists() or will_be_made(model) or (is_model and _in_cache(model, weights)):
         return
+    ahead = ahead or not is_model
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -52,17 +57,18 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True) -> None:
         return
     try:
         # Of a gated model the hub shows everything but the files.
-        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=HUB_SECONDS)
+        url = hf_hub_url(model, "config.json" if is_model else "README.md", repo_type=kind)
+        get_hf_file_metadata(url, timeout=HUB_SECONDS)
     except EntryNotFoundError:
         return  # an adapter, for one; what it lacks is said when it is loaded
     except GatedRepoError:
         raise InputError(
-            f"{model}: the hub gives this model only to those who were granted access: ask for it at "
-            f"{constants.ENDPOINT}/{model}, then {log_in}"
+            f"{model}: the hub gives this {kind} only to those who were granted access: ask for it at "
+            f"{constants.ENDPOINT}/{'' if is_model else 'datasets/'}{model}, then {log_in}"
         ) from None
     except RepositoryNotFoundError:
         raise InputError(
-            f"{model}: neither a folder here nor a model that the hub shows to you: correct the name, or, if it is private, "
+            f"{model}: neither a {place} here nor a {kind} that the hub shows to you: correct the name, or, if it is private, "
             f"{log_in}"
         ) from None
     except Exception as error:  # the kinds of failures of a network are too many to name
@@ -71,8 +77,8 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True) -> None:
             raise InputError(f"{model}: the hub refuses it (status {status}): {log_in}") from None
         reason = f"status {status}" if status else _first_line(error)
         _cannot_ask(
-            f"{model}: neither a folder here nor in the hub's cache, and the hub at {constants.ENDPOINT} does not answer "
-            f"({reason}); check the network, or give a local folder",
+            f"{model}: {'neither' if is_model else 'not'} a {place} here{nor_cached}, and the hub at {constants.ENDPOINT} does "
+            f"not answer ({reason}); check the network, or give a local {place}",
             ahead,
         )
 
@@ -83,8 +89,8 @@ def _cannot_ask(problem: str, ahead: bool) -> None:
     log.warning("%s", problem)
 
 
-def check_hub_ahead(model: str, output: Path, weights: bool = True) -> None:
-    """For `--check`: have `check_hub` made, once, for a model that the work on `output` would load.
+def check_hub_ahead(model: str, output: Path, weights: bool = True, kind: Literal["model", "dataset"] = "model") -> None:
+    """For `--check`: have `check_hub` made, once, for a model or dataset that the work on `output` would load.
 
     With HF_HUB_OFFLINE the plan of another machine can be made, where the models are; what starts here needs them here.
     """
@@ -92,7 +98,7 @@ def check_hub_ahead(model: str, output: Path, weights: bool = True) -> None:
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
         if starts_here() or not HF_HUB_OFFLINE:
-            later(f"hub model {model} {weights}", lambda: check_hub(model, weights=weights))
+            later(f"hub {kind} {model} {weights}", lambda: check_hub(model, not starts_here(), weights, kind))
 
 
 def _in_cache(model: str, weights: bool) -> bool:

@@ -81,6 +81,9 @@ class Stage:
                 ahead.later(f"{name} {task['settings']}", lambda: check(stage))
             return None
         planned = plan()
+        if planned == STARTS:
+            for name, source in inputs.items():
+                ahead.check_there(source, name)
         if check and arguments.overwrite:
             check(stage)  # what it refuses leaves the old output, and unfinished work, where it is
         if program.rank() == 0 and planned != UP_TO_DATE:

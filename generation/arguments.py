@@ -3,13 +3,13 @@
 from itertools import islice
 from pathlib import Path
 
-from baton.ahead import check_there
+from baton.ahead import check_there, is_local
 from baton.arguments import StageArguments, option
 from baton.errors import InputError
 from baton.mixing import Selection, parse_probs
 from baton.prompts import PromptSet, read_records, source_inputs, split_sources
 from baton.records import prompt_of
-from baton.sources import template_input
+from baton.sources import check_hub_ahead, template_input
 
 CHECKED = 1000  # records of a prompt set that `--check` reads
 
@@ -75,6 +75,13 @@ def selection(arguments: GenerationArguments) -> Selection:
         batch_size=arguments.rollout_batch_size,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
     )
+
+
+def check_prompts_ahead(arguments: GenerationArguments, output: Path) -> None:
+    """For `--check`: have the hub asked for the datasets that the work on `output` would load."""
+    for source in split_sources(arguments.dataset_name_or_path):
+        if not is_local(source):
+            check_hub_ahead(source, output, kind="dataset")
 
 
 def check_first_prompts(arguments: GenerationArguments) -> None:

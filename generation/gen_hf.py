@@ -34,7 +34,14 @@ from baton.sources import check_hub, check_hub_ahead, check_model_path
 from baton.stage import Stage
 from generation import sampling
 from generation.api import Service, ask, check_logps
-from generation.arguments import GenerationArguments, check, check_first_prompts, prompt_inputs, read_prompts
+from generation.arguments import (
+    GenerationArguments,
+    check,
+    check_first_prompts,
+    check_prompts_ahead,
+    prompt_inputs,
+    read_prompts,
+)
 
 log = logging.getLogger("baton")
 
@@ -100,6 +107,7 @@ def sample(
     if stage is None:
         if policy:
             check_hub_ahead(policy, output, weights=False)
+        check_prompts_ahead(arguments, output)
         return
     prompts = read_prompts(arguments)
     partial, drops = PartialRecords(output, len(prompts)), Drops()

@@ -25,7 +25,14 @@ from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
 from baton.sources import check_hub, check_hub_ahead, check_model_path
 from generation import engine, sampling
-from generation.arguments import GenerationArguments, check, check_first_prompts, prompt_inputs, read_prompts
+from generation.arguments import (
+    GenerationArguments,
+    check,
+    check_first_prompts,
+    check_prompts_ahead,
+    prompt_inputs,
+    read_prompts,
+)
 
 
 class Arguments(GenerationArguments):
@@ -57,7 +64,9 @@ def main() -> None:
     check_device = gpus.check_vllm if arguments.backend == "vllm" else lambda: None
     stage = shards.begin("generate", arguments, prefix, *shard, inputs, check_device)
     if stage is None:
-        check_hub_ahead(arguments.model_name_or_path, shards.shard_path(prefix, arguments.local_index))
+        output = shards.shard_path(prefix, arguments.local_index)
+        check_hub_ahead(arguments.model_name_or_path, output)
+        check_prompts_ahead(arguments, output)
         return
     prompts = read_prompts(arguments)
     span = shard_range(len(prompts), *shard)

@@ -83,6 +83,28 @@ def test_a_model_that_the_hub_does_not_give_is_refused_after_one_request(at, sta
     assert requests == ["/some/model/resolve/main/config.json"]
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "some/prompts: neither a file here nor a dataset that the hub shows to you: correct the name"),
+        (403, "GatedRepo", r"granted access: ask for it at http://127.0.0.1:\d+/datasets/some/prompts, then log in"),
+    ],
+)
+def test_a_dataset_that_the_hub_does_not_give_is_refused(at, status, code, message):
+    with hub(status, code) as (address, requests):
+        at(address)
+        with pytest.raises(InputError, match=message):
+            check_hub("some/prompts", kind="dataset")
+    assert requests == ["/datasets/some/prompts/resolve/main/README.md"]
+
+
+def test_a_hub_that_does_not_answer_for_a_dataset_is_a_warning_since_copies_are_kept_elsewhere(at, caplog):
+    with hub(500) as (address, _):
+        at(address)
+        check_hub("some/prompts", kind="dataset")
+    assert "some/prompts: not a file here, and the hub at" in caplog.text
+
+
 def test_a_model_that_the_hub_gives_is_accepted(at):
     with hub(200) as (address, requests):
         at(address)
