@@ -67,6 +67,7 @@ def annotate(
     progress.close()
     barrier()  # all scores are on disk
     refuse_missing(Scores(stage.output, responses, list(scorers)), reasons)
+    barrier()  # all have seen that none is missing: process 0 now takes the parts away
     return finish(stage, scores, merge) if rank() == 0 else Drops()
 
 

@@ -124,7 +124,7 @@ def score(policy: Path, source: Path, output: Path) -> list[dict]:
 def test_sampling_from_generated_records_keeps_nothing_of_their_responses(policy, tmp_path):
     stale = {"prompt": "film", "responses": ["a"], "response_token_ids": [[5]], "response_logps": [[-1.0]], "rewards": [1.0]}
     (record,) = generate(policy, write_jsonl(tmp_path / "p.jsonl", [stale]), tmp_path / "gen", "--backend", "hf")
-    assert record.keys() == {"id", "prompt", "responses", "response_token_ids", "finish_reasons"}
+    assert record.keys() == {"id", "prompt", "responses", "response_token_ids", "finish_reasons", "chat_template_hash"}
 
 
 def test_the_models_own_generation_settings_do_not_change_what_is_sampled(policy, prompts, tmp_path):
