@@ -160,7 +160,7 @@ evaluate() {
       --dataset_name_or_path "$folder/$last" --output_dir "$folder/data_with_gold.jsonl"
     last=data_with_gold.jsonl
   fi
-  [[ -n $plan ]] || ln -sfn "$last" "$folder/evaluated.jsonl"
+  [[ -n $plan ]] || { mkdir -p "$folder" && ln -sfn "$last" "$folder/evaluated.jsonl"; }
 }
 
 # All rounds, one stage after another; `policy` is then the last round's.

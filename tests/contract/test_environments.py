@@ -161,7 +161,9 @@ def test_environments_for_the_cpu_use_no_gpu_whatever_the_machine_has(tmp_path, 
 )
 def test_vllm_without_its_gpu_is_refused_before_it_is_imported(tmp_path, device, visible, backend, code):
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Hello"}])
-    words = ["--model_name_or_path", "some/model", "--dataset_name_or_path", prompts, "--output_dir", tmp_path / "out/gen"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    words = ["--model_name_or_path", tmp_path / "model", "--dataset_name_or_path", prompts, "--output_dir", tmp_path / "gen"]
     environment = os.environ | {"BATON_ENVS": str(made_for(device, tmp_path / "envs")), "CUDA_VISIBLE_DEVICES": visible}
     done = subprocess.run(
         [sys.executable, "generation/get_hf2.py", *map(str, words), "--backend", backend, "--check"],

@@ -9,7 +9,7 @@ from tests.programs import ROOT, read_jsonl, succeed, write_jsonl
 
 SOURCE = ROOT.parent / "shared/data/alpaca_eval_k8.jsonl.gz"
 LABELLED = 600  # prompts whose own rewards the reward model learns from
-ANNOTATED = 200  # the last prompts, whose responses it scores
+ANNOTATED = 100  # the last prompts, whose responses it scores
 
 pytestmark = [
     pytest.mark.skipif(not SOURCE.exists(), reason=f"the real data is not at {SOURCE}"),

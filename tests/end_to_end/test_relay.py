@@ -12,7 +12,7 @@ from tests.programs import ROOT, read_jsonl, succeed
 
 K, PROMPTS, HELDOUT, ROUNDS = 4, 24, 8, 2
 
-pytestmark = pytest.mark.timeout(1200)  # a whole relay, killed four times
+pytestmark = pytest.mark.timeout(1200)  # a whole relay, killed three times
 
 RECIPE = f"""
 INITIAL_POLICY=$RUN_DIR/sft
@@ -76,10 +76,10 @@ def run_loop(run_dir, recipe="tiny.env"):
 
 def test_relay_killed_at_random_moments_ends_with_every_prompt_once(run_dir):
     generator = random.Random()
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen(run_loop(run_dir), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=generator.uniform(3, 30))
+            process.wait(timeout=generator.uniform(3, 45))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
