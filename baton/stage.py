@@ -77,8 +77,12 @@ class Stage:
         stage = cls(output, task, Lock(output.with_name(output.name + ".partial.lock")))
         if arguments.check:
             planned = look_ahead(output, inputs, arguments.overwrite, plan)
-            if check and planned != UP_TO_DATE:
-                ahead.later(f"{name} {task['settings']}", lambda: check(stage))
+            # Rounds share a trainer's configuration, and where work has begun it was accepted.
+            kind = f"{name} {task['settings'] if config_class else output}"
+            if config_class and planned in (UP_TO_DATE, RESUMES, COMPLETES):
+                ahead.accept(kind)
+            elif check and planned != UP_TO_DATE:
+                ahead.later(kind, lambda: check(stage))
             return None
         planned = plan()
         if planned == STARTS:

@@ -393,7 +393,7 @@ def test_a_hub_model_that_cannot_be_had_is_one_message_of_the_samplers_and_score
             nobody.bind(("127.0.0.1", 0))
             hub = {"HF_ENDPOINT": f"http://127.0.0.1:{nobody.getsockname()[1]}", "HF_HUB_CACHE": str(tmp_path / "hub")}
             done = run([sys.executable, *map(str, words)], env=os.environ | hub | {"HF_HUB_OFFLINE": "0"})
-        assert done.returncode == 2, done.stderr
+        assert done.returncode == (0 if check else 2), done.stderr  # ahead of the work a warning: the hub may answer by then
         assert "some/model: neither a folder here nor in the hub's cache" in done.stderr
         assert "Traceback" not in done.stderr
 
