@@ -1,9 +1,10 @@
 """The arguments that every generation program has: which prompts, and how to sample."""
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from baton.ahead import check_there, is_local
+from baton.ahead import is_local, later, will_be_made
 from baton.arguments import StageArguments, option
 from baton.errors import InputError
 from baton.mixing import Selection, parse_probs
@@ -78,19 +79,18 @@ def selection(arguments: GenerationArguments) -> Selection:
 
 
 def check_prompts_ahead(arguments: GenerationArguments, output: Path) -> None:
-    """For `--check`: have the hub asked for the datasets that the work on `output` would load."""
+    """For `--check`: have the prompt sets looked at, each once, that the work on `output` would read."""
     for source in split_sources(arguments.dataset_name_or_path):
         if not is_local(source):
             check_hub_ahead(source, output, kind="dataset")
+        elif will_be_made(output) and Path(source).is_file():
+            later(f"prompts {source} {arguments.dataset_key}", partial(check_first_prompts, source, arguments.dataset_key))
 
 
-def check_first_prompts(arguments: GenerationArguments) -> None:
-    """For `--check`: raise InputError for a local set that is not there, or whose first records hold no prompt."""
-    for source in split_sources(arguments.dataset_name_or_path):
-        check_there(source, "prompts")
-        if Path(source).is_file():
-            for where, record in islice(read_records(source), CHECKED):
-                prompt_of(record, where, arguments.dataset_key)
+def check_first_prompts(source: str, key: str | None) -> None:
+    """Raise InputError where one of the first records of a file holds no prompt."""
+    for where, record in islice(read_records(source), CHECKED):
+        prompt_of(record, where, key)
 
 
 def read_prompts(arguments: GenerationArguments) -> PromptSet:

@@ -37,7 +37,6 @@ from generation.api import Service, ask, check_logps
 from generation.arguments import (
     GenerationArguments,
     check,
-    check_first_prompts,
     check_prompts_ahead,
     prompt_inputs,
     read_prompts,
@@ -101,8 +100,6 @@ def sample(
     if policy:
         check_model_path(policy)
         inputs["tokenizer"] = policy
-    if arguments.check:
-        check_first_prompts(arguments)
     stage = Stage.begin("generate through servers", arguments, output, inputs)
     if stage is None:
         if policy:

@@ -28,7 +28,6 @@ from generation import engine, sampling
 from generation.arguments import (
     GenerationArguments,
     check,
-    check_first_prompts,
     check_prompts_ahead,
     prompt_inputs,
     read_prompts,
@@ -58,8 +57,6 @@ def main() -> None:
     with shards.noting_refusal(*named_shard(sys.argv[1:])):
         arguments = parse(Arguments, __doc__ or "")
         inputs = checked_inputs(arguments)
-    if arguments.check:
-        check_first_prompts(arguments)
     prefix, shard = Path(arguments.output_dir), (arguments.local_index, arguments.my_world_size)
     check_device = gpus.check_vllm if arguments.backend == "vllm" else lambda: None
     stage = shards.begin("generate", arguments, prefix, *shard, inputs, check_device)
