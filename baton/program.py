@@ -30,6 +30,8 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 LOCAL_RANK = "LOCAL_RANK"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last on Arm
+
 PATIENCE = 5.0  # seconds for the first process of a machine to say what another one could say as well
 # Seconds for the launcher to notice that a process was killed (for its memory, for one) and to end the others: what they would
 # say, such as "connection closed by peer", only follows from it.
@@ -201,10 +203,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for bfloat16, as Linux names them; True where nothing says so."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return True
+    return not BFLOAT16_FLAGS.isdisjoint(words)
+
+
 def log_what_runs(**facts: Any) -> None:
     """Say once what really runs: device, processes, dtype, attention, … and the versions."""
     text = " ".join(f"{name}={value}" for name, value in facts.items())
     log.info("runs on: %s | %s", text, " ".join(f"{name} {version}" for name, version in versions().items()))
+    in_bfloat16 = "bf16" in str(facts.get("dtype")) or str(facts.get("dtype")) == "bfloat16"
+    if str(facts.get("device")) == "cpu" and in_bfloat16 and not cpu_has_bfloat16():
+        log.warning(
+            "this CPU has no instructions for bfloat16 (AVX-512 BF16, AMX): a product in it may take 50 times as long as in "
+            "float32. Take float32: `--dtype float32`, in training `--bf16 false`"
+        )
 
 
 def harmless(text: str) -> str:

@@ -32,6 +32,8 @@ if [[ $(env_device inference) == cuda ]]; then
   # GPUs before Ampere (compute capability 8.0) have no bfloat16.
   capability=$(nvidia-smi --id="$CUDA_VISIBLE_DEVICES" --query-gpu=compute_cap --format=csv,noheader 2>/dev/null) || true
   if [[ $capability =~ ^[1-7]\. ]]; then QUICKSTART_DTYPE=float32 QUICKSTART_BF16=false; fi
+elif ! in_env training python -c 'import sys; from baton.program import cpu_has_bfloat16; sys.exit(not cpu_has_bfloat16())'; then
+  QUICKSTART_DTYPE=float32 QUICKSTART_BF16=false
 fi
 say "runs on ${gpus:+GPU }${CUDA_VISIBLE_DEVICES:-the CPU} in $QUICKSTART_DTYPE"
 

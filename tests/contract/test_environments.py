@@ -10,6 +10,7 @@ import pytest
 
 from baton.launch import gpus
 from baton.launch.unit import Unit, launcher_words
+from baton.program import cpu_has_bfloat16
 from tests.environments import made_for, on_path
 from tests.programs import ROOT, write_jsonl
 
@@ -86,9 +87,12 @@ case "$1 $2 $3" in
   "-m baton.launch run") shift 3; echo "$CUDA_VISIBLE_DEVICES|$*" >>"$RECORD" ;;
   "-m baton.launch plan") cat >/dev/null ;;
   report/*) ;;
-  "-m baton.launch "*) exec "$REAL" "$@" ;;
+  "-m baton.launch "* | "-c import sys; from baton.program "*) exec "$REAL" "$@" ;;
   *) exit 1 ;;  # pip, for one, must never reach an environment that is in use
 esac"""
+
+
+ON_CPU = "bfloat16" if cpu_has_bfloat16() else "float32"
 
 
 def quickstart(folder: Path, device: str, machine: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
@@ -108,9 +112,9 @@ def quickstart(folder: Path, device: str, machine: str, **variables: str) -> tup
         ("cuda", "gpu", {}, "0", "bfloat16"),
         ("cuda", "gpu", {"CUDA_VISIBLE_DEVICES": "3,1"}, "3", "bfloat16"),
         ("cuda", "old gpu", {}, "0", "float32"),
-        ("cpu", "no gpu", {}, "", "bfloat16"),
-        ("cpu", "gpu", {}, "", "bfloat16"),
-        ("cpu", "gpu", {"CUDA_VISIBLE_DEVICES": "3,1"}, "", "bfloat16"),
+        ("cpu", "no gpu", {}, "", ON_CPU),
+        ("cpu", "gpu", {}, "", ON_CPU),
+        ("cpu", "gpu", {"CUDA_VISIBLE_DEVICES": "3,1"}, "", ON_CPU),
     ],
 )
 def test_the_quickstart_runs_on_what_its_environments_are_made_for(tmp_path, device, machine, variables, gpu, dtype):
