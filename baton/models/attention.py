@@ -2,17 +2,20 @@
 
 Registered with transformers as the attention implementation `shared_prefix`; every model that goes through
 transformers' attention interface passes its keyword arguments on to it, the row's `Layout` among them. On a
-GPU it is FlexAttention with a block mask (`by_blocks`); elsewhere it goes tree by tree and block by block, which
-computes hardly a pair of tokens that do not see each other (`by_trees`).
+GPU it is FlashAttention for sequences of different lengths (`by_sequences`), in float32 and with a soft cap FlexAttention
+with a block mask (`by_blocks`); elsewhere it goes tree by tree and block by block, which computes hardly a pair of tokens
+that do not see each other (`by_trees`).
 
-What of the GPU's path runs on a CPU, and so in every test: the block mask, and FlexAttention's compiled forward pass
-without gradients. What does not: the Triton kernels, their limits (shared memory), and the whole backward pass. For
-those there is `agreement.py`, which a training on a GPU runs before its first step, for the forward pass, and
-tests/models/test_flex.py, which also runs on a GPU where there is one, gradients included.
+What of the GPU's paths runs on a CPU, and so in every test: which keys belong to which sequence, the block mask, and
+FlexAttention's compiled forward pass without gradients. What does not: FlashAttention, the Triton kernels, their limits
+(shared memory), and FlexAttention's backward pass. For those there is `agreement.py`, which a training on a GPU runs before
+its first step, for the forward pass, and tests/models/test_flex.py, which also runs on a GPU where there is one, gradients
+included.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,9 @@ FLEX_BLOCK = 128
 
 # Triton multiplies matrices of at least this width, so narrower heads get zeros.
 LEAST_HEAD_DIM = 16
+
+# The widest heads that FlashAttention takes.
+MOST_FLASH_HEAD_DIM = 256
 
 # FlexAttention is compiled once for each combination of dtype, head shape, soft cap and gradients on or off; beyond this
 # many, torch raises an error. (Its default is 8, and then it computes length x length scores.)
@@ -66,7 +72,9 @@ def shared_prefix_attention(
     if layout is None:
         raise ValueError(f"the {NAME!r} attention needs the layout of a packed row; use model.forward(fused_lm_head=True)")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and not dropout:  # FlexAttention has no dropout
+    if takes_sequences(value, dropout, softcap):
+        output = by_sequences(query, key, value, layout, scaling, sliding_window)
+    elif query.is_cuda and not dropout:  # FlexAttention has no dropout
         output = by_blocks(query, key, value, layout, scaling, sliding_window, softcap)
     else:
         output = by_trees(query, key, value, layout, scaling, dropout, sliding_window, softcap)
@@ -124,6 +132,135 @@ def _unseen(queries: int, keys: int, window: int | None, device: torch.device) -
     return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
+def takes_sequences(value: Tensor, dropout: float, softcap: float | None) -> bool:
+    """Whether FlashAttention computes this: in half precision, without soft cap, on a GPU from compute capability 8.0 on."""
+    return (
+        value.is_cuda
+        and value.dtype in (torch.bfloat16, torch.float16)
+        and value.shape[-1] % 8 == 0
+        and value.shape[-1] <= MOST_FLASH_HEAD_DIM
+        and not dropout
+        and softcap is None
+        and torch.cuda.get_device_capability(value.device) >= (8, 0)
+    )
+
+
+def by_sequences(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None) -> Tensor:
+    """The attention, (1, heads, T, D), by FlashAttention; arguments as in `shared_prefix_attention`.
+
+    Each prompt and each response is a sequence of queries. A response's keys are those of its prompt and its own: the prompt's
+    are copied, which costs less than any mask.
+    """
+    length = query.shape[2]
+    if ("sequences", length) not in layout.masks:
+        layout.masks["sequences", length] = sequences_of_keys(layout, length, query.device)
+    sequences = layout.masks["sequences", length]
+    # Under autocast the rotary embedding leaves queries and keys in float32.
+    query, key, value = (states[0].transpose(0, 1).to(value.dtype) for states in (query, key, value))  # (T, heads, D)
+    key, value = (_Copied.apply(states, sequences) for states in (key, value))  # (keys, key heads, D)
+    return _flash(query, key, value, sequences, scaling, window).transpose(0, 1)[None]
+
+
+class Sequences(NamedTuple):
+    """A row's prompts, responses and padding as sequences of queries, each with the keys that it sees; on one device.
+
+    `query_ends` and `key_ends`, int32 (sequences + 1,), say where each sequence begins and ends; `most_queries` and `most_keys`
+    are the longest's. Key k is that of the row's token `sources[k]`, int64 (keys,). `own`, int64 (T,), is where each token's
+    own key is. A prompt's keys are copied for each of its responses: token `copied[i]` has further keys at `copies[i]`,
+    int64 (prompt tokens, most responses), the number of keys where there are fewer.
+    """
+
+    query_ends: Tensor
+    key_ends: Tensor
+    most_queries: int
+    most_keys: int
+    sources: Tensor
+    own: Tensor
+    copied: Tensor
+    copies: Tensor
+
+
+def sequences_of_keys(layout: Layout, length: int, device: torch.device) -> Sequences:
+    """The `Sequences` of a row of `length` tokens; padding is one of them, which sees itself."""
+    queries, keys, prompts = [], [], []  # of each sequence: its tokens, the keys that it sees, where its prompt begins
+    copied, copies = [], []
+    start = seen = 0  # tokens and keys so far
+    most_responses = max((sum(map(bool, responses)) for _, responses in layout.trees), default=0)
+    for prompt, responses in [*layout.trees, (length - layout.length, [])]:
+        root, lengths = start, [response for response in responses if response]
+        places = []
+        for size, before in [(prompt, 0), *((response, prompt) for response in lengths)]:
+            if not size:
+                continue
+            queries.append(size)
+            keys.append(before + size)
+            prompts.append((root, before, start))
+            places += [seen] if before else []
+            start, seen = start + size, seen + before + size
+        if places:
+            copied.append(torch.arange(root, root + prompt))
+            table = torch.arange(prompt)[:, None] + torch.tensor(places)
+            copies.append(F.pad(table, (0, most_responses - len(places)), value=-1))
+    own_ends = torch.tensor(keys).cumsum(0)
+    sources = torch.cat(
+        [torch.cat([torch.arange(r, r + b), torch.arange(s, s + q)]) for (r, b, s), q in zip(prompts, queries, strict=True)]
+    )
+    own = torch.cat([torch.arange(end - q, end) for end, q in zip(own_ends.tolist(), queries, strict=True)])
+    copies = torch.cat([*copies, torch.empty(0, most_responses, dtype=torch.int64)])
+    return Sequences(
+        F.pad(torch.tensor(queries).cumsum(0), (1, 0)).int().to(device),
+        F.pad(own_ends, (1, 0)).int().to(device),
+        max(queries),
+        max(keys),
+        sources.to(device),
+        own.to(device),
+        torch.cat([*copied, torch.empty(0, dtype=torch.int64)]).to(device),
+        copies.where(copies >= 0, seen).to(device),
+    )
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, window: int | None) -> Tensor:
+    """FlashAttention of sequences, (T, heads, D): one's queries are the last of its keys, and see those up to their own."""
+    # torch.nn.attention.varlen calls the same, with other arguments in each version of torch
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        sequences.query_ends,
+        sequences.key_ends,
+        sequences.most_queries,
+        sequences.most_keys,
+        0.0,  # dropout
+        True,  # causal
+        False,  # no debug mask
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )
+    return output
+
+
+class _Copied(torch.autograd.Function):
+    """Keys or values (T, heads, D) as `Sequences` wants them, (keys, heads, D).
+
+    The gradient of a token is the sum over its copies, read one after another: torch's own adds them in any order, and slowly.
+    """
+
+    @staticmethod
+    def forward(ctx, states, sequences):
+        ctx.sequences = sequences
+        return states[sequences.sources]
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, _, _, _, _, own, copied, copies = ctx.sequences
+        total = grad[own]
+        if len(copied):
+            grad = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
+            total[copied] += grad[copies].sum(dim=1)
+        return total, None
+
+
 def by_blocks(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
@@ -142,7 +279,7 @@ def by_blocks(
         # Else torch takes a number of blocks that happens to be one of these for the same thing, and compiles again.
         torch._dynamo.mark_static(states, (0, 1, 3))
     # Numbers that vary would become arguments of the kernel; FlexAttention refuses a soft cap that is one.
-    with torch._dynamo.config.patch(specialize_float=True):
+    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=MOST_COMPILATIONS):
         output = _compiled_flex()(
             query,
             key,
@@ -158,7 +295,7 @@ def by_blocks(
 @functools.cache
 def _compiled_flex():
     # fullgraph: to fall back on uncompiled code would take length x length memory without a word.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True, recompile_limit=MOST_COMPILATIONS)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @functools.cache

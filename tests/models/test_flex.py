@@ -1,4 +1,4 @@
-"""FlexAttention over packed trees: its mask says who sees whom, and its numbers are those of the attention by trees.
+"""A GPU's attention over packed trees: who sees whom, and that the numbers are those of the attention by trees.
 
 A CPU compiles FlexAttention's forward pass, without gradients. Only a GPU can show that the Triton kernels are right, that
 they fit its shared memory, and what the backward pass gives. Where there is a GPU, these tests run there as well, gradients
@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask
 
 from baton.models import attention
-from baton.models.attention import NAME, block_mask, by_blocks, by_trees, padded_length
+from baton.models.attention import NAME, block_mask, by_blocks, by_sequences, by_trees, padded_length
 from baton.models.forward import score
 from baton.models.trees import Layout
 from tests.models.tiny_models import model_of, random_pairs
@@ -95,8 +95,8 @@ def device(request):
     return torch.device(request.param)
 
 
-def both(layout, device, heads, dtype, window=None, softcap=None, width=16):
-    """Queries, keys and values, and the attention by blocks and by trees of a padded row; with gradients on a GPU alone."""
+def both(layout, device, heads, dtype, window, softcap=None, width=16, attend=by_blocks, gradients=False):
+    """Queries, keys and values, and the attention by `attend` and by trees of a padded row; with gradients on any GPU."""
     torch.manual_seed(0)
     length = padded_length(layout.length)
     inputs = []
@@ -104,10 +104,24 @@ def both(layout, device, heads, dtype, window=None, softcap=None, width=16):
         projected = torch.randn(1, length, count * width).to(device, dtype)  # as models lay them out in memory
         inputs.append(projected.view(1, length, count, width).transpose(1, 2))
     for states in inputs:
-        states.requires_grad_(device.type == "cuda")
-    blocks = by_blocks(*inputs, layout, width**-0.5, window, softcap)
+        states.requires_grad_(gradients or device.type == "cuda")
+    layout = Layout(layout.trees)  # its masks are of one device
+    options = (window, softcap) if attend is by_blocks else (window,)
+    ours = attend(*inputs, layout, width**-0.5, *options)
     trees = by_trees(*inputs, layout, width**-0.5, 0.0, window, softcap)
-    return inputs, blocks, trees
+    return inputs, ours, trees
+
+
+def compare(inputs, ours, trees, used, tolerance):
+    """Outputs of the first `used` tokens are equal, and so are their gradients; all are finite, in the padding too."""
+    torch.testing.assert_close(ours[:, :, :used], trees[:, :, :used], atol=tolerance, rtol=tolerance)
+    assert ours.isfinite().all()  # nobody reads the padding, but a gradient of it would spread
+    if inputs[0].requires_grad:
+        upstream = torch.randn_like(trees)
+        upstream[:, :, used:] = 0
+        gradients = [torch.autograd.grad(output, inputs, upstream) for output in (ours, trees)]
+        for gradient, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(gradient, expected, atol=10 * tolerance, rtol=10 * tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -118,16 +132,34 @@ def test_attention_by_blocks_is_attention_by_trees_and_all_layouts_share_one_com
     before = counters["stats"]["unique_graphs"]
     for layout, window in zip(LAYOUTS, [None, 20, None, 4, 200], strict=True):
         inputs, blocks, trees = both(layout, device, heads, dtype, window, softcap, width)
-        used = layout.length
-        torch.testing.assert_close(blocks[:, :, :used], trees[:, :, :used], atol=tolerance, rtol=tolerance)
-        assert blocks.isfinite().all()  # in the padding too: nobody reads it, but a gradient of it would spread
-        if device.type == "cuda":
-            upstream = torch.randn_like(trees)
-            upstream[:, :, used:] = 0
-            wanted = torch.autograd.grad(trees, inputs, upstream)
-            for gradient, expected in zip(torch.autograd.grad(blocks, inputs, upstream), wanted, strict=True):
-                torch.testing.assert_close(gradient, expected, atol=10 * tolerance, rtol=10 * tolerance)
+        compare(inputs, blocks, trees, layout.length, tolerance)
     assert counters["stats"]["unique_graphs"] - before <= 1
+
+
+def sequence_by_sequence(query, key, value, sequences, scaling, window):
+    """What FlashAttention computes, which a CPU does not have: the last queries of a sequence's keys, each up to its own."""
+    outputs = []
+    parts = [(ends[:-1].tolist(), ends[1:].tolist()) for ends in (sequences.query_ends, sequences.key_ends)]
+    for q_from, q_to, k_from, k_to in zip(*parts[0], *parts[1], strict=True):
+        q, k, v = query[q_from:q_to], key[k_from:k_to], value[k_from:k_to]
+        assert len(q) <= sequences.most_queries
+        assert len(k) <= sequences.most_keys
+        k, v = (states.repeat_interleave(q.shape[1] // states.shape[1], dim=1) for states in (k, v))
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
+        scores = scores.masked_fill((distance < 0) | (distance >= (window or len(k))), -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_by_sequences_is_attention_by_trees(device, window, monkeypatch):
+    if device.type == "cpu":
+        monkeypatch.setattr(attention, "_flash", sequence_by_sequence)
+    dtype, tolerance = (torch.bfloat16, 3e-2) if device.type == "cuda" else (torch.float32, 2e-5)
+    for layout in LAYOUTS:
+        inputs, ours, trees = both(layout, device, 6, dtype, window, width=64, attend=by_sequences, gradients=True)
+        compare(inputs, ours, trees, layout.length, tolerance)
 
 
 def logps(model, sequences) -> torch.Tensor:
