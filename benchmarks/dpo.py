@@ -38,10 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baton.training.metrics import forward_flops, peak_flops, weights_of
 
-MODELS = {  # hidden size, layers, heads, intermediate size, vocabulary
-    "tiny": (64, 2, 2, 128, 1024),
-    "17m": (384, 6, 6, 1024, 8192),
-    "1b": (2048, 16, 32, 8192, 128256),
+MODELS = {  # hidden size, layers, heads, key-value heads, intermediate size, vocabulary, head tied to the embedding
+    "tiny": (64, 2, 2, 1, 128, 1024, True),
+    "17m": (384, 6, 6, 6, 1024, 8192, False),
+    "1b": (2048, 16, 32, 8, 8192, 128256, True),
 }
 SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
 
@@ -77,7 +77,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, Path(folder))
-        if args.choose_trl_on:
+        if args.choose_trl_on and any(side.startswith("trl") for side in args.sides):
             args.sides = choose_trl(args, folder)
         runs = [in_process(side, folder) for _ in range(args.repeats) for side in args.sides]
     results = [median([run for run in runs if run["side"] == side]) for side in args.sides]
@@ -150,7 +150,7 @@ def of_bytes(args: argparse.Namespace, records: list[dict]) -> tuple:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     texts = (text for record in records for text in (record["prompt"][-1]["content"], *record["responses"]))
-    size = min(MODELS[args.model][4], 32768)
+    size = min(MODELS[args.model][5], 32768)
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     ids = {"user": bpe.token_to_id("<user>"), "assistant": bpe.token_to_id("<assistant>")}
@@ -197,14 +197,15 @@ def make_model(args: argparse.Namespace):
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     if args.model_path:
         return AutoModelForCausalLM.from_pretrained(args.model_path, dtype=dtype).to(args.device)
-    hidden, layers, heads, intermediate, vocabulary = MODELS[args.model]
+    hidden, layers, heads, key_value_heads, intermediate, vocabulary, tied = MODELS[args.model]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=key_value_heads,
+        tie_word_embeddings=tied,
         intermediate_size=intermediate,
         max_position_embeddings=8192,
         bos_token_id=1,

@@ -21,8 +21,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 # Logits of one block: the larger it is, the fewer gradients of the whole head are added up. `token_scores` keeps one block
 # from the forward to the backward pass, and computes the logits of others again.
 BLOCK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
-# Float32 logits of one cut of a block: a CPU's cache holds them and what is computed from them.
-CUT_BYTES = 4 * 2**20
+# Float32 logits of one cut of a block: a core's cache holds them and most of what is computed from them.
+CUT_BYTES = 2**20
 # Functions are compiled anew for other dtypes, a soft cap, gradients of the entropy, one token or one target; beyond this
 # many, torch raises an error. (Its default is 8, and then it computes in float32 copies of the block.)
 MOST_COMPILATIONS = 64

@@ -10,7 +10,7 @@ from baton.models.logps import token_logps, token_scores
 TOKENS, VOCABULARY, HIDDEN = 7, 11, 5
 ONE_BLOCK, TWO_TOKENS = None, 2 * 4 * VOCABULARY  # bytes of a block in float32
 
-devices = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def inputs_of(tokens=TOKENS, targets=None, bias=False, vocabulary=VOCABULARY, device="cpu"):
@@ -59,12 +59,18 @@ def assert_scores_and_gradients(inputs, block_bytes, of_entropy, atol=1e-5, **se
 
 @pytest.mark.parametrize("block_bytes", [ONE_BLOCK, TWO_TOKENS])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("device", devices)
-def test_scores_and_gradients_are_those_of_a_plain_softmax(device, softcap, block_bytes):
+def test_scores_and_gradients_are_those_of_a_plain_softmax(softcap, block_bytes):
     cases = [(1.0, False, None, 0), (0.5, True, None, 1), (1.0, True, 4, 0), (0.5, False, 1, 1)]
     for scale, bias, targets, of_entropy in cases:
-        inputs = inputs_of(bias=bias, targets=targets, device=device)
+        inputs = inputs_of(bias=bias, targets=targets)
         assert_scores_and_gradients(inputs, block_bytes, of_entropy, scale=scale, softcap=softcap)
+
+
+@needs_gpu
+def test_what_a_gpu_compiles_gives_the_same_scores_and_gradients():
+    assert_scores_and_gradients(inputs_of(device="cuda"), 2 * TWO_TOKENS, of_entropy=0)
+    inputs = inputs_of(bias=True, targets=4, device="cuda")
+    assert_scores_and_gradients(inputs, 2 * TWO_TOKENS, of_entropy=1, scale=0.5, softcap=3.0)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
@@ -94,7 +100,7 @@ def test_a_block_many_cuts_long_is_scored_like_a_short_one(monkeypatch):
 
 
 @pytest.mark.parametrize("block_bytes", [ONE_BLOCK, TWO_TOKENS])
-@pytest.mark.parametrize("device", devices)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_autocast_rounds_products_and_sums_up_the_heads_gradient_in_float32(device, block_bytes):
     hidden, weight, _, targets = inputs_of(40, vocabulary=300, device=device)
     with torch.autocast(device, torch.bfloat16):
