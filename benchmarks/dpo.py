@@ -1,25 +1,34 @@
 """DPO speed and memory: TRL's trainer and the packed one in turn, on the same pairs and optimizer steps.
 
     python benchmarks/dpo.py --data alpaca_eval_k8.jsonl.gz
+    python benchmarks/dpo.py --data … --model smollm2 --model_path SmolLM2-135M-Instruct --dtype autocast --repeats 3 \
+        --pairs 128 --sides trl:1 trl:2 trl:4 trl:8 packed:8 --choose_trl_on 16  # only the best of TRL's runs on all pairs
+    python benchmarks/dpo.py --data … --model smollm2 --model_path … --sides packed:8 --profile  # a step's top operations
     python benchmarks/dpo.py --data … --sides trl:1 packed:4 --turns 3 --max_length 2048  # long prompts
     python benchmarks/dpo.py --data … --model 1b --gradient_checkpointing --tokens_per_row 16384  # one GPU
+    python benchmarks/dpo.py --data … --model tiny --pairs 16 --sides packed:8  # the same code in seconds
 
-The data file holds `prompt`, `responses`, `rewards` a line; the best response against the worst makes a pair.
-The model (a Llama of random weights) and its byte-level BPE tokenizer are made on the spot. A side is `trl:B`
-(TRL's forward pass, B pairs a micro-batch), `trl_precompute:B` (the same with `precompute_ref_log_probs`) or
-`packed:B`. Each side runs in a process of its own, so that peak memory is its own; its time counts the
-reference model's log-probabilities and all epochs, not loading, and on a GPU not a warm-up on the first pairs.
-`packed` also runs where TRL is not installed, by the plain loop at the end of this file.
+The data file holds `prompt`, `responses`, `rewards` a line; the best response against the worst makes a pair. A model is a
+Llama of random weights whose byte-level BPE tokenizer is made on the spot, or `smollm2`: a folder with weights, tokenizer and
+chat template. A side is `trl:B` (TRL's forward pass, B pairs a micro-batch), `trl_precompute:B` (the same with
+`precompute_ref_log_probs`) or `packed:B`. `packed` also runs where TRL is not installed, by the plain loop in this file.
+
+Each side runs in a process of its own, so that peak memory is its own. Its time counts everything but the loading: the
+reference model's log-probabilities, what is compiled, all epochs. `steady` is the useful work of an optimizer step over the
+median step's time, in GFLOP/s; `product` is what a large matrix product reaches in the same process, before and after.
 """
 
 import argparse
 import gzip
+import itertools
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baton.training.metrics import forward_flops, peak_flops, weights_of
 
-MODELS = {  # hidden size, layers, heads, intermediate size, vocabulary
-    "17m": (384, 6, 6, 1024, 8192),
-    "1b": (2048, 16, 32, 8192, 128256),
+MODELS = {  # hidden size, layers, heads, key-value heads, intermediate size, vocabulary, head tied to the embedding
+    "tiny": (64, 2, 2, 1, 128, 1024, True),
+    "17m": (384, 6, 6, 6, 1024, 8192, False),
+    "1b": (2048, 16, 32, 8, 8192, 128256, True),
 }
 SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
 
@@ -40,39 +50,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="annotated responses, .jsonl or .jsonl.gz")
     parser.add_argument("--sides", nargs="+", default=["trl:4", "packed:8"], help="what to run, in turn")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each side; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each side, in turn; the median counts")
+    parser.add_argument("--choose_trl_on", type=int, metavar="PAIRS", help="find TRL's fastest side on so many pairs first")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of the data set")
     parser.add_argument("--pairs_per_step", type=int, default=8, help="pairs of one optimizer step")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--turns", type=int, default=0, help="earlier question-answer turns in every prompt")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens; longer responses are cut")
-    parser.add_argument("--model", choices=MODELS, default="17m")
+    parser.add_argument("--model", choices=[*MODELS, "smollm2"], default="17m")
+    parser.add_argument("--model_path", help="folder of `--model smollm2`, with its tokenizer and chat template")
     parser.add_argument("--dtype", choices=["float32", "autocast", "bf16"], default="bf16")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--tokens_per_row", type=int, default=4096, help="most tokens of a packed row")
     parser.add_argument("--learning_rate", type=float, default=1e-6)
+    parser.add_argument("--profile", action="store_true", help="also print the top ten operations of a step of each side")
     parser.add_argument("--plot", help="a .png for the loss of every step, side by side")
     parser.add_argument("--run_side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if (args.model == "smollm2") != bool(args.model_path):
+        parser.error("--model smollm2 and --model_path go together")
     if args.run_side:
         print(json.dumps(run_side(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, Path(folder))
+        if args.choose_trl_on and any(side.startswith("trl") for side in args.sides):
+            args.sides = choose_trl(args, folder)
         runs = [in_process(side, folder) for _ in range(args.repeats) for side in args.sides]
-    fastest = {run["side"]: run for run in sorted(runs, key=lambda run: -run["seconds"])}
-    results = [fastest[side] for side in args.sides]
+    results = [median([run for run in runs if run["side"] == side]) for side in args.sides]
     report(args, results)
+    for result in results:
+        if args.profile:
+            print(f"\n{result['side']}, one step:\n{result['profile']}")
     if args.plot:
         plot_losses(results, args.plot)
 
 
-def in_process(side: str, folder: str) -> dict:
-    """Run one side in a process of its own."""
-    command = [sys.executable, *sys.argv, "--run_side", side, "--folder", folder]
+def choose_trl(args: argparse.Namespace, folder: str) -> list[str]:
+    """The sides without those of TRL's that were not the fastest on the first `choose_trl_on` pairs, one run of each."""
+    trls = [side for side in args.sides if side.startswith("trl")]
+    runs = [in_process(side, folder, "--pairs", str(args.choose_trl_on)) for side in trls]
+    for run in runs:
+        print(f"{run['side']} on {args.choose_trl_on} pairs: {run['seconds']:.1f} s", file=sys.stderr)
+    best = min(runs, key=lambda run: run["seconds"])["side"]
+    return [side for side in args.sides if side not in trls or side == best]
+
+
+def median(runs: list[dict]) -> dict:
+    """The run of median seconds; of an even number, the slower of the middle two."""
+    return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
+
+
+def in_process(side: str, folder: str, *more: str) -> dict:
+    """Run one side in a process of its own, with `more` arguments."""
+    command = [sys.executable, *sys.argv, *more, "--run_side", side, "--folder", folder]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 
 
@@ -81,32 +115,59 @@ def in_process(side: str, folder: str) -> dict:
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Write the tokenizer and the tokenised pairs to `folder`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     opened = gzip.open if args.data.endswith(".gz") else open
     with opened(args.data, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
+    make = of_chat_model if args.model_path else of_bytes
+    tokenizer, encode_prompt, encode_response = make(args, records)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rows = pairs(records, encode_prompt, encode_response, args.turns, args.max_length)[: args.pairs]
+    (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def of_chat_model(args: argparse.Namespace, records: list[dict]) -> tuple:
+    """The tokenizer of `--model_path`, and functions from messages and from a response to token ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+
+    def encode_prompt(messages: list[dict]) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_response(text: str) -> list[int]:
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    return tokenizer, encode_prompt, encode_response
+
+
+def of_bytes(args: argparse.Namespace, records: list[dict]) -> tuple:
+    """The same of a byte-level BPE tokenizer that is trained on the records."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     texts = (text for record in records for text in (record["prompt"][-1]["content"], *record["responses"]))
-    size = min(MODELS[args.model][4], 32768)
+    size = min(MODELS[args.model][5], 32768)
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    rows = pairs(records, bpe, args.turns, args.max_length)[: args.pairs]
-    (folder / "rows.json").write_text(json.dumps(rows))
+    ids = {"user": bpe.token_to_id("<user>"), "assistant": bpe.token_to_id("<assistant>")}
+    end = bpe.token_to_id("<end>")
+
+    def encode_prompt(messages: list[dict]) -> list[int]:
+        turns = [[ids[message["role"]], *encode_response(message["content"])] for message in messages]
+        return [token for turn in turns for token in turn] + [ids["assistant"]]
+
+    def encode_response(text: str) -> list[int]:
+        return [*bpe.encode(text).ids, end]
+
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>"), encode_prompt, encode_response
 
 
-def pairs(records: list[dict], bpe, turns: int, max_length: int) -> list[dict]:
+def pairs(records: list[dict], encode_prompt: Callable, encode_response: Callable, turns: int, max_length: int) -> list[dict]:
     """Tokenised best-against-worst pairs, after `turns` turns taken from the records before; ties left out."""
-    user, assistant, end = (bpe.token_to_id(token) for token in SPECIAL[1:])
-
-    def turn(record: dict, response: str | None) -> list[int]:
-        question = [user, *bpe.encode(record["prompt"][-1]["content"]).ids, end, assistant]
-        return question if response is None else [*question, *bpe.encode(response).ids, end]
 
     def ranked(record: dict) -> list[int]:
         return sorted(range(len(record["rewards"])), key=record["rewards"].__getitem__)
@@ -117,29 +178,34 @@ def pairs(records: list[dict], bpe, turns: int, max_length: int) -> list[dict]:
         order = ranked(record)
         if record["rewards"][order[0]] == record["rewards"][order[-1]]:
             continue
-        prompt = []
+        messages = []
         for earlier in records[index - turns : index]:
-            prompt += turn(earlier, earlier["responses"][ranked(earlier)[-1]])
-        prompt += turn(record, None)
+            answer = earlier["responses"][ranked(earlier)[-1]]
+            messages += [earlier["prompt"][-1], {"role": "assistant", "content": answer}]
+        prompt = encode_prompt([*messages, record["prompt"][-1]])
         room = max_length - len(prompt)
         if room < 16:
             continue
-        chosen, rejected = ([*bpe.encode(record["responses"][i]).ids, end][:room] for i in (order[-1], order[0]))
+        chosen, rejected = (encode_response(record["responses"][i])[:room] for i in (order[-1], order[0]))
         rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
     return rows
 
 
 def make_model(args: argparse.Namespace):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    hidden, layers, heads, intermediate, vocabulary = MODELS[args.model]
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    if args.model_path:
+        return AutoModelForCausalLM.from_pretrained(args.model_path, dtype=dtype).to(args.device)
+    hidden, layers, heads, key_value_heads, intermediate, vocabulary, tied = MODELS[args.model]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=key_value_heads,
+        tie_word_embeddings=tied,
         intermediate_size=intermediate,
         max_position_embeddings=8192,
         bos_token_id=1,
@@ -147,7 +213,7 @@ def make_model(args: argparse.Namespace):
         pad_token_id=0,
     )
     with torch.device(args.device):
-        return LlamaForCausalLM(config).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+        return LlamaForCausalLM(config).to(dtype)
 
 
 # One side
@@ -155,28 +221,71 @@ def make_model(args: argparse.Namespace):
 
 def run_side(args: argparse.Namespace) -> dict:
     """Train as `args.run_side` says; pairs/s, seconds, peak memory and the loss of every step."""
-    rows = json.loads((args.folder / "rows.json").read_text())
+    rows = json.loads((args.folder / "rows.json").read_text())[: args.pairs]
     side, batch_size = args.run_side.split(":")
     train = with_trainer if trl_is_there() else without_trl
-    if args.device == "cuda":
-        train(args, side, int(batch_size), rows[: args.pairs_per_step], make_model(args), epochs=1)
-        torch.cuda.reset_peak_memory_stats()
     before = peak_memory(args.device)
     model = make_model(args)
+    products = [product_flops(args)]
+    clock = StepClock(args.device)
     start, cpu_start = time.perf_counter(), time.process_time()
-    losses = train(args, side, int(batch_size), rows, model, args.epochs)
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    losses = train(args, side, int(batch_size), rows, model, args.epochs, clock)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    memory = peak_memory(args.device) - before
+    products.append(product_flops(args))
+    steps = [after - before for before, after in itertools.pairwise(clock.times)]
+    step_flops = training_flops(model, rows) * args.pairs_per_step / len(rows)
     return {
         "side": args.run_side,
         "seconds": seconds,
-        "cpu_seconds": time.process_time() - cpu_start,
+        "cpu_seconds": cpu_seconds,
+        "first_step_at": clock.times[0] - start,
         "pairs_per_second": args.epochs * len(rows) / seconds,
-        "memory": peak_memory(args.device) - before,
+        "memory": memory,
         "losses": losses,
-        "flops": useful_flops(model, rows, args.epochs),
+        "flops": args.epochs * training_flops(model, rows) + training_flops(model, rows) / 3,
+        "steady": step_flops / statistics.median(steps) if steps else None,
+        "product": statistics.mean(products),
+        "profile": profile(args, train, side, int(batch_size), rows, model) if args.profile else "",
     }
+
+
+class StepClock:
+    """When each optimizer step ended; `profiler` is told of each."""
+
+    def __init__(self, device: str, profiler: torch.profiler.profile | None = None):
+        self.times: list[float] = []
+        self.device, self.profiler = device, profiler
+
+    def step(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        if self.profiler:
+            self.profiler.step()
+
+
+def product_flops(args: argparse.Namespace) -> float:
+    """FLOP/s of a large matrix product, in the dtype of the model's: the median of several."""
+    dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
+    size, turns = (8192, 20) if args.device == "cuda" else (2048, 7)
+    left, right = torch.randn(2, size, size, device=args.device, dtype=dtype)
+    clock = StepClock(args.device)
+    for _ in range(turns + 2):  # the first is a warm-up
+        left @ right
+        clock.step()
+    times = clock.times[1:]
+    return 2 * size**3 / statistics.median(after - before for before, after in itertools.pairwise(times))
+
+
+def profile(args: argparse.Namespace, train: Callable, side: str, batch_size: int, rows: list[dict], model) -> str:
+    """The ten operations of an optimizer step, the third, that take most time."""
+    devices = [torch.profiler.ProfilerActivity.CPU]
+    if args.device == "cuda":
+        devices.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=devices, schedule=torch.profiler.schedule(wait=1, warmup=1, active=1)) as profiler:
+        train(args, side, batch_size, rows[: 3 * args.pairs_per_step], model, 1, StepClock(args.device, profiler))
+    return profiler.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=10, max_name_column_width=60)
 
 
 def trl_is_there() -> bool:
@@ -192,16 +301,20 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def with_trainer(args, side: str, batch_size: int, rows: list[dict], model, epochs: int) -> list[float]:
+def with_trainer(args, side: str, batch_size: int, rows: list[dict], model, epochs: int, clock: StepClock) -> list[float]:
     """The trainer as users run it; the loss of every optimizer step."""
     import copy
 
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig
 
     from baton.training.reference import reference_logps
     from dpo_iteration.trainer import PackedDPOTrainer
+
+    class TellClock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock.step()
 
     packed = side == "packed"
     if packed:
@@ -232,9 +345,10 @@ def with_trainer(args, side: str, batch_size: int, rows: list[dict], model, epoc
         ref_model=copy.deepcopy(model) if side == "trl" else None,
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=PreTrainedTokenizerFast.from_pretrained(args.folder / "tokenizer"),
+        processing_class=AutoTokenizer.from_pretrained(args.folder / "tokenizer"),
         tokens_per_row=args.tokens_per_row,
         packed=packed,
+        callbacks=[TellClock()],
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -244,7 +358,7 @@ def autocast(args: argparse.Namespace):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "autocast")
 
 
-def without_trl(args, side: str, batch_size: int, rows: list[dict], model, epochs: int) -> list[float]:
+def without_trl(args, side: str, batch_size: int, rows: list[dict], model, epochs: int, clock: StepClock) -> list[float]:
     """The packed forward pass under a plain loop of AdamW; the loss of every optimizer step."""
     from baton.models.forward import share_prefixes
     from baton.training.reference import reference_logps
@@ -273,6 +387,7 @@ def without_trl(args, side: str, batch_size: int, rows: list[dict], model, epoch
                 losses[-1] += loss.item()
             optimizer.step()
             optimizer.zero_grad()
+            clock.step()
     return losses
 
 
@@ -302,35 +417,41 @@ def sigmoid_loss(logps: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
 # Report
 
 
-def useful_flops(model, rows: list[dict], epochs: int) -> float:
-    """Floating-point operations of the matrix products that training on these pairs needs.
+def training_flops(model, rows: list[dict]) -> float:
+    """Floating-point operations of the matrix products that one epoch of training on these pairs needs.
 
-    Each distinct prompt token once, the LM head on response tokens only; the reference's forward pass once.
+    Each distinct prompt token once, the LM head on response tokens only. The reference's forward pass is a third of it.
     """
     scored = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     tokens = scored + sum(len(row["prompt_ids"]) for row in rows)
-    return forward_flops(weights_of(model), tokens, scored) * (3 * epochs + 1)
+    return 3 * forward_flops(weights_of(model), tokens, scored)
 
 
 def report(args: argparse.Namespace, results: list[dict]) -> None:
-    """Print both sides, the ratios to each TRL side, and the largest difference of a step's loss."""
+    """Print the sides, the ratios to each TRL side, and the largest difference of a step's loss."""
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     peak = peak_flops(torch.device(args.device))
     where = gpu or f"{torch.get_num_threads()} CPU threads"
     data = f"{args.pairs} pairs x {args.epochs} epochs, {args.pairs_per_step} a step, {args.turns} turns before"
-    print(f"{args.model} Llama, {args.dtype}, {where}; {data}")
-    print(f"{'side':<20} {'pairs/s':>8} {'seconds':>8} {'CPU s':>8} {'peak GiB':>9} {'MFU':>6}")
+    print(f"{args.model}, {args.dtype}, {where}; {data}; median of {args.repeats} runs")
+    print(
+        f"{'side':<20} {'pairs/s':>8} {'seconds':>8} {'CPU s':>8} {'1st step':>8} {'peak GiB':>9} {'steady':>8} {'product':>8}"
+        f" {'share':>6} {'MFU':>6}"
+    )
     for result in results:
-        mfu = f"{result['flops'] / result['seconds'] / peak:6.3f}" if peak else "     -"
+        mfu = f"{result['flops'] / result['seconds'] / peak:6.3f}" if peak else f"{'-':>6}"
+        steady, product = (result["steady"] or 0) / 1e9, result["product"] / 1e9
         print(
-            f"{result['side']:<20} {result['pairs_per_second']:8.2f} {result['seconds']:8.1f}"
-            f" {result['cpu_seconds']:8.1f} {result['memory'] / 2**30:9.2f} {mfu}"
+            f"{result['side']:<20} {result['pairs_per_second']:8.2f} {result['seconds']:8.1f} {result['cpu_seconds']:8.1f}"
+            f" {result['first_step_at']:8.1f} {result['memory'] / 2**30:9.2f} {steady:8.0f} {product:8.0f}"
+            f" {steady / product:6.2f} {mfu}"
         )
     for ours in (result for result in results if result["side"].startswith("packed")):
         for trls in (result for result in results if result["side"].startswith("trl")):
             difference = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"], trls["losses"], strict=True))
             print(
-                f"{ours['side']} / {trls['side']}: {trls['seconds'] / ours['seconds']:.2f} x speed"
+                f"{ours['side']} / {trls['side']}: {trls['seconds'] / ours['seconds']:.2f} x speed,"
+                f" {(ours['steady'] or 0) / (trls['steady'] or 1):.2f} x in the steady state"
                 f" ({trls['cpu_seconds'] / ours['cpu_seconds']:.2f} x by CPU time),"
                 f" {ours['memory'] / trls['memory']:.2f} x memory,"
                 f" largest relative difference of a step's loss {difference:.1e}"

@@ -20,7 +20,7 @@ from transformers.utils import strtobool
 
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW
-from baton.models.logps import CHUNK_BYTES
+from baton.models.logps import BLOCK_BYTES
 from baton.parallel import data_parallel
 
 log = logging.getLogger("baton")
@@ -198,7 +198,7 @@ def spread(size: float, name: str, sharding: Sharding) -> float:
 
 
 def head_gradient_bytes(model: nn.Module, adapter: bool) -> int:
-    """Bytes of the LM head's gradient, which `logps.token_scores` sums in float32; an adapter does not train the head."""
+    """Bytes of the LM head's gradient of one pass, beside that of the step; an adapter does not train the head."""
     return 0 if adapter else FLOAT32_BYTES * model.get_output_embeddings().weight.numel()
 
 
@@ -213,7 +213,7 @@ def activations(model: nn.Module, config: Any, tokens: int, element: int) -> flo
     """Bytes that the forward pass keeps for the backward pass, of elements of so many bytes.
 
     10 hidden and 4 intermediate sizes a token and layer; with checkpointing those of one layer, and the hidden states
-    between layers. At the head three float32 copies of one chunk of logits (`logps.CHUNK_BYTES`).
+    between layers. At the head one block of logits (`logps.BLOCK_BYTES`).
     """
     text = model.config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
@@ -228,8 +228,8 @@ def layer_elements(text: Any) -> int:
 
 
 def head_bytes(config: Any) -> int:
-    """Bytes of the logits' copies at the head."""
-    return 3 * CHUNK_BYTES.get(config.device.type, CHUNK_BYTES["cuda"])
+    """Bytes of the logits at the head."""
+    return BLOCK_BYTES.get(config.device.type, BLOCK_BYTES["cpu"])
 
 
 def check_memory(needs: dict[str, float], config: Any, before: dict[str, float] | None = None) -> None:

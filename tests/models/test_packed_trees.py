@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from baton.models.attention import NAME
 from baton.models.forward import attention, score, share_prefixes
-from baton.models.logps import token_scores
 from baton.models.trees import pack
 from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, VOCABULARY, model_of, random_pairs
 
@@ -109,34 +108,6 @@ def test_gradients_are_those_of_the_sequences_alone(model):
     expected = torch.autograd.grad(sum(w * p.sum() for w, p in zip(weights, alone, strict=True)), parameters)
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert (gradient - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6
-
-
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_chunked_scores_equal_the_full_softmax(softcap, scale, with_bias):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(7, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
-    bias = torch.randn(11, requires_grad=True) if with_bias else None
-    targets = torch.randint(11, (7,))
-    inputs = [hidden, weight] + ([bias] if with_bias else [])
-    upstream = torch.randn(7)
-
-    scores = token_scores(hidden, weight, bias, targets, scale=scale, softcap=softcap, chunk_bytes=2 * 4 * 11)
-    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    full = logits.log_softmax(-1)
-    logps = full.gather(1, targets[:, None]).squeeze(1)
-
-    torch.testing.assert_close(scores.log_probs, logps)
-    torch.testing.assert_close(scores.entropy, -(full.exp() * full).sum(-1))
-    torch.testing.assert_close(scores.mean_logits, logits.mean(-1))
-    torch.testing.assert_close(scores.log_sum_sq_probs, full.exp().square().sum(-1).log())
-    assert scores.is_top1.tolist() == (logits.argmax(-1) == targets).tolist()
-    gradients = torch.autograd.grad((scores.log_probs * upstream).sum(), inputs)
-    for gradient, wanted in zip(gradients, torch.autograd.grad((logps * upstream).sum(), inputs), strict=True):
-        torch.testing.assert_close(gradient, wanted)
 
 
 def test_generation_and_plain_calls_are_untouched():
