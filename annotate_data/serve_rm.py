@@ -38,7 +38,9 @@ class Arguments(StageArguments):
     api_key: SecretStr | None = option(None, "key that requests must carry as `Authorization: Bearer KEY`")
     chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template")
     max_length: int | None = option(None, "tokens of a conversation; longer ones lose their beginning", ge=8)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the model; auto: the checkpoint's")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "of the model; auto: the checkpoint's, float32 on a CPU without bfloat16"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
     tokens_per_batch: int | None = option(None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1)
 
