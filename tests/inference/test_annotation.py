@@ -89,10 +89,10 @@ def test_the_responses_of_a_record_share_their_prompt_but_for_those_that_lost_it
     from annotate_data.bradley_terry import BradleyTerry
     from baton.models.loading import Settings
 
-    prompt, responses = "why? " * 40, ["a", "bc", "d" * 150, "e" * 200]
+    prompt, responses = "why? " * 40, ["a", "bc", "d" * 150, "e" * 203]
     source = write(tmp_path / "in.jsonl", [{"prompt": prompt, "responses": responses}])
     tasks = list(Scores(tmp_path / "out.jsonl", Responses(str(source)), ["rm"]).tasks("rm"))
-    for longest, letters in ((512, 1 + 2 + 150 + 200), (300, 1 + 2 + 2 * 300)):  # a token is a letter; two do not fit into 300
+    for longest, letters in ((512, 1 + 2 + 150 + 203), (300, 1 + 2 + 2 * 300)):  # a token is a letter; two do not fit into 300
         scorer = BradleyTerry(str(models / "rm"), torch.device("cpu"), Settings(max_length=longest))
         read = []
         scorer.model.get_input_embeddings().register_forward_pre_hook(lambda _, ids, read=read: read.append(ids[0].numel()))
