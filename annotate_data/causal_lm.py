@@ -8,13 +8,11 @@ import torch
 from annotate_data.work import Score, Task
 from baton.jsonl import Record
 from baton.models import loading
-from baton.models.attention import NAME
 from baton.models.batching import batches, windows
-from baton.models.forward import obstacle
-from baton.models.scoring import packed_response_logps, response_logps
+from baton.models.scoring import Packing, packed_response_logps, response_logps
 from baton.models.templates import SAMPLED, load_tokenizer, prompt_token_ids, sampled_or_tokenised, template_hash
 
-# Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
+# Of padded batches. Less than for rewards on a GPU: the logits of 8192 tokens over a vocabulary of 128k are 2 GiB in bfloat16.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
 
 TOO_LONG = "longer than max_length tokens"
@@ -34,13 +32,12 @@ class CausalLM:
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         self.template = template_hash(self.tokenizer)
-        self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device)
+        self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device, settings.dtype)
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+        self.tokens_per_row = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
         self.least_filled = loading.LEAST_FILLED[device.type]
-        self.packs = obstacle(self.model) is None
-        if self.packs:
-            self.model.config._attn_implementation = NAME
+        self.packing = Packing(self.model)
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for window in windows((task, index) for task in tasks for index in task.missing):
@@ -59,8 +56,8 @@ class CausalLM:
 
     def logps(self, sequences: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
         """Yield (index, log-probability) of each (prompt, response), in any order; prompts are shared where the model can."""
-        if self.packs:
-            yield from packed_response_logps(self.model, sequences, self.tokens_per_batch)
+        if self.packing.agreed(sequences, self.tokens_per_row):
+            yield from packed_response_logps(self.model, sequences, self.tokens_per_row)
             return
         lengths = [len(prompt) + len(response) for prompt, response in sequences]
         for batch in batches(lengths, self.tokens_per_batch, self.least_filled):

@@ -35,10 +35,15 @@ class Arguments(StageArguments):
         "tokens of prompt and response; a record with longer ones is dropped (default: the model's)",
         ge=8,
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: the checkpoint's own")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "auto: the checkpoint's own, float32 on a CPU without bfloat16"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run", changes_result=False)
     tokens_per_batch: int | None = option(
-        None, "tokens in a batch (default: 8192 on a GPU, 2048 on CPU)", ge=1, changes_result=False
+        None,
+        "tokens in a batch (default: 65536 on a GPU, 8192 there where sequences are padded, 2048 on CPU)",
+        ge=1,
+        changes_result=False,
     )
 
 

@@ -51,7 +51,9 @@ class Arguments(StageArguments):
     max_length: int | None = option(
         None, "tokens of a conversation; longer ones lose their beginning (default: the model's limit)", ge=8
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the model; auto: the checkpoint's")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "of the model; auto: the checkpoint's, float32 on a CPU without bfloat16"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where models run", changes_result=False)
     tokens_per_batch: int | None = option(
         None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1, changes_result=False

@@ -34,7 +34,7 @@ class PairPreference:
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
         if any(len(ids) != 1 for ids in letters):
             raise InputError(f"{path}: its tokenizer has no single tokens for A and B, so it cannot answer with one of them")
-        self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device)
+        self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device, settings.dtype)
         self.letters = [ids[0] for ids in letters]
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]

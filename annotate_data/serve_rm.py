@@ -25,7 +25,10 @@ from baton.program import log_what_runs, run
 from baton.records import as_messages
 from baton.sources import check_reward_model
 
-WINDOW = 1024  # conversations that are sorted into batches together
+# Requests to be scored: the token ids of each one's conversations, and where their rewards go.
+Waiting = queue.SimpleQueue[tuple[list[list[int]], list[Future[float]]]]
+
+WINDOW = 1024  # requests that are sorted into batches together
 
 
 class Arguments(StageArguments):
@@ -35,7 +38,9 @@ class Arguments(StageArguments):
     api_key: SecretStr | None = option(None, "key that requests must carry as `Authorization: Bearer KEY`")
     chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template")
     max_length: int | None = option(None, "tokens of a conversation; longer ones lose their beginning", ge=8)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the model; auto: the checkpoint's")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "of the model; auto: the checkpoint's, float32 on a CPU without bfloat16"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
     tokens_per_batch: int | None = option(None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1)
 
@@ -66,7 +71,7 @@ def application(scorer, key: str | None):
     from fastapi import Body, FastAPI, HTTPException, Request
 
     app = FastAPI(title="Reward model")
-    waiting: queue.SimpleQueue[tuple[list[int], Future[float]]] = queue.SimpleQueue()
+    waiting: Waiting = queue.SimpleQueue()
     threading.Thread(target=score_forever, args=(scorer, waiting), daemon=True).start()
 
     @app.get("/health")
@@ -82,8 +87,7 @@ def application(scorer, key: str | None):
         except InputError as error:
             raise HTTPException(422, str(error)) from None
         futures: list[Future[float]] = [Future() for _ in sequences]
-        for ids, future in zip(sequences, futures, strict=True):
-            waiting.put((ids[-scorer.max_length :], future))
+        waiting.put(([ids[-scorer.max_length :] for ids in sequences], futures))
         return {"rewards": await asyncio.gather(*map(asyncio.wrap_future, futures))}
 
     return app
@@ -102,20 +106,24 @@ def sequences_of(body: dict, tokenizer: Any) -> list[list[int]]:
     texts = _list(body, "query")
     if not all(isinstance(text, str) and text for text in texts):
         raise InputError("`query` must be a list of texts that are not empty")
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    sequences = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if not all(sequences):
+        raise InputError("`query` holds a text without a token")
+    return sequences
 
 
-def score_forever(scorer, waiting: "queue.SimpleQueue[tuple[list[int], Future[float]]]") -> None:
-    """Score all sequences that wait, up to WINDOW of them together; those that arrive meanwhile are scored next."""
+def score_forever(scorer, waiting: Waiting) -> None:
+    """Score all requests that wait, up to WINDOW of them together; those that arrive meanwhile are scored next."""
     while True:
         taken = [waiting.get()]
         while len(taken) < WINDOW and not waiting.empty():
             taken.append(waiting.get())
+        futures = [future for _, each in taken for future in each]
         try:
-            for i, reward in scorer.stream([ids for ids, _ in taken]):
-                taken[i][1].set_result(reward)
+            for i, reward in scorer.stream([sequences for sequences, _ in taken]):
+                futures[i].set_result(reward)
         except Exception as error:  # these requests fail, the service goes on
-            for _, future in taken:
+            for future in futures:
                 if not future.done():
                     future.set_exception(error)
 

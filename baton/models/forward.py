@@ -169,6 +169,11 @@ def _slice(place: Place, row_start: list[int]) -> slice:
 
 def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
     """Last hidden states (N, H) that predict the row's N scored tokens."""
+    return hidden_states(model, row, row.predictors)
+
+
+def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
+    """Last hidden states (N, H) at the tokens `at` of the row, int64 (N,); the attention must be `attention.NAME`."""
     device = model.device
     padding = _padding(row, device)
     input_ids, position_ids = (
@@ -178,7 +183,7 @@ def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
     states = model.base_model(
         input_ids=input_ids, position_ids=position_ids, layout=row.layout, use_cache=False
     ).last_hidden_state[0]  # (T, H)
-    return states[row.predictors.to(states.device, non_blocking=True)]
+    return states[at.to(states.device, non_blocking=True)]
 
 
 def _padding(row: Row, device: torch.device) -> int:

@@ -32,12 +32,19 @@ def load(auto_class: Any, path: str, dtype: Dtype, **options: Any) -> Any:
     return model
 
 
-def place(model: Any, device: Any) -> Any:
-    """A causal model on its device, on a CPU with the attention that is fastest there."""
+def place(model: Any, device: Any, dtype: Dtype) -> Any:
+    """A causal model on its device, on a CPU with the attention that is fastest there.
+
+    Where dtype is `auto`, a CPU without instructions for a model's bfloat16 computes in float32: a tenth of the time.
+    """
     if device.type == "cpu":
+        import torch
+
         from baton.models import blockwise
 
         blockwise.use(model)
+        if dtype == "auto" and model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            model.float()
     return model.to(device)
 
 

@@ -4,31 +4,96 @@ Each function computes sequences, lists of token ids, without gradients: one bat
 rows, which it cuts itself. The last step is in float32 whatever the model's dtype: in bfloat16 it would make ties.
 """
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from baton.errors import InputError
 from baton.models import forward
-from baton.models.batching import padded
-from baton.models.trees import Tokens, pack
+from baton.models.attention import NAME
+from baton.models.batching import batches, padded
+from baton.models.trees import Place, Row, Tokens, pack
+
+log = logging.getLogger("baton")
+
+# How far packed hidden states are from the model's own at most, for `Packing.difference`. Measured against the model's own
+# attention (CPU, tests/models' families, SmolLM2-135M): bfloat16 0.027, float16 0.004, float32 1.5e-6. With an attention that
+# sees other trees, or not its prompt, or one token too few of its window: 0.78 and more.
+STATE_LIMIT = 0.15
+
+
+class Packing:
+    """Whether a model's sequences are scored in packed rows: where its architecture can take them, and its head is `known`.
+
+    On a GPU, whose kernels no test has seen, the first row must also agree with the model's own forward pass; else sequences
+    are padded from then on, and the log says so. While it holds, the model's attention is `attention.NAME`.
+    """
+
+    def __init__(self, model: PreTrainedModel, known: bool = True):
+        self.model, self.own = model, model.config._attn_implementation
+        self.holds = known and forward.obstacle(model) is None
+        self.checked = model.device.type != "cuda"
+        if self.holds:
+            model.config._attn_implementation = NAME
+
+    def agreed(self, sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int) -> bool:
+        """Whether it holds, checked with the first row of these `(prompt, response)` where none has been."""
+        if self.holds and not self.checked and sequences:
+            self.checked = True
+            difference = self.difference(sequences, tokens_per_row)
+            found = f"the hidden states of the first row differ by {difference:.2g} of their size from the model's own"
+            self.holds = difference <= STATE_LIMIT
+            if self.holds:
+                log.info("%s", found)
+            else:
+                self.model.config._attn_implementation = self.own
+                log.warning("%s; rounding explains %g. Sequences are padded instead of packed", found, STATE_LIMIT)
+        return self.holds
+
+    @torch.inference_mode()
+    def difference(self, sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int) -> float:
+        """How far packed hidden states are from the model's own at the ends of the first row's sequences.
+
+        The length of the difference over that of the model's own, of the sequence with the most: 0 where all are equal, about
+        1.4 where they have nothing to do with each other.
+        """
+        row, indices, places = next(_rows(sequences, tokens_per_row, whole=True))
+        packed = _row_ends(self.model, row, places)
+        whole = [[*sequences[index][0], *sequences[index][1]] for index in indices]
+        own = torch.empty_like(packed)
+        with forward.attention(self.model, self.own):
+            for batch in batches([len(ids) for ids in whole], tokens_per_row, least_filled=0.8):
+                own[batch] = _ends(self.model, [whole[i] for i in batch])
+        return ((packed - own).float().norm(dim=1) / own.float().norm(dim=1)).nan_to_num(nan=math.inf).max().item()
 
 
 @torch.inference_mode()
-def rewards(model: PreTrainedModel, sequences: list[list[int]]) -> list[float]:
+def rewards(model: PreTrainedModel, sequences: Sequence[Tokens]) -> list[float]:
     """Rewards of a Bradley-Terry model, a sequence classifier with one output, read at the end of each sequence."""
-    pad = model.config.get_text_config().pad_token_id
-    ids, lengths = padded(sequences, pad or 0, model.device)  # (B, L), (B,)
     if not hasattr(model, "score"):  # its layout is unknown, and it may not be causal
+        ids, lengths = padded(sequences, model.config.get_text_config().pad_token_id or 0, model.device)  # (B, L), (B,)
         mask = torch.arange(ids.shape[1], device=model.device) < lengths[:, None]
         return model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float().tolist()
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, D)
-    last = torch.tensor([_end(sequence, pad) for sequence in sequences], device=model.device)
-    states = states[torch.arange(len(sequences), device=model.device), last].float()  # (B, D)
-    bias = None if model.score.bias is None else model.score.bias.float()
-    return F.linear(states, model.score.weight.float(), bias)[:, 0].tolist()
+    return _rewards_of(model, _ends(model, [read_part(model, ids) for ids in sequences])).tolist()
+
+
+@torch.inference_mode()
+def packed_rewards(
+    model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int
+) -> Iterator[tuple[int, float]]:
+    """Yield (index, reward) of each `(prompt, response)` of token ids under a Bradley-Terry model, row after packed row.
+
+    What `rewards` gives for sequences of which `read_part` cuts off nothing, but they share their prompt, and nothing is
+    padded. The model must have a `score` head and `attention.NAME` as its attention; rows are as in `trees.pack`, and so is the
+    order.
+    """
+    for row, indices, places in _rows(sequences, tokens_per_row, whole=True):
+        yield from zip(indices, _rewards_of(model, _row_ends(model, row, places)).tolist(), strict=True)
 
 
 @torch.inference_mode()
@@ -75,15 +140,10 @@ def packed_response_logps(
     What `response_logps` gives, but responses share their prompt, and nothing is padded. The model must have
     `attention.NAME` as its attention; rows are as in `trees.pack`, and so is the order.
     """
-    rows, places = pack(sequences, tokens_per_row)
-    members: list[list[int]] = [[] for _ in rows]
-    for index, place in enumerate(places):
-        members[place.row].append(index)
-    for row, indices in zip(rows, members, strict=True):
+    for row, indices, places in _rows(sequences, tokens_per_row):
         logps = forward.logps(model, row).double().cpu()
-        for index in indices:
-            start = places[index].start
-            yield index, logps[start : start + places[index].length].sum().item()
+        for index, place in zip(indices, places, strict=True):
+            yield index, logps[place.start : place.start + place.length].sum().item()
 
 
 @torch.inference_mode()
@@ -96,6 +156,40 @@ def next_token_shares(model: PreTrainedModel, sequences: list[list[int]], tokens
     return logits[rows, row_places][:, tokens].float().softmax(-1).tolist()
 
 
-def _end(sequence: list[int], pad: int | None) -> int:
-    """Where transformers reads the reward: the last token that is not the padding token, should a response end with it."""
-    return next((place for place in range(len(sequence) - 1, -1, -1) if sequence[place] != pad), 0)
+def read_part(model: PreTrainedModel, sequence: Tokens) -> Tokens:
+    """What a reward depends on: transformers reads it at the last token that is not the padding token."""
+    pad = model.config.get_text_config().pad_token_id
+    end = len(sequence)
+    while end > 1 and sequence[end - 1] == pad:
+        end -= 1
+    return sequence[:end]
+
+
+def _rewards_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The score head on hidden states (N, H), in float32: (N,)."""
+    bias = None if model.score.bias is None else model.score.bias.float()
+    return F.linear(states.float(), model.score.weight.float(), bias)[:, 0]
+
+
+def _ends(model: PreTrainedModel, sequences: Sequence[Tokens]) -> Tensor:
+    """Hidden states (N, H) at the ends of sequences, by the model's own forward pass on one padded batch."""
+    ids, lengths = padded(sequences, 0, model.device)  # (B, L), (B,)
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, H)
+    return states[torch.arange(len(sequences), device=model.device), lengths - 1]
+
+
+def _row_ends(model: PreTrainedModel, row: Row, places: list[Place]) -> Tensor:
+    """Hidden states (N, H) at the ends of the sequences of a packed row."""
+    return forward.hidden_states(model, row, torch.tensor([place.last for place in places]))
+
+
+def _rows(
+    sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int, whole: bool = False
+) -> Iterator[tuple[Row, list[int], list[Place]]]:
+    """Yield each row of `trees.pack` with its sequences, as indices, and their places."""
+    rows, places = pack(sequences, tokens_per_row, whole)
+    members: list[list[int]] = [[] for _ in rows]
+    for index, place in enumerate(places):
+        members[place.row].append(index)
+    for row, indices in zip(rows, members, strict=True):
+        yield row, indices, [places[index] for index in indices]

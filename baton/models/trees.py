@@ -3,8 +3,8 @@
 A tree is one prompt and the distinct responses to it. In a row the trees lie one after another, each as
 `prompt | response 1 | response 2 | …`; the positions of every response go on from the end of its prompt, and
 attention (`attention.py`) lets a response see its prompt and itself only, so that a row's numbers are those
-of each sequence alone (arXiv 2410.20305). The last token of a response is never an input: nothing is
-predicted from it.
+of each sequence alone (arXiv 2410.20305). The last token of a response is no input where nothing is read at it: none
+is predicted from it. Of `whole` sequences it is one: a reward is read there.
 """
 
 from bisect import bisect_left, insort
@@ -50,14 +50,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sequence is scored: in `rows[row]`, its scored tokens `start` to `start + length`."""
+    """Where a sequence is scored: in `rows[row]`, its scored tokens `start` to `start + length`.
+
+    Its last input is the row's token `last`; of `whole` sequences, that is their last token.
+    """
 
     row: int
     start: int
     length: int
+    last: int
 
 
-def pack(sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None) -> tuple[list[Row], list[Place]]:
+def with_prompts(sequences: Sequence[Tokens]) -> list[tuple[Tokens, Tokens]]:
+    """Cut sequences after the longest beginning that all of them share, their prompt; a sequence may be all prompt.
+
+    Sequences that share no beginning are a prompt each.
+    """
+    first, last = min(sequences), max(sequences)  # what these two share, all between them do
+    shared = next((place for place, both in enumerate(zip(first, last, strict=False)) if both[0] != both[1]), len(first))
+    return [(ids[: shared or len(ids)], ids[shared or len(ids) :]) for ids in sequences]
+
+
+def pack(
+    sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None, whole: bool = False
+) -> tuple[list[Row], list[Place]]:
     """Pack `(prompt, response)` token sequences into rows of at most `tokens_per_row` tokens (None: one row).
 
     Sequences with the same prompt share it, equal sequences share everything. A tree that alone is longer
@@ -66,6 +82,7 @@ def pack(sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None)
 
     Args:
         sequences: prompts of at least 1 token; responses of any length, 0 included (then nothing is scored).
+        whole: the last token of a response is an input as well.
     Returns:
         the rows, and for each sequence, in order, where it is scored.
     Raises:
@@ -80,17 +97,21 @@ def pack(sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int | None)
     trees = [
         (prompt, responses)
         for prompt, all_responses in branches.items()
-        for responses in _split(len(prompt), list(all_responses), tokens_per_row)
+        for responses in _split(len(prompt), list(all_responses), tokens_per_row, whole)
     ]
     places: list[Place | None] = [None] * len(sequences)
     rows = []
-    for members in _fit([_size(len(prompt), responses) for prompt, responses in trees], tokens_per_row):
-        rows.append(_row([trees[member] for member in members]))
-        start = 0
+    for members in _fit([_size(len(prompt), responses, whole) for prompt, responses in trees], tokens_per_row):
+        rows.append(_row([trees[member] for member in members], whole))
+        start = end = 0  # of the scored tokens, of the inputs
         for prompt, responses in (trees[member] for member in members):
+            end += len(prompt)
+            prompt_end = end
             for response in responses:
+                inputs = _inputs(response, whole)
+                end += inputs
                 for index in branches[prompt][response]:
-                    places[index] = Place(len(rows) - 1, start, len(response))
+                    places[index] = Place(len(rows) - 1, start, len(response), (end if inputs else prompt_end) - 1)
                 start += len(response)
     return rows, places
 
@@ -99,19 +120,24 @@ def distinct_tokens(sequences: Sequence[tuple[Tokens, Tokens]]) -> int:
     """Tokens that rows of these `(prompt, response)` sequences need at least: each prompt once, each response to it once."""
     distinct = {(tuple(prompt), tuple(response)) for prompt, response in sequences}
     prompts = {prompt for prompt, _ in distinct}
-    return sum(map(len, prompts)) + sum(_size(0, [response]) for _, response in distinct)
+    return sum(map(len, prompts)) + sum(_size(0, [response], whole=False) for _, response in distinct)
 
 
-def _size(prompt: int, responses: Sequence[Tokens]) -> int:
+def _inputs(response: Tokens, whole: bool) -> int:
+    """How many of a response's tokens are inputs."""
+    return len(response) if whole else max(len(response) - 1, 0)
+
+
+def _size(prompt: int, responses: Sequence[Tokens], whole: bool) -> int:
     """Tokens that a tree takes in a row."""
-    return prompt + sum(max(len(response) - 1, 0) for response in responses)
+    return prompt + sum(_inputs(response, whole) for response in responses)
 
 
-def _split(prompt: int, responses: list[tuple[int, ...]], limit: int | None) -> list[list[tuple[int, ...]]]:
+def _split(prompt: int, responses: list[tuple[int, ...]], limit: int | None, whole: bool) -> list[list[tuple[int, ...]]]:
     """Cut a tree's responses into groups that fit a row together with the prompt."""
     groups = [[responses[0]]]
     for response in responses[1:]:
-        if limit is not None and _size(prompt, [*groups[-1], response]) > limit:
+        if limit is not None and _size(prompt, [*groups[-1], response], whole) > limit:
             groups.append([])
         groups[-1].append(response)
     return groups
@@ -133,7 +159,7 @@ def _fit(sizes: list[int], limit: int | None) -> list[list[int]]:
     return bins
 
 
-def _row(trees: list[tuple[tuple[int, ...], list[tuple[int, ...]]]]) -> Row:
+def _row(trees: list[tuple[tuple[int, ...], list[tuple[int, ...]]]], whole: bool) -> Row:
     """Lay trees one after another."""
     input_ids: list[int] = []
     position_ids: list[int] = []
@@ -148,8 +174,9 @@ def _row(trees: list[tuple[tuple[int, ...], list[tuple[int, ...]]]]) -> Row:
             if response:
                 predictors += [prompt_end, *range(len(input_ids), len(input_ids) + len(response) - 1)]
                 targets += response
-            input_ids += response[:-1]
-            position_ids += range(len(prompt), len(prompt) + max(len(response) - 1, 0))
-        lengths.append((len(prompt), [max(len(response) - 1, 0) for response in responses]))
+            inputs = _inputs(response, whole)
+            input_ids += response[:inputs]
+            position_ids += range(len(prompt), len(prompt) + inputs)
+        lengths.append((len(prompt), [_inputs(response, whole) for response in responses]))
     ids = (torch.tensor(values, dtype=torch.int64) for values in (input_ids, position_ids, predictors, targets))
     return Row(*ids, Layout(lengths))

@@ -1,13 +1,15 @@
-"""Log-probabilities of the reference model, computed once, packed, on any number of processes, and kept in a file.
+"""Log-probabilities of the reference model: of a pair once over all rounds, packed, on any number of processes.
 
-The file is named by a hash of everything that decides its numbers, so that later epochs, restarts and reruns
-find it and another reference model, tokenizer or data set does not.
+They are kept in files `reference-logps-<hash>-<hash>.npy`. The first hash is that of what decides the numbers beside the pair:
+the reference, its precision, `ld_alpha`; the second that of the file's pairs. So restarts, reruns, later rounds and other sets
+of pairs find the pairs that they have in common, and another reference finds none.
 """
 
 import gc
 import hashlib
 import logging
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,9 @@ log = logging.getLogger("baton")
 
 # One preference pair: prompt, chosen, rejected.
 Pair = tuple[Tokens, Tokens, Tokens]
+
+# What a file keeps of each pair, sorted: a digest of its token ids, and the log-probabilities of chosen and rejected.
+KEPT = np.dtype([("pair", "<u8"), ("logps", "<f4", 2)])
 
 # Compares packed log-probabilities of a batch's sequences with those of the model's own forward pass.
 Check = Callable[[nn.Module, Sequence[tuple[Tokens, Tokens]], Sequence[Tensor]], None]
@@ -150,11 +155,12 @@ def kept_reference_logps(
     ld_alpha: float | None = None,
     check: Check | None = None,
 ) -> np.ndarray:
-    """`reference_logps` of all pairs from the file in `folder`, which is written first where there is none.
+    """`reference_logps` of all pairs: those that no file has are computed, and kept in a new file in `folder`.
 
-    Every process of a distributed run scores its share of the batches and gets all of them. Until all are scored, they
-    stand in parts, so that after a death any number of processes goes on with the batches that no part holds. Batches
-    do not depend on the number of processes, and so neither do the numbers.
+    A pair is looked up in the files of `folder` and, where its name is `round<i>`, of the rounds beside it. Every process of a
+    distributed run scores its share of the batches and gets all of them. Until all are scored, they stand in parts, so that
+    after a death any number of processes goes on with the batches that no part holds. Batches do not depend on the number of
+    processes, and so neither do the numbers.
 
     Args:
         load_reference: called in all processes where a batch is missing; the model on its device, whole or in shards, or
@@ -169,21 +175,55 @@ def kept_reference_logps(
     """
     state = PartialState()
     decided = [None]
-    if state.is_main_process:  # the others may see another key or, on a shared file system, not yet the file
-        path = Path(folder) / f"reference-logps-{_digest(pairs, [*key, f'ld_alpha={ld_alpha}'])}.npy"
-        decided = [(path, path.exists())]
-    path, done = broadcast_object_list(decided)[0]
-    parts = Path(parts_in or folder) / f"{path.stem}-{tokens_per_row}"
-    if not done:
-        batches = list(_batches(pairs, tokens_per_row))
+    if state.is_main_process:  # the others may see another key or, on a shared file system, not yet all files
+        key = [*key, f"ld_alpha={ld_alpha}"]
+        decided = [(key, [path for place in _folders(Path(folder)) for path in sorted(place.glob(f"{_name(key)}-*.npy"))])]
+    key, files = broadcast_object_list(decided)[0]
+    outline = _outline(pairs)
+    logps, found = _look_up(files, outline.pair)
+    _, first = np.unique(outline.pair[~found], return_index=True)
+    missing = np.flatnonzero(~found)[np.sort(first)]  # each pair once
+    if len(missing):
+        if found.any():
+            log.info("reference log-probabilities: %d of %d pairs are known, %d left", found.sum(), len(found), len(missing))
+        path = Path(folder) / f"{_name(key, outline.pair[missing])}.npy"
+        parts = Path(parts_in or folder) / f"{path.stem}-{tokens_per_row}"
+        batches = list(_batches(outline, tokens_per_row, missing))
         _score_missing(batches, pairs, load_reference, parts, ld_alpha, check)
         if state.is_main_process:
-            _assemble(batches, parts, path)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        for part in part_files(parts):
-            part.unlink()
-    return np.load(path, allow_pickle=False)
+            _assemble(batches, parts, outline.pair, path)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            for part in part_files(parts):
+                part.unlink()
+        logps[~found] = _look_up([path], outline.pair[~found])[0]
+    return logps
+
+
+def _name(key: Sequence[str], digests: np.ndarray | None = None) -> str:
+    """What the name of a file of these pairs begins with; without `digests`, that of all files with this key."""
+    hashed = [b"\0".join(part.encode() for part in key), *([] if digests is None else [digests.tobytes()])]
+    return "-".join(["reference-logps", *(hashlib.sha256(part).hexdigest()[:16] for part in hashed)])
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders whose files may hold pairs of `folder`'s run: it, and the other rounds where it is one."""
+    folder = folder.absolute()
+    if not re.fullmatch(r"round[0-9]+", folder.name):
+        return [folder]
+    return [folder, *sorted(place for place in folder.parent.glob("round[0-9]*") if place != folder)]
+
+
+def _look_up(files: Iterable[Path], wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of the pairs with the digests `wanted`, float32 (pairs, 2), and which were found, bool (pairs,)."""
+    logps, found = np.zeros((len(wanted), 2), dtype=np.float32), np.zeros(len(wanted), dtype=bool)
+    for path in files:
+        kept = np.load(path, mmap_mode="r", allow_pickle=False)
+        place = np.searchsorted(kept["pair"], wanted).clip(max=len(kept) - 1)
+        here = ~found & (kept["pair"][place] == wanted)
+        logps[here] = kept["logps"][place[here]]
+        found |= here
+    return logps, found
 
 
 def _score_missing(
@@ -267,21 +307,29 @@ def _turns(
             yield Turn(turn[0], False, passes)
 
 
-def _assemble(batches: Sequence[list[int]], parts: Path, path: Path) -> None:
-    """Write the parts, which together hold all batches, to `path`, atomically. Raises RuntimeError where they do not."""
+def _assemble(batches: Sequence[list[int]], parts: Path, digests: np.ndarray, path: Path) -> None:
+    """Write the parts, which together hold all batches, to `path`, atomically. Raises RuntimeError where they do not.
+
+    `digests` are those of all pairs, uint64 (pairs,).
+    """
     records = PartialRecords(parts, len(batches))
     if missing := len(batches) - records.done:
         raise RuntimeError(
             f"{parts}: {missing} of {len(batches)} batches of reference log-probabilities are missing from its parts; run the "
             "same command again"
         )
-    logps = np.empty((sum(map(len, batches)), 2), dtype=np.float32)
+    kept = np.empty(sum(map(len, batches)), dtype=KEPT)
+    start = 0
     for number, record in records.records():
-        logps[batches[number]] = np.frombuffer(bytes.fromhex(record["logps"]), dtype="<f4").reshape(-1, 2)
+        rows = kept[start : start + len(batches[number])]
+        rows["pair"] = digests[batches[number]]
+        rows["logps"] = np.frombuffer(bytes.fromhex(record["logps"]), dtype="<f4").reshape(-1, 2)
+        start += len(rows)
+    kept.sort(order="pair")
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_suffix(".writing")
     with open(writing, "wb") as file:
-        np.save(file, logps, allow_pickle=False)
+        np.save(file, kept, allow_pickle=False)
     os.replace(writing, path)
 
 
@@ -299,7 +347,7 @@ def reference_logps(
     Args:
         ld_alpha: weight of the tokens past the shorter response's length (LD-DPO, arXiv 2409.06411); None: 1.
     """
-    batches = list(_batches(pairs, tokens_per_row))
+    batches = list(_batches(_outline(pairs), tokens_per_row, np.arange(len(pairs))))
     logps = np.empty((len(pairs), 2), dtype=np.float32)
     for members, scored in zip(batches, _score(model, pairs, ((members, 0) for members in batches), ld_alpha), strict=True):
         logps[members] = scored
@@ -379,33 +427,39 @@ def _weighted_sum(token_logps: Tensor, shared: int, ld_alpha: float | None) -> T
     return token_logps[:shared].sum() + ld_alpha * token_logps[shared:].sum()
 
 
-def _batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[int]]:
-    """Yield indices of pairs in groups of at most `tokens` tokens; pairs of one prompt side by side.
+class Outline(NamedTuple):
+    """What is held of all pairs: digests of pair and of prompt, tokens of the prompt and of all three parts; (pairs,) each."""
 
-    Holds 32 bytes a pair, not its tokens.
-    """
-    lengths, prompts, sizes = array("q"), array("Q"), array("q")
+    pair: np.ndarray  # uint64
+    prompt: np.ndarray  # uint64
+    prompt_length: np.ndarray  # int64
+    size: np.ndarray  # int64
+
+
+def _outline(pairs: Sequence[Pair]) -> Outline:
+    """The outline of all pairs: 32 bytes of each."""
+    digests, prompts, lengths, sizes = array("Q"), array("Q"), array("q"), array("q")
     for pair in pairs:
+        prompt = hashlib.blake2b(digest_size=8)
+        for number, part in enumerate(pair):
+            prompt.update(len(part).to_bytes(8, "little"))
+            prompt.update(np.asarray(part, dtype="<i8").tobytes())
+            if number == 0:
+                prompts.append(int.from_bytes(prompt.digest(), "little"))
+        digests.append(int.from_bytes(prompt.digest(), "little"))
         lengths.append(len(pair[0]))
-        digest = hashlib.blake2b(np.asarray(pair[0], dtype=np.int64).tobytes(), digest_size=8).digest()
-        prompts.append(int.from_bytes(digest, "little"))
         sizes.append(sum(len(part) for part in pair))
-    order = np.lexsort((prompts, lengths))
+    return Outline(*(np.asarray(values) for values in (digests, prompts, lengths, sizes)))
+
+
+def _batches(outline: Outline, tokens: int, members: np.ndarray) -> Iterator[list[int]]:
+    """Yield the pairs `members`, by number, in groups of at most `tokens` tokens; pairs of one prompt side by side."""
+    order = members[np.lexsort((outline.prompt[members], outline.prompt_length[members]))]
     start, room = 0, tokens
     for end, i in enumerate(order):
-        if end > start and sizes[i] > room:
+        if end > start and outline.size[i] > room:
             yield order[start:end].tolist()
             start, room = end, tokens
-        room -= sizes[i]
+        room -= outline.size[i]
     if len(order):
         yield order[start:].tolist()
-
-
-def _digest(pairs: Sequence[Pair], key: Sequence[str]) -> str:
-    """Hash of the token ids of all pairs, in order, and of the key."""
-    hasher = hashlib.sha256("\0".join(key).encode())
-    for pair in pairs:
-        for part in pair:
-            hasher.update(len(part).to_bytes(8, "little"))
-            hasher.update(np.asarray(part, dtype="<i8").tobytes())
-    return hasher.hexdigest()[:16]

@@ -83,6 +83,23 @@ def test_rewards_are_those_of_the_model_called_on_each_conversation_alone(annota
                 assert model(ids).logits.item() == pytest.approx(reward, abs=1e-5)
 
 
+def test_the_responses_of_a_record_share_their_prompt_but_for_those_that_lost_its_beginning(models, tmp_path):
+    import torch
+
+    from annotate_data.bradley_terry import BradleyTerry
+    from baton.models.loading import Settings
+
+    prompt, responses = "why? " * 40, ["a", "bc", "d" * 150, "e" * 203]
+    source = write(tmp_path / "in.jsonl", [{"prompt": prompt, "responses": responses}])
+    tasks = list(Scores(tmp_path / "out.jsonl", Responses(str(source)), ["rm"]).tasks("rm"))
+    for longest, letters in ((512, 1 + 2 + 150 + 203), (300, 1 + 2 + 2 * 300)):  # a token is a letter; two do not fit into 300
+        scorer = BradleyTerry(str(models / "rm"), torch.device("cpu"), Settings(max_length=longest))
+        read = []
+        scorer.model.get_input_embeddings().register_forward_pre_hook(lambda _, ids, read=read: read.append(ids[0].numel()))
+        assert sorted(score.index for score in scorer(tasks)) == [0, 1, 2, 3]
+        assert 0 <= sum(read) - len(prompt) - letters < 60  # the template's
+
+
 def test_records_are_assigned_so_that_processes_have_about_as_much_text(tmp_path, monkeypatch):
     records = [{"prompt": "Why?", "responses": ["x" * (1000 if n % 4 == 0 else 10)] * 2} for n in range(40)]
     responses = Responses(str(write(tmp_path / "in.jsonl", records)))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from baton.models.attention import NAME
 from baton.models.forward import attention, score, share_prefixes
-from baton.models.trees import pack
+from baton.models.trees import pack, with_prompts
 from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, VOCABULARY, model_of, random_pairs
 
 tokens = st.integers(3, VOCABULARY - 1)
@@ -42,13 +42,18 @@ def logps_packed(model, sequences, tokens_per_row=None) -> list[torch.Tensor]:
         max_size=12,
     ),
     st.none() | st.integers(1, 30),
+    st.booleans(),
 )
-def test_every_response_token_is_scored_once_at_its_place(sequences, tokens_per_row):
-    rows, places = pack(sequences, tokens_per_row)
+def test_every_response_token_is_scored_once_at_its_place(sequences, tokens_per_row, whole):
+    rows, places = pack(sequences, tokens_per_row, whole)
     for (_, response), place in zip(sequences, places, strict=True):
         assert place.length == len(response)
         scored = rows[place.row].targets[place.start : place.start + place.length]
         assert scored.tolist() == list(response)
+    for (prompt, response), place in zip(sequences, places, strict=True):
+        ids = [*prompt, *response] if whole else [*prompt, *response[:-1]]
+        row = rows[place.row]
+        assert (row.input_ids[place.last], row.position_ids[place.last]) == (ids[-1], len(ids) - 1)
     distinct = {(tuple(prompt), tuple(response)) for prompt, response in sequences}
     assert sum(len(row.targets) for row in rows) == sum(len(response) for _, response in distinct)
 
@@ -60,9 +65,10 @@ def test_every_response_token_is_scored_once_at_its_place(sequences, tokens_per_
         max_size=12,
     ),
     st.integers(1, 30),
+    st.booleans(),
 )
-def test_rows_keep_to_the_token_budget_unless_one_sequence_exceeds_it(sequences, tokens_per_row):
-    rows, _ = pack(sequences, tokens_per_row)
+def test_rows_keep_to_the_token_budget_unless_one_sequence_exceeds_it(sequences, tokens_per_row, whole):
+    rows, _ = pack(sequences, tokens_per_row, whole)
     for row in rows:
         assert len(row.input_ids) == row.layout.length
         alone = len(row.layout.trees) == 1 and len(row.layout.trees[0][1]) == 1
@@ -75,6 +81,14 @@ def test_a_prompt_is_laid_down_once_for_all_its_responses():
     assert row.position_ids.tolist() == [0, 1, 2, 3]
     assert row.targets.tolist() == [8, 9, 10]
     assert row.predictors.tolist() == [2, 3, 2]
+
+
+@given(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_a_prompt_is_the_longest_beginning_that_all_sequences_share(sequences):
+    cut = with_prompts(sequences)
+    assert [[*prompt, *response] for prompt, response in cut] == sequences
+    shared = max(n for n in range(min(map(len, sequences)) + 1) if len({tuple(ids[:n]) for ids in sequences}) == 1)
+    assert [len(prompt) for prompt, _ in cut] == [shared or len(ids) for ids in sequences]
 
 
 def test_an_empty_prompt_is_refused():

@@ -103,8 +103,9 @@ def fsdp(material: Path, folder: Path) -> dict:
 
 def some_done(pairs: list, folder: Path, key: str) -> None:
     """Leave what another number of processes would leave: a part that holds some batches, with 7 for each number."""
-    batches = list(reference._batches(pairs, TOKENS_PER_ROW))
-    name = f"reference-logps-{reference._digest(pairs, [key, 'ld_alpha=None'])}-{TOKENS_PER_ROW}"
+    outline = reference._outline(pairs)
+    batches = list(reference._batches(outline, TOKENS_PER_ROW, np.arange(len(pairs))))
+    name = f"{reference._name([key, 'ld_alpha=None'], outline.pair)}-{TOKENS_PER_ROW}"
     folder.mkdir()
     part = PartialRecords(folder / name, len(batches), part="8")
     for number in (0, 2):

@@ -308,23 +308,30 @@ def test_reference_logps_are_those_of_trl(ld_alpha, build, tokenizer, tmp_path):
         torch.testing.assert_close(logps, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_reference_logps_are_computed_once_and_again_only_for_another_key_or_data(tmp_path):
+def test_the_reference_computes_a_pair_once_over_all_rounds_and_again_only_for_another_key(tmp_path):
     loads = []
 
     def load():
         loads.append(1)
         return model_of("llama")
 
-    pairs = pairs_of(random_pairs(5))
-    first = kept_reference_logps(pairs, load, tmp_path, ["model-a"])
-    np.testing.assert_array_equal(kept_reference_logps(pairs, load, tmp_path, ["model-a"]), first)
-    assert len(loads) == 1
-    kept_reference_logps(pairs, load, tmp_path, ["model-b"])
-    kept_reference_logps(pairs[:4], load, tmp_path, ["model-a"])
-    kept_reference_logps(pairs, load, tmp_path, ["model-a"], ld_alpha=0.5)
-    assert len(loads) == 4
-    assert len(list(tmp_path.glob("*.npy"))) == 4
-    assert not list(tmp_path.glob("*.partial"))
+    def kept(pairs, folder="round2", key="model-a", **settings):
+        """The log-probabilities, and how many pairs were computed for them."""
+        before = set(tmp_path.glob("**/*.npy"))
+        logps = kept_reference_logps(pairs, load, tmp_path / folder, [key], **settings)
+        return logps, sum(len(np.load(path)) for path in set(tmp_path.glob("**/*.npy")) - before)
+
+    pairs = pairs_of(random_pairs(9))
+    expected = reference_logps(model_of("llama"), pairs).numpy()
+    assert [kept(pairs[:5], folder)[1] for folder in ("round1", "elsewhere")] == [5, 5]
+    logps, computed = kept([*pairs[::-1], pairs[8]])  # five pairs are known from round 1, one stands there twice
+    np.testing.assert_allclose(logps[::-1], [expected[8], *expected], rtol=1e-4)
+    assert computed == 4 and len(loads) == 3
+    again, computed = kept(pairs[3:7], tokens_per_row=50)
+    np.testing.assert_array_equal(again, logps[::-1][4:8])
+    assert computed == 0 and len(loads) == 3
+    assert [kept(pairs, key="model-b")[1], kept(pairs, ld_alpha=0.5)[1], kept(pairs, "elsewhere")[1]] == [9, 9, 4]
+    assert not list(tmp_path.glob("**/*.partial"))
 
 
 def test_reference_logps_are_not_assembled_where_batches_are_missing(tmp_path):
@@ -332,7 +339,7 @@ def test_reference_logps_are_not_assembled_where_batches_are_missing(tmp_path):
     parts.append(1, {"logps": np.zeros((2, 2), "<f4").tobytes().hex()})
     parts.close()
     with pytest.raises(RuntimeError, match="parts: 2 of 3 batches of reference log-probabilities are missing"):
-        _assemble([[0], [1, 2], [3]], tmp_path / "parts", tmp_path / "kept.npy")
+        _assemble([[0], [1, 2], [3]], tmp_path / "parts", np.arange(4, dtype=np.uint64), tmp_path / "kept.npy")
     assert not (tmp_path / "kept.npy").exists()
 
 

@@ -119,7 +119,7 @@ def test_the_base_model_is_the_reference(runs, base):
     assert float(first.split(" loss ")[1].split(",")[0]) == pytest.approx(math.log(2), abs=1e-4)
     (kept,) = folder.glob("reference-logps-*.npy")  # both runs used the same
     pairs = read_jsonl(folder / "adapter.pairs.jsonl")
-    assert np.load(kept).shape == (len(pairs), 2)
+    assert len(np.load(kept)) == len(pairs)
     assert any(line.startswith("memory, estimated") for line in lines)
 
 
