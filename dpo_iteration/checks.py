@@ -5,6 +5,7 @@ from typing import Any
 from baton.errors import InputError
 from baton.parallel import data_parallel
 from baton.training.checks import check_settings
+from baton.training.compiling import obstacle
 from baton.training.memory import Sharding
 
 
@@ -16,6 +17,12 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         config: a DPOConfig.
     """
     check_settings(config, sharding, arguments, evaluates=bool(arguments.eval_dir))
+    if arguments.compile == "on":
+        reason = obstacle(config, sharding, arguments.load_in_4bit)
+        if arguments.forward == "trl":
+            reason = "`forward`: trl stays TRL's own"
+        if reason:
+            raise InputError(f"`compile`: on, but {reason}; set it to auto or off")
     if "exo_pair" in config.loss_type and not config.label_smoothing:
         raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
     if arguments.forward == "packed" and config.train_sampling_strategy not in ("random", "sequential"):

@@ -32,7 +32,7 @@ from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import metrics_file, parse_training
+from baton.training.arguments import Compile, compile_option, metrics_file, parse_training
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again, write_pairs
@@ -89,6 +89,7 @@ class Arguments(LoraArguments):
         ge=1,
         changes_result=False,
     )
+    compile: Compile = compile_option()
 
 
 def pair_settings(arguments: Arguments) -> PairSettings:
@@ -274,6 +275,7 @@ def make_trainer(
         packed=packed,
         margin_scale=arguments.margin_scale,
         tokens_per_row=arguments.tokens_per_row,
+        compile_layers=arguments.compile,
     )
 
 

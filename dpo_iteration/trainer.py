@@ -20,9 +20,13 @@ from trl import DPOConfig, DPOTrainer
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
 from baton.models.trees import distinct_tokens
+from baton.parallel import data_parallel
+from baton.training.arguments import Compile
 from baton.training.checks import check_packing
+from baton.training.compiling import compile_where_it_pays
 from baton.training.config import train_in_float32
 from baton.training.dealing import model_size, tree_costs, tree_tokens
+from baton.training.memory import sharding_of
 from baton.training.metrics import EvaluateAtEnd, LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 from baton.training.sharding import KeepsFloat32
 from baton.training.steps import TrainsRowByRow
@@ -61,6 +65,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         margin_scale: the `sigmoid` loss becomes -log sigmoid(beta * logratio difference - margin_scale *
             margin).
         packed: False for TRL's own forward pass on the same rows, for comparison.
+        compile_layers: whether the layers of packed rows are compiled (`compiling.py`).
         check_first_batch: compare the first batch's packed log-probabilities with those of the model's own forward
             pass; None: on a GPU, whose kernels no test has seen.
     Raises:
@@ -81,6 +86,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         tokens_per_row: int | None = TOKENS_PER_ROW,
         margin_scale: float = 0.0,
         packed: bool = True,
+        compile_layers: Compile = "off",
         check_first_batch: bool | None = None,
         **kwargs,
     ):
@@ -107,7 +113,13 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         weights = weights_of(self.model.get_base_model() if adapted else self.model)
         self._line = LineOfMetrics(weights, passes=2 if adapted else 3, peak=peak_flops(self.accelerator.device))
         if packed:
-            self._divide_steps()
+            lengths = self._lengths()
+            costs = tree_costs(*lengths, model_size(self.model))
+            if self._token_counts is not None:
+                flops = self._line.passes * 2 * weights[0] * self._per_process(costs.sum() / 1000)
+                in_4_bit = kwargs.get("quantization_config") is not None
+                compile_where_it_pays(self.model, compile_layers, flops, self.args, sharding_of(self.args), in_4_bit)
+            self._divide_steps(costs, *lengths)
         plain = self.loss_types == ["sigmoid"] and not margin_scale and not self.use_weighting
         if self.eval_dataset is not None:
             self.add_callback(EvaluateAtEnd())
@@ -127,23 +139,32 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         if self.ref_model is not None:
             share_prefixes(self.accelerator.unwrap_model(self.ref_model), self._tokens_per_row)
 
-    def _divide_steps(self) -> None:
+    def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each pair's prompt, int64 (N,), and of its responses, int64 (N, 2), the chosen first."""
+        columns = [f"{part}_ids" for part in ("prompt", "chosen", "rejected")]
+        ids = self.train_dataset.select_columns(columns).with_format("arrow")[:]
+        lengths = (pyarrow.compute.list_value_length(ids.column(name)).to_numpy().astype(np.int64) for name in columns)
+        prompts, chosen, rejected = lengths
+        return prompts, np.stack([chosen, rejected], axis=1)
+
+    def _per_process(self, epoch: float) -> float:
+        """One process's share of what the whole training comes to, where an epoch comes to so much."""
+        args, processes = self.args, data_parallel().size
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        epochs = args.max_steps * size / len(self.train_dataset) if args.max_steps > 0 else args.num_train_epochs
+        return epochs * epoch / processes
+
+    def _divide_steps(self, costs: np.ndarray, prompts: np.ndarray, responses: np.ndarray) -> None:
         """Have each optimizer step's pairs dealt to processes and rows by what they cost, where the loss is a sum over rows."""
         reason = self._needs_whole_batches()
         if reason:
             logger.warning("%s, so each process computes its whole batch in one pass, whatever `tokens_per_row`", reason)
             return
-        columns = [f"{part}_ids" for part in ("prompt", "chosen", "rejected")]
-        ids = self.train_dataset.select_columns(columns).with_format("arrow")[:]
-        lengths = (pyarrow.compute.list_value_length(ids.column(name)).to_numpy().astype(np.int64) for name in columns)
-        prompts, chosen, rejected = lengths
-        responses = np.stack([chosen, rejected], axis=1)
-        self.train_row_by_row(
-            tree_costs(prompts, responses, model_size(self.model)),
-            tree_tokens(prompts, responses),
-            {"pairs": np.ones(len(prompts)), "chosen_tokens": chosen, "rejected_tokens": rejected, "tokens": chosen + rejected},
-            self._tokens_per_row,
-        )
+        chosen, rejected = responses.T
+        amounts = {
+            "pairs": np.ones(len(costs)), "chosen_tokens": chosen, "rejected_tokens": rejected, "tokens": chosen + rejected,
+        }  # fmt: skip
+        self.train_row_by_row(costs, tree_tokens(prompts, responses), amounts, self._tokens_per_row)
 
     def _needs_whole_batches(self) -> str | None:
         """Why a process's batch cannot be computed row by row, or None where it can."""
