@@ -5,6 +5,7 @@ from typing import Any
 from baton.errors import InputError
 from baton.parallel import data_parallel
 from baton.training.checks import check_settings
+from baton.training.compiling import obstacle
 from baton.training.memory import Sharding
 
 
@@ -16,24 +17,36 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         config: a DPOConfig.
     """
     check_settings(config, sharding, arguments, evaluates=bool(arguments.eval_dir))
+    if arguments.compile == "on":
+        reason = obstacle(config, sharding, arguments.load_in_4bit)
+        if arguments.forward == "trl":
+            reason = "`forward`: trl stays TRL's own"
+        if reason:
+            raise InputError(f"`compile`: on, but {reason}; set it to auto or off")
     if "exo_pair" in config.loss_type and not config.label_smoothing:
         raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
+    if arguments.forward == "packed" and config.train_sampling_strategy not in ("random", "sequential"):
+        raise InputError(
+            f"`train_sampling_strategy`: {config.train_sampling_strategy} saves padding, of which packed rows have none, and a "
+            "step's pairs are dealt to processes by what they cost: leave it out, or add --forward trl"
+        )
     if config.sync_ref_model and arguments.forward == "packed":
         raise InputError("`sync_ref_model` changes the reference, whose log-probabilities are computed once; add --forward trl")
     if config.sync_ref_model and arguments.use_peft:
         raise InputError("`sync_ref_model` does not go with `use_peft`, whose reference is the model without the adapter")
 
 
-def check_pairs(pairs: int, config: Any) -> None:
-    """Raise InputError where there are too few pairs for one batch on every data-parallel rank.
+def check_pairs(pairs: int, config: Any, dealt: bool) -> None:
+    """Raise InputError where there are too few pairs for one step, or, where they are not `dealt`, for one batch on every rank.
 
     Accelerate would give some ranks pairs of the others, which then count twice; with `dataloader_drop_last` there would be
     no step at all.
     """
-    ranks = data_parallel().size
-    batch = config.per_device_train_batch_size * ranks
-    if pairs < batch and (ranks > 1 or config.dataloader_drop_last):
-        raise InputError(
-            f"{pairs} pairs are fewer than one batch: {ranks} processes x `per_device_train_batch_size` "
-            f"{config.per_device_train_batch_size}; use fewer processes or a smaller batch"
-        )
+    ranks, size = data_parallel().size, config.per_device_train_batch_size
+    what = f"{ranks} processes x `per_device_train_batch_size` {size}"
+    batch = ranks * size
+    if dealt:
+        batch *= config.gradient_accumulation_steps
+        what += f" x `gradient_accumulation_steps` {config.gradient_accumulation_steps}"
+    if pairs < batch and (config.dataloader_drop_last or (ranks > 1 and not dealt)):
+        raise InputError(f"{pairs} pairs are fewer than one batch: {what}; use fewer processes or a smaller batch")

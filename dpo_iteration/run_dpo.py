@@ -30,28 +30,17 @@ from baton.pairs import ChooseType, PairSettings
 from baton.prompts import mixed_records, read_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
-from baton.task import batch_split, spelling
+from baton.task import spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import metrics_file, parse_training
+from baton.training.arguments import Compile, compile_option, metrics_file, parse_training
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again, write_pairs
+from dpo_iteration.losses import check_loss_types, over_a_batch, split_that_decides
 from dpo_iteration.online_rlhf import own_names
 from dpo_iteration.rows import log_rows, rows_of_pairs
 
 log = logging.getLogger("baton")
-
-
-# TRL itself refuses others only in the first step, after the models were loaded.
-LOSS_TYPES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
-
-
-# `aot` sorts the pairs of a process's batch, `bco_pair` keeps a mean over them, `sft` averages over their tokens.
-LOSSES_OVER_A_BATCH = {"aot", "aot_unpaired", "bco_pair", "sft"}
-
 
 HELD_OUT_PAIRS = 100  # of `eval_dir`, as in Online-RLHF
 
@@ -95,35 +84,18 @@ class Arguments(LoraArguments):
     forward: Literal["packed", "trl"] = option("packed", "packed rows that share prefixes, or TRL's own padded batches")
     tokens_per_row: int = option(
         4096,
-        "most tokens of a packed row; a step runs as many rows as its pairs fill. It acts in one process alone: each of "
-        "several packs its whole batch into one row",
+        "most tokens of a packed row, which one forward and backward pass computes: it bounds the memory of activations. A "
+        "step runs as many rows as its pairs fill; a longer pair has a row of its own",
         ge=1,
         changes_result=False,
     )
+    compile: Compile = compile_option()
 
 
 def pair_settings(arguments: Arguments) -> PairSettings:
     """How pairs are chosen, checked. Raises InputError on a combination that makes no sense."""
     names = PairSettings.__dataclass_fields__
     return PairSettings(**{name: getattr(arguments, name) for name in names})
-
-
-def loss_types(settings: dict[str, Any]) -> list[Any]:
-    """The losses that the settings name, one or several in a list."""
-    named = settings.get("loss_type", "sigmoid")
-    return named if isinstance(named, list) else [named]
-
-
-def split_that_decides(settings: dict[str, Any]) -> dict[str, str]:
-    """How a batch is split, where a loss compares or averages over all pairs of a process's batch; else nothing."""
-    return batch_split(settings) if set(map(str, loss_types(settings))) & LOSSES_OVER_A_BATCH else {}
-
-
-def check_loss_types(settings: dict[str, Any]) -> None:
-    """Raise InputError for a loss that TRL does not have."""
-    for name in loss_types(settings):
-        if name not in LOSS_TYPES:
-            raise InputError(f"`loss_type`: {name!r} is not one of TRL's {', '.join(LOSS_TYPES)}")
 
 
 def config_class() -> type:
@@ -280,9 +252,9 @@ def make_trainer(
     # With an adapter, TRL's own forward pass gets the reference by switching the adapter off.
     in_memory = not packed and not (adapter and reference == arguments.model_name_or_path)
     outlined, in_4_bit = outline(arguments.model_name_or_path, adapter), quantization is not None
-    needs = estimate(
-        outlined, config, sharding_of(config), largest_batch(dataset, config, packed), in_4_bit=in_4_bit, reference=in_memory
-    )
+    by_rows = packed and not over_a_batch(config.loss_type, config.use_weighting)
+    tokens = largest_batch(dataset, config, packed, arguments.tokens_per_row if by_rows else None)
+    needs = estimate(outlined, config, sharding_of(config), tokens, in_4_bit=in_4_bit, reference=in_memory)
     first = estimate_reference(outlined, config, sharding_of(config), in_4_bit=in_4_bit) if packed else None
     check_memory(needs, config, first)
     if packed:
@@ -303,6 +275,7 @@ def make_trainer(
         packed=packed,
         margin_scale=arguments.margin_scale,
         tokens_per_row=arguments.tokens_per_row,
+        compile_layers=arguments.compile,
     )
 
 
@@ -330,7 +303,8 @@ def main() -> None:
     checked = partial(checked_config, arguments, settings)
     if arguments.use_peft and not arguments.merge_adapter:
         note_adapter(output)
-    stage = Stage.begin("dpo", arguments, output, inputs, settings | split_that_decides(settings), config_class, checked)
+    deciding = settings | split_that_decides(settings, arguments.forward == "packed")
+    stage = Stage.begin("dpo", arguments, output, inputs, deciding, config_class, checked)
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
@@ -350,7 +324,8 @@ def main() -> None:
     if program.rank() == 0:
         log_rows(dataset, tokenizer, account.drops, account.counted)
         check_margins(account.counted[NO_MARGIN] + held_out_account.counted[NO_MARGIN], arguments.margin_scale)
-    check_pairs(len(dataset), config)
+    dealt = arguments.forward == "packed" and not over_a_batch(config.loss_type, config.use_weighting)
+    check_pairs(len(dataset), config, dealt)
     place_reports(settings, metrics_path)
     model, reference = models_of(arguments)
     with loading(model, reference):

@@ -1,13 +1,15 @@
-"""TRL's DPO trainer with another forward pass: packed trees instead of a padded batch.
+"""TRL's DPO trainer with another forward pass, packed trees instead of a padded batch, row by row.
 
 Configuration, losses, metrics, callbacks and checkpoints are TRL's own code; `forward.share_prefixes`
 replaces only what `model(…, fused_lm_head=True)` computes, so every loss type sees the numbers it would have
-seen.
+seen. What processes and rows a step's pairs are divided among is `steps.py`'s.
 """
 
 import logging
 import time
 
+import numpy as np
+import pyarrow.compute
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -18,10 +20,17 @@ from trl import DPOConfig, DPOTrainer
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
 from baton.models.trees import distinct_tokens
+from baton.parallel import data_parallel
+from baton.training.arguments import Compile
 from baton.training.checks import check_packing
+from baton.training.compiling import compile_where_it_pays
 from baton.training.config import train_in_float32
+from baton.training.dealing import model_size, tree_costs, tree_tokens
+from baton.training.memory import sharding_of
 from baton.training.metrics import EvaluateAtEnd, LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 from baton.training.sharding import KeepsFloat32
+from baton.training.steps import TrainsRowByRow
+from dpo_iteration.losses import OVER_TOKENS, over_a_batch
 from dpo_iteration.margin import check_margin, offset_term, with_margin
 
 logger = logging.getLogger(__name__)
@@ -29,12 +38,21 @@ logger = logging.getLogger(__name__)
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
 
+# TRL's metrics that are means over tokens, by the amount of the step that they count; all others are means over pairs.
+MEANS_OVER_TOKENS = {
+    "entropy": "tokens", "logits/chosen": "chosen_tokens", "logits/rejected": "rejected_tokens",
+    "mean_token_accuracy": "chosen_tokens",
+}  # fmt: skip
+
 # Where packed log-probabilities are not the model's own:
 REMEDY = "Train with `--forward trl`: padded batches and the model's own attention"
 
 
-class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
-    """`trl.DPOTrainer` on packed rows of prefix-sharing trees.
+class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
+    """`trl.DPOTrainer` on packed rows of prefix-sharing trees, a forward and backward pass for each row.
+
+    A loss that is no sum over rows takes the whole batch of a process in one pass (`losses.over_a_batch`); so does a mixture of
+    experts that balances its router (`aux_loss`), and an optimizer that steps in the backward pass. The log says so.
 
     Takes what `trl.DPOTrainer` takes, and rows that are already tokenised: `prompt_ids`, `chosen_ids`,
     `rejected_ids` (lists of token ids, used as they are), optionally `ref_chosen_logps` and
@@ -42,17 +60,22 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
     (chosen reward minus rejected reward).
 
     Args:
-        tokens_per_row: most tokens of one packed row; None: one row for the whole batch. The batch stays
-            `per_device_train_batch_size` pairs, whatever the rows.
+        tokens_per_row: most tokens of one packed row, but for a pair that alone is longer; None: one row for the whole
+            batch of a process.
         margin_scale: the `sigmoid` loss becomes -log sigmoid(beta * logratio difference - margin_scale *
             margin).
         packed: False for TRL's own forward pass on the same rows, for comparison.
+        compile_layers: whether the layers of packed rows are compiled (`compiling.py`).
         check_first_batch: compare the first batch's packed log-probabilities with those of the model's own forward
             pass; None: on a GPU, whose kernels no test has seen.
     Raises:
         InputError: `margin_scale` with a loss that has no such offset, or without margins; `train()`: the first batch's
             log-probabilities differ.
     """
+
+    mean_over = "pairs"
+    shares_of_metrics = MEANS_OVER_TOKENS
+    _fills = False  # whether the row at hand changes nothing
 
     def __init__(
         self,
@@ -63,6 +86,7 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
         tokens_per_row: int | None = TOKENS_PER_ROW,
         margin_scale: float = 0.0,
         packed: bool = True,
+        compile_layers: Compile = "off",
         check_first_batch: bool | None = None,
         **kwargs,
     ):
@@ -88,6 +112,14 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
         adapted = is_peft_model(self.model)
         weights = weights_of(self.model.get_base_model() if adapted else self.model)
         self._line = LineOfMetrics(weights, passes=2 if adapted else 3, peak=peak_flops(self.accelerator.device))
+        if packed:
+            lengths = self._lengths()
+            costs = tree_costs(*lengths, model_size(self.model))
+            if self._token_counts is not None:
+                flops = self._line.passes * 2 * weights[0] * self._per_process(costs.sum() / 1000)
+                in_4_bit = kwargs.get("quantization_config") is not None
+                compile_where_it_pays(self.model, compile_layers, flops, self.args, sharding_of(self.args), in_4_bit)
+            self._divide_steps(costs, *lengths)
         plain = self.loss_types == ["sigmoid"] and not margin_scale and not self.use_weighting
         if self.eval_dataset is not None:
             self.add_callback(EvaluateAtEnd())
@@ -106,6 +138,42 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
         self._token_counts = share_prefixes(policy, self._tokens_per_row)
         if self.ref_model is not None:
             share_prefixes(self.accelerator.unwrap_model(self.ref_model), self._tokens_per_row)
+
+    def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each pair's prompt, int64 (N,), and of its responses, int64 (N, 2), the chosen first."""
+        columns = [f"{part}_ids" for part in ("prompt", "chosen", "rejected")]
+        ids = self.train_dataset.select_columns(columns).with_format("arrow")[:]
+        lengths = (pyarrow.compute.list_value_length(ids.column(name)).to_numpy().astype(np.int64) for name in columns)
+        prompts, chosen, rejected = lengths
+        return prompts, np.stack([chosen, rejected], axis=1)
+
+    def _per_process(self, epoch: float) -> float:
+        """One process's share of what the whole training comes to, where an epoch comes to so much."""
+        args, processes = self.args, data_parallel().size
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        epochs = args.max_steps * size / len(self.train_dataset) if args.max_steps > 0 else args.num_train_epochs
+        return epochs * epoch / processes
+
+    def _divide_steps(self, costs: np.ndarray, prompts: np.ndarray, responses: np.ndarray) -> None:
+        """Have each optimizer step's pairs dealt to processes and rows by what they cost, where the loss is a sum over rows."""
+        reason = self._needs_whole_batches()
+        if reason:
+            logger.warning("%s, so each process computes its whole batch in one pass, whatever `tokens_per_row`", reason)
+            return
+        chosen, rejected = responses.T
+        amounts = {
+            "pairs": np.ones(len(costs)), "chosen_tokens": chosen, "rejected_tokens": rejected, "tokens": chosen + rejected,
+        }  # fmt: skip
+        self.train_row_by_row(costs, tree_tokens(prompts, responses), amounts, self._tokens_per_row)
+
+    def _needs_whole_batches(self) -> str | None:
+        """Why a process's batch cannot be computed row by row, or None where it can."""
+        if names := over_a_batch(self.loss_types, self.use_weighting):
+            return f"loss_type {', '.join(names)} compares the pairs of a batch"
+        if self.aux_loss_enabled:
+            return "the router's loss is one over a batch"
+        optimizer = self.args.optim.value
+        return f"optim {optimizer} steps in the backward pass" if "lomo" in optimizer or "layerwise" in optimizer else None
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if set(dataset.column_names or ()) >= TOKEN_COLUMNS:
@@ -140,10 +208,28 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
             logs.update(self._line.line(self.accelerator))
         super().log(logs, start_time)
 
-    def _compute_loss(self, model, inputs, return_outputs):
+    def training_step(self, model, inputs, *args, **kwargs):
         if self._check_next_batch:
             self._check_next_batch = False
-            check_packing(self, model, inputs, REMEDY)
+            check_packing(self, model, inputs["rows"][0] if "rows" in inputs else inputs, REMEDY)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def loss_of_row(self, model, inputs, shares):
+        """TRL's loss of a row, in which the mean over chosen tokens counts by these and every other term by pairs."""
+        types, weights, self._fills = self.loss_types, self.loss_weights, not shares["pairs"]
+        if OVER_TOKENS in types:
+            ratio = shares["chosen_tokens"] / shares["pairs"] if shares["pairs"] else 0.0
+            terms = [
+                (name, weight * (ratio if name == OVER_TOKENS else 1))
+                for name, weight in zip(types, weights, strict=True)
+                if name != OVER_TOKENS or ratio  # without a chosen token there is no mean
+            ]
+            self.loss_types, self.loss_weights = zip(*(terms or [("sigmoid", 0.0)]), strict=True)
+        loss = super().loss_of_row(model, inputs, shares)
+        self.loss_types, self.loss_weights, self._fills = types, weights, False
+        return loss
+
+    def _compute_loss(self, model, inputs, return_outputs):
         if self._margin_scale:
             result = self._loss_with_margin(model, inputs, return_outputs)
         else:
@@ -153,7 +239,11 @@ class PackedDPOTrainer(KeepsFloat32, DPOTrainer):
             kl = kl_on_pairs(metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1], self.beta)
             metrics["kl_on_pairs"].append(kl)
         if self.model.training:
-            self._line.add(inputs["completion_mask"], *self._tokens_of(inputs))
+            needed, computed = self._tokens_of(inputs)
+            if self._fills:
+                self._line.computed += computed
+            else:
+                self._line.add(inputs["completion_mask"], needed, computed)
         return result
 
     def _loss_with_margin(self, model, inputs, return_outputs):

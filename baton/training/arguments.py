@@ -8,6 +8,7 @@ from baton.arguments import Accept, StageArguments, check_known, option, parse_w
 from baton.training.known import CONFIGS, config_fields, refuse_foreign
 
 ExportDtype = Literal["checkpoint", "float32"]
+Compile = Literal["auto", "on", "off"]
 
 
 class TrainingProgramArguments(StageArguments):
@@ -20,6 +21,16 @@ class TrainingProgramArguments(StageArguments):
     )
     metrics_path: str | None = option(
         None, "file for the trainer's numbers, a JSON object a line; default: <output_dir>.metrics.jsonl", changes_result=False
+    )
+
+
+def compile_option() -> Any:
+    """The argument `compile` of a program whose trainer takes it (`compiling.py`)."""
+    return option(
+        "auto",
+        "compile the model's layers before the first step, which takes minutes and makes every step faster: on, off, or auto, "
+        "in trainings that are long enough for it to pay, where it is possible",
+        changes_result=False,
     )
 
 

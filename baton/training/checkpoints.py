@@ -141,9 +141,9 @@ def fit_layout(trainer: Any, checkpoint: Path) -> None:
     A whole model and FSDP's shards load in any number of processes, ZeRO's shards in the same number. For another number
     they are converted once into DeepSpeed's universal checkpoint, which takes as much disk again until the next checkpoint.
 
-    Any layout of the same global batch trains on the same rows in the same step, but for the last step of an epoch whose
-    rows are no multiple of it: there Accelerate gives several processes rows of the epoch's start again, so that all have
-    as many, and micro-batches of unequal size count equally.
+    Any layout of the same global batch trains on the same rows in the same step. Where steps are not dealt (`steps.py`), the
+    last step of an epoch whose rows are no multiple of it is another: there Accelerate gives several processes rows of the
+    epoch's start again, so that all have as many, and micro-batches of unequal size count equally.
 
     Raises InputError where the run is sharded in a way that the checkpoint does not suit.
     """

@@ -85,14 +85,21 @@ def outline(model: str, adapter: Any = None) -> nn.Module:
             raise InputError(f"`lora_target_modules`: {error}") from None
 
 
-def largest_batch(rows: Any, config: Any, packed: bool) -> int:
-    """Tokens of one process's batch if all its pairs are as long as the longest; `rows` is a Dataset of token ids."""
+def largest_batch(rows: Any, config: Any, packed: bool, tokens_per_row: int | None = None) -> int:
+    """Tokens of one process's largest forward pass if its pairs are as long as the longest; `rows` is a Dataset of token ids.
+
+    Args:
+        tokens_per_row: where each row has a pass of its own: most tokens of one that is longer than the longest pair.
+    """
     prompt, chosen, rejected = (
         pyarrow.compute.list_value_length(rows.data.column(f"{part}_ids")) for part in ("prompt", "chosen", "rejected")
     )
     pair = pyarrow.compute.add(pyarrow.compute.add(prompt, chosen), rejected)
-    longest = pair if packed else pyarrow.compute.add(pair, prompt)
-    return config.per_device_train_batch_size * pyarrow.compute.max(longest).as_py()
+    longest = pyarrow.compute.max(pair if packed else pyarrow.compute.add(pair, prompt)).as_py()
+    if tokens_per_row is None:
+        return config.per_device_train_batch_size * longest
+    share = config.per_device_train_batch_size * config.gradient_accumulation_steps * longest
+    return max(longest, min(tokens_per_row, share))
 
 
 def estimate(
@@ -254,8 +261,8 @@ def check_memory(needs: dict[str, float], config: Any, before: dict[str, float] 
     for place, wanted, free in places:
         if wanted > free:
             log.warning(
-                "by this estimate training needs %s of %s, where %s are free. What takes less: a smaller "
-                "per_device_train_batch_size with more gradient_accumulation_steps; gradient_checkpointing; "
+                "by this estimate training needs %s of %s, where %s are free. What takes less: a smaller tokens_per_row, or a "
+                "smaller per_device_train_batch_size with more gradient_accumulation_steps; gradient_checkpointing; "
                 "configs/zero2.yaml, zero3.yaml or fsdp.yaml on more GPUs; --use_peft, with --load_in_4bit",
                 gib(wanted), place, gib(free),
             )  # fmt: skip

@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node N dpo_processes.py {ddp,fully_shard,agreement} FOLDER
 
-FOLDER holds `model/`, `tokenizer/` and `rows.json`. `ddp` trains, and process 0 writes the losses to `losses-N.json` and what
-its evaluations say to `evaluated-N.json`; `fully_shard` ends with an error where a sharded gradient differs from the unsharded
-one; `agreement` checks a sharded model's packing, then again with an attention that is wrong in process 1 alone, and writes
-each process's exit code to `code-RANK`.
+FOLDER holds `model/`, `tokenizer/` and `rows.json`. `ddp` trains in rows of a few pairs, and process 0 writes the numbers of
+each step to `steps-N.json` and what its evaluations say to `evaluated-N.json`; `fully_shard` ends with an error where a
+sharded gradient differs from the unsharded one; `agreement` checks a sharded model's packing, then again with an attention
+that is wrong in process 1 alone, and writes each process's exit code to `code-RANK`.
 """
 
 import copy
@@ -60,12 +60,13 @@ def ddp(folder: Path, model, rows: list[dict]) -> None:
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[: 2 * PAIRS_PER_STEP]),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        tokens_per_row=80,
     )
     trainer.train()
     assert trainer.accelerator.num_processes == processes
     if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        (folder / f"losses-{processes}.json").write_text(json.dumps(losses))
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        (folder / f"steps-{processes}.json").write_text(json.dumps(steps))
         names = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
         evaluated = [[entry["step"], *map(entry.get, names)] for entry in trainer.state.log_history if "eval_loss" in entry]
         (folder / f"evaluated-{processes}.json").write_text(json.dumps(evaluated))

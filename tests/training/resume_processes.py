@@ -50,6 +50,10 @@ class Steps(TrainerCallback):
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
+def rows_that_count(inputs: dict) -> list[dict]:
+    return [row for row in inputs["rows"] if row["shares"]["pairs"]] if "rows" in inputs else [inputs]
+
+
 def main() -> None:
     folder, output, micro_batch, accumulation = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
     fields = {name: yaml.safe_load(value) for name, value in zip(sys.argv[5::2], sys.argv[6::2], strict=True)}
@@ -74,7 +78,7 @@ def main() -> None:
     training_step = trainer.training_step
 
     def note_rows(model, inputs, *rest):
-        steps.rows += inputs["ref_chosen_logps"].tolist()
+        steps.rows += [logp for row in rows_that_count(inputs) for logp in row["ref_chosen_logps"].tolist()]
         return training_step(model, inputs, *rest)
 
     trainer.training_step = note_rows

@@ -27,7 +27,7 @@ from baton.models.attention import by_trees
 from baton.models.trees import Layout
 from baton.partial import PartialRecords
 from baton.training.reference import _assemble, kept_reference_logps, reference_logps
-from dpo_iteration.run_dpo import LOSS_TYPES
+from dpo_iteration.losses import LOSS_TYPES
 from dpo_iteration.trainer import PackedDPOTrainer
 from tests.models.tiny_models import VOCABULARY, model_of, one_thread, pairs_of, random_pairs
 
@@ -159,7 +159,9 @@ def test_loss_gradients_and_metrics_are_those_of_trl(loss, trainers):
 # Training
 
 
-@pytest.mark.parametrize("setting", [{}, {"gradient_checkpointing": True}, {"lora": True}, {"tokens_per_row": 60}])
+@pytest.mark.parametrize(
+    "setting", [{"gradient_checkpointing": True}, {"lora": True}, {"tokens_per_row": 60, "loss_type": ["sigmoid", "sft"]}]
+)
 def test_training_steps_are_those_of_trl(setting, tokenizer, tmp_path):
     rows = random_pairs(12)
     config = {
@@ -372,16 +374,20 @@ def run_folder(tokenizer, tmp_path):
     model_of("llama-tied").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     model = model_of("llama-tied")
-    (tmp_path / "rows.json").write_text(json.dumps(with_reference(random_pairs(12), model)))
+    (tmp_path / "rows.json").write_text(json.dumps(with_reference(random_pairs(13), model)))
     return tmp_path
 
 
 def test_two_processes_train_and_evaluate_as_one(run_folder):
     for count in (1, 2):
         run_processes("ddp", count, run_folder)
-    one, two = (json.loads((run_folder / f"losses-{count}.json").read_text()) for count in (1, 2))
-    assert len(one) == 4
-    assert two == pytest.approx(one, rel=1e-4)
+    one, two = (json.loads((run_folder / f"steps-{count}.json").read_text()) for count in (1, 2))
+    assert [step["epoch"] for step in one] == [0.25, 0.5, 0.75, 1.0]  # of 4 pairs each, and the last of 1 for two processes
+    for alone, divided in zip(one, two, strict=True):
+        assert divided.pop("useful_tokens") <= alone.pop("useful_tokens")  # what process 2 repeats in the last step
+        assert divided.pop("tokens_per_second") and alone.pop("tokens_per_second")
+        assert divided.pop("loss") == pytest.approx(alone.pop("loss"), abs=1e-5)
+        assert divided == pytest.approx(alone, rel=1e-4, abs=1e-5)
     one, two = (json.loads((run_folder / f"evaluated-{count}.json").read_text()) for count in (1, 2))
     assert [line[0] for line in one] == [3, 4]  # at `eval_steps`, and at the end
     assert two == pytest.approx(np.array(one), rel=1e-3, abs=1e-5)

@@ -26,7 +26,11 @@ STEPS, BATCH = 3, 8
 PROGRAMS = {
     "sft/run_sft.py": ("data/sft.jsonl", []),
     "reward_model/run_rm.py": ("data/rm_train.jsonl", []),
-    "dpo_iteration/run_dpo.py": ("data/rm_train.jsonl", ["--max_prompt_length", 64]),
+    # In rows of a few pairs; the third step has one pair, so that of two processes one has none.
+    "dpo_iteration/run_dpo.py": (
+        "data/rm_train.jsonl",
+        ["--max_prompt_length", 64, "--max_training_samples", 2 * BATCH + 1, "--tokens_per_row", 200],
+    ),
     "dpo_iteration/run_kto.py": ("data/rm_train.jsonl", ["--max_prompt_length", 64]),
 }
 

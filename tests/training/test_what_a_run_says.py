@@ -81,9 +81,11 @@ def test_a_precision_that_the_launcher_alone_sets_is_refused(launched, monkeypat
 
 
 def test_fewer_pairs_than_a_batch_are_refused_where_they_would_be_repeated_or_dropped():
-    check_pairs(3, config_of(per_device_train_batch_size=4))
-    with pytest.raises(InputError, match="3 pairs are fewer than one batch: 1 processes x `per_device_train_batch_size` 4"):
-        check_pairs(3, config_of(per_device_train_batch_size=4, dataloader_drop_last=True))
+    check_pairs(3, config_of(per_device_train_batch_size=4), dealt=True)
+    dropped = config_of(per_device_train_batch_size=2, gradient_accumulation_steps=2, dataloader_drop_last=True)
+    with pytest.raises(InputError, match=r"3 pairs are fewer than one batch: 1 processes x .* x `gradient_accumulation_steps`"):
+        check_pairs(3, dropped, dealt=True)
+    check_pairs(3, dropped, dealt=False)
 
 
 def test_data_and_shards_are_divided_among_data_parallel_ranks_not_processes(monkeypatch):
@@ -92,9 +94,10 @@ def test_data_and_shards_are_divided_among_data_parallel_ranks_not_processes(mon
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
     assert sharding_of(config).processes == 4
-    check_pairs(4, config)
+    check_pairs(4, config, dealt=False)
+    check_pairs(3, config, dealt=True)
     with pytest.raises(InputError, match="3 pairs are fewer than one batch: 4 processes"):
-        check_pairs(3, config)
+        check_pairs(3, config, dealt=False)
 
 
 # Memory
@@ -164,8 +167,10 @@ def test_offloading_and_4_bits_take_memory_off_the_device(llama_8b):
 
 def test_the_largest_batch_is_that_of_the_longest_pair():
     rows = Dataset.from_list([{"prompt_ids": [1] * p, "chosen_ids": [1] * 4, "rejected_ids": [1] * 5} for p in (3, 10, 7)])
-    assert largest_batch(rows, config_of(per_device_train_batch_size=2), packed=True) == 2 * 19
-    assert largest_batch(rows, config_of(per_device_train_batch_size=2), packed=False) == 2 * 29
+    config = config_of(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert largest_batch(rows, config, packed=True) == 2 * 19
+    assert largest_batch(rows, config, packed=False) == 2 * 29
+    assert [largest_batch(rows, config, True, tokens_per_row) for tokens_per_row in (10, 50, 4096)] == [19, 50, 4 * 19]
 
 
 def test_a_warning_says_what_takes_less_where_memory_does_not_suffice(caplog):
