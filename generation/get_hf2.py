@@ -73,7 +73,6 @@ def main() -> None:
         tokens += generate(arguments, prompts, partial, drops)
     written = partial.assemble(stage.assembled)
     stage.finish(records_in=len(span), records_out=written, drops=drops, prompts=len(prompts), tokens=tokens)
-    engine.leave()
 
 
 def named_shard(words: list[str]) -> tuple[Path, int]:

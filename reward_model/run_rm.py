@@ -158,6 +158,7 @@ def main() -> None:
     count = count_pairs(arguments)
     config = checked(stage)
 
+    from transformers import set_seed
     from trl import RewardTrainer
 
     from baton.training.checkpoints import SCRATCH, train
@@ -167,6 +168,7 @@ def main() -> None:
     rows, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config)
     held_out_rows, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config)
     place_reports(settings, metrics_path)
+    set_seed(config.seed)  # the head's random weights are drawn before the trainer does this
     with loading(arguments.model_name_or_path):
         trainer = RewardTrainer(
             model=arguments.model_name_or_path,

@@ -49,10 +49,20 @@ gpu_ids() {
   in_env inference python -m baton.launch gpus
 }
 
-# Runs one stage of the run in $run_dir, its output in a log of its own; returns its exit code, after the log's end.
-# The options are those of `python -m baton.launch run`. What was started ends with the script, even if that is killed.
+# The words of stages that have not run yet: of each their number, and the words of `python -m baton.launch run`.
+stages=()
+
+# Adds a stage of the run in $run_dir, its output in a log of its own, to those that run_stages runs.
 # stage NAME inference|training [OPTION ...] PROGRAM [ARGUMENT ...]
 stage() {
-  BATON_PARENT=$$ in_env "$2" python -m baton.launch run --name "$1" --environment "$2" \
-    --log "${run_dir:?the caller sets it}/logs/$1.log" "${@:3}"
+  local command=(--name "$1" --environment "$2" --log "${run_dir:?the caller sets it}/logs/$1.log" "${@:3}")
+  stages+=("${#command[@]}" "${command[@]}")
+}
+
+# Runs the stages in turn, those that follow each other in one environment in one process; returns the exit code of the first
+# that fails, after the end of its log. What was started ends with the script, even if that is killed.
+run_stages() {
+  ((${#stages[@]})) || return 0
+  BATON_PARENT=$$ in_env training python -m baton.launch chain < <(printf '%s\0' "${stages[@]}") || return
+  stages=()
 }

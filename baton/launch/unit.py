@@ -2,8 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 from baton import program
@@ -23,7 +24,7 @@ class Unit:
     `name` stands in messages. `program` are the words after `python`. `gpus` is how many GPUs it gets for itself; with 0 it
     sees those that its launcher sees. `accelerate launch` starts several `processes`, and a single one on GPUs where there is
     an `accelerate_config`. `variables` are added to its environment variables. Without a `log` its output goes where that of
-    the launcher goes.
+    the launcher goes. One that runs `alone` shares its process with no other, see `chained`.
     """
 
     name: str
@@ -34,6 +35,27 @@ class Unit:
     accelerate_config: str | None = None
     log: Path | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
+    alone: bool = False
+
+
+def chains(units: Iterable[Unit]) -> list[list[Unit]]:
+    """Units in groups that a process each can run, one unit after another: those that follow each other and need the same."""
+
+    def needs(numbered: tuple[int, Unit]) -> tuple[object, ...]:
+        number, unit = numbered
+        same = (unit.environment, unit.gpus, unit.processes, unit.accelerate_config, dict(unit.variables))
+        return (*same, number if unit.alone else None)
+
+    return [[unit for _, unit in group] for _, group in groupby(enumerate(units), needs)]
+
+
+def chained(units: Sequence[Unit], done: Path) -> Unit:
+    """One unit that runs `units`, which need the same, in one process; how each ended is written to `done`."""
+    first, words = units[0], []
+    for unit in units:
+        words += [str(unit.log or ""), str(len(unit.program)), *unit.program]
+    program_words = ("-m", "baton.launch", "stages", *words)
+    return replace(first, program=program_words, variables={**first.variables, program.CHAIN: str(done)})
 
 
 def uses_accelerate(unit: Unit) -> bool:
@@ -75,7 +97,7 @@ def variables(unit: Unit) -> dict[str, str]:
     Raises InputError if the environment is missing.
     """
     folder = environment_folder(unit.environment)
-    left_out = {"PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", program.PARENT, program.FAILURE}
+    left_out = {"PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", program.PARENT, program.FAILURE, program.CHAIN}
     values = {name: value for name, value in os.environ.items() if name not in left_out}
     others = {str(folder.parent / name / "bin") for name in ENVIRONMENTS}
     path = [part for part in values.get("PATH", os.defpath).split(os.pathsep) if part not in others]
