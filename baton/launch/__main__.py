@@ -22,12 +22,10 @@ from itertools import islice
 from pathlib import Path
 
 from baton import ahead, launch, program
-from baton.errors import FailuresListed, InputError, UnitFailed
+from baton.errors import InputError
 from baton.launch import chain, gpus, plan, recipe
 from baton.launch.unit import ENVIRONMENTS, Unit, chains
 from baton.launch.words import positive
-
-log = logging.getLogger("baton")
 
 
 def main() -> None:
@@ -59,7 +57,7 @@ def main() -> None:
     elif arguments.command == "stages":
         chain.run(arguments.words)
     elif arguments.command == "chain":
-        run_in_turn(list(units_on_stdin()))
+        launch.run_in_turn(chains(units_on_stdin()))
     else:
         launch.run([unit_of(arguments)])
 
@@ -106,17 +104,6 @@ def units_on_stdin() -> Iterator[Unit]:
         yield unit_of(parser.parse_args(list(islice(words, int(count)))))
 
 
-def run_in_turn(units: list[Unit]) -> None:
-    """Run units one after another, in as few processes as they need. Raises UnitFailed at the first that fails."""
-    for group in chains(units):
-        try:
-            launch.run_chains([group])
-        except UnitFailed as failure:  # a chain of several decides this itself
-            if len(group) > 1 or failure.exit_code != FailuresListed.exit_code or not plan.is_complete(group[0].program):
-                raise
-            log.info("%s: goes on without the records that were dropped", group[0].name)
-
-
 def show_plan(units: list[Unit], show: bool) -> None:
     """Print the plan, or the names of the units that are up to date. Raises InputError with the problems of all."""
     logging.getLogger("baton").setLevel(logging.WARNING)  # what each program says of itself is in the plan
@@ -134,5 +121,6 @@ if __name__ == "__mp_main__":  # an engine process of a stage, started by spawn
     program.die_with_parent()
 
 if __name__ == "__main__":
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if sys.argv[1:2] != ["stages"]:  # whose logs are those of the programs
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     program.run(main)

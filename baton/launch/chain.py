@@ -4,17 +4,19 @@
 
 For each program: its log (an empty word: none), the number of its words, the words. The launcher starts this (`unit.chained`).
 Every stage has its own arguments, environment variables and log. The chain ends at the first that fails, with its exit code,
-but goes on after one that finished without some records. Of several processes each runs the whole chain.
+but goes on after one that finished without some records. Of several processes each runs the whole chain. As long as a chain has
+to wait for its turn, it imports the libraries that its programs name in IMPORTS.
 """
 
 import contextlib
+import importlib
 import logging
 import os
 import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from baton.errors import FailuresListed, UnitFailed
 from baton.launch.local import CHILD
 from baton.launch.plan import is_complete, is_stage
 from baton.launch.processes import POLL_SECONDS
+from baton.launch.unit import DONE, GO, READY
 
 log = logging.getLogger("baton")
 
@@ -31,16 +34,21 @@ FOLLOWING: list[list[str]] = []  # the words of the programs that this process r
 
 def run(words: Sequence[str]) -> None:
     """Run the programs that the words name. Raises what the first that fails raises."""
-    done, stages = Path(os.environ[program.CHAIN]), list(_stages(words))
-    for number, (place, words) in enumerate(stages):
-        _wait_for_first_process(done, number)
-        FOLLOWING[:] = [words for _, words in stages[number + 1 :]]
+    folder, stages = Path(os.environ[program.CHAIN]), list(_stages(words))
+    if not (folder / GO).exists():
+        _import_libraries([program_words for _, program_words in stages])
+        (folder / READY).touch()
+    _wait_until((folder / GO).exists)
+    for number, (place, program_words) in enumerate(stages):
+        # The first process alone writes what the next program reads.
+        _wait_until(lambda number=number: program.rank() == 0 or _count(folder / DONE) >= number)
+        FOLLOWING[:] = [later for _, later in stages[number + 1 :]]
         if place:
             _write_to(Path(place))
         with _own_variables():
-            code = _run_stage(words)
+            code = _run_stage(program_words)
         if program.rank() == 0:
-            with done.open("a", encoding="ascii") as file:
+            with (folder / DONE).open("a", encoding="ascii") as file:
                 file.write(f"{code}\n")
 
 
@@ -80,10 +88,22 @@ def _stages(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield place, list(islice(rest, count))
 
 
-def _wait_for_first_process(done: Path, number: int) -> None:
-    """Wait until the first process has finished `number` programs: it alone writes what the next one reads."""
-    while program.rank() and (len(done.read_bytes().splitlines()) if done.exists() else 0) < number:
+def _import_libraries(programs: Sequence[list[str]]) -> None:
+    """Import what the programs that are stages name in IMPORTS. What is wrong with a module is said by the program itself."""
+    for file in {words[0] for words in programs if is_stage(Path(words[0]))}:
+        for name in runpy.run_path(file).get("IMPORTS", ()):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    while not true():
         time.sleep(POLL_SECONDS)
+
+
+def _count(file: Path) -> int:
+    """The lines of a file; 0 where there is none."""
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
 def _write_to(place: Path) -> None:

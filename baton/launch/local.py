@@ -16,7 +16,7 @@ from typing import IO
 from baton import program
 from baton.errors import InputError, UnitFailed
 from baton.launch import gpus, processes, unit
-from baton.launch.unit import Unit
+from baton.launch.unit import DONE, GO, READY, Unit
 
 log = logging.getLogger("baton")
 
@@ -30,7 +30,7 @@ class Running:
     units: Sequence[Unit]
     slot: list[str]  # its GPUs
     process: subprocess.Popen[bytes]
-    folder: Path  # where the program leaves its exit code and message, and a chain how its units ended
+    folder: Path  # where the program leaves its exit code and message; for a chain see chain.py
     log_starts: list[int]  # the size of each unit's log before, in bytes
     began: float  # when the unit started that runs now
     done: int = 0  # how many units have ended
@@ -60,7 +60,11 @@ def run(chains: Sequence[Sequence[Unit]]) -> None:
                 while waiting and free and not failures:
                     folder = Path(name, str(len(waiting)))
                     folder.mkdir()
-                    running.append(_start(waiting.popleft(), free.pop(0), folder))
+                    chain, slot = waiting.popleft(), free.pop(0)
+                    work = chain[0] if len(chain) == 1 else unit.chained(chain, folder)
+                    _say_start(work, slot)
+                    (folder / GO).touch()
+                    running.append(_start(work, chain, slot, folder))
                 ended = [entry for entry in running if entry.process.poll() is not None]
                 for entry in running:
                     _report_done(entry)
@@ -73,6 +77,39 @@ def run(chains: Sequence[Sequence[Unit]]) -> None:
             processes.end(filter(None, (processes.identify(entry.process.pid) for entry in running)))
     if failures:
         raise UnitFailed("\n".join(message for message, _ in failures), failures[0][1])
+
+
+def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
+    """Run chains of units one after another. While one runs, the next one's process imports its libraries, and then waits.
+
+    As `run` in everything else.
+    """
+    started: list[Running] = []
+    with tempfile.TemporaryDirectory(prefix="baton-") as name:
+
+        def start_next() -> None:
+            chain, folder = chains[len(started)], Path(name, str(len(started)))
+            folder.mkdir()
+            started.append(_start(unit.chained(chain, folder), chain, slots(chain)[0], folder))
+
+        try:
+            for index in range(len(chains)):
+                if index == len(started):
+                    start_next()
+                entry = started[index]
+                entry.began = time.monotonic()
+                _say_start(entry.unit, entry.slot)
+                (entry.folder / GO).touch()
+                while entry.process.poll() is None:
+                    _report_done(entry)
+                    if len(started) < len(chains) and (started[-1] is entry or (started[-1].folder / READY).exists()):
+                        start_next()
+                    time.sleep(processes.POLL_SECONDS)
+                _report_done(entry)
+                for message, code in _report(entry):
+                    raise UnitFailed(message, code)
+        finally:
+            processes.end(filter(None, (processes.identify(entry.process.pid) for entry in started)))
 
 
 def start(service: Unit, slot: int = 0) -> processes.Process:
@@ -110,13 +147,12 @@ def slots(units: Sequence[Unit]) -> list[list[str]]:
     return gpus.groups(visible, needed)
 
 
-def _start(chain: Sequence[Unit], slot: list[str], folder: Path) -> Running:
-    work = chain[0] if len(chain) == 1 else unit.chained(chain, folder / "done")
+def _start(work: Unit, chain: Sequence[Unit], slot: list[str], folder: Path) -> Running:
+    """Start `work`, which runs the units of `chain`."""
     command = [sys.executable, "-I", "-S", str(CHILD), str(os.getpid()), *unit.command_line(work)]
     variables = unit.variables(work) | _devices(slot) | {program.PARENT: str(os.getpid())}
     if unit.uses_accelerate(work):
         variables[program.FAILURE] = str(folder / "failure")
-    _say_start(work, slot)
     log_starts = [each.log.stat().st_size if each.log and each.log.exists() else 0 for each in chain]
     with _output(work, "ab") as output:
         # A session of its own: what a terminal sends to all, such as an interrupt, comes from this process alone.
@@ -145,7 +181,7 @@ def _devices(slot: list[str]) -> dict[str, str]:
 
 def _report_done(entry: Running) -> None:
     """Say which units of a chain have ended since this was called last, and that the next one has started."""
-    done = entry.folder / "done"
+    done = entry.folder / DONE
     codes = done.read_text(encoding="ascii").splitlines() if done.exists() else []
     for code in codes[entry.done :]:
         _say_end(entry)
@@ -173,7 +209,7 @@ def _report(ended: Running) -> list[tuple[str, int]]:
     """Say how a process ended; the message and the exit code of the unit that failed in it, if one did."""
     code, failure = ended.process.returncode, ended.folder / "failure"
     if code == 0:
-        if len(ended.units) == 1:
+        if not ended.done:  # no chain
             _say_end(ended)
         return []
     code = 128 - code if code < 0 else code  # ended by a signal: as a shell counts

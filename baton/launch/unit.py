@@ -14,6 +14,8 @@ from baton.secrets import secret_among
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ("inference", "training")
 TAIL_LINES = 15  # of a log that a failure shows
+# Files in the folder of a chain: how its units ended, an exit code a line; that it may begin; that it has its libraries.
+DONE, GO, READY = "done", "go", "ready"
 PROCESSES = "BATON_PROCESSES"  # the variable that tells a program how many processes it should see
 
 
@@ -49,13 +51,13 @@ def chains(units: Iterable[Unit]) -> list[list[Unit]]:
     return [[unit for _, unit in group] for _, group in groupby(enumerate(units), needs)]
 
 
-def chained(units: Sequence[Unit], done: Path) -> Unit:
-    """One unit that runs `units`, which need the same, in one process; how each ended is written to `done`."""
+def chained(units: Sequence[Unit], folder: Path) -> Unit:
+    """One unit that runs `units`, which need the same, in one process; the files in `folder` are those named above."""
     first, words = units[0], []
     for unit in units:
         words += [str(unit.log or ""), str(len(unit.program)), *unit.program]
     program_words = ("-m", "baton.launch", "stages", *words)
-    return replace(first, program=program_words, variables={**first.variables, program.CHAIN: str(done)})
+    return replace(first, program=program_words, variables={**first.variables, program.CHAIN: str(folder)})
 
 
 def uses_accelerate(unit: Unit) -> bool:
