@@ -90,7 +90,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 def skip_teardown() -> None:
     """Have this program, where it succeeds, end without taking its objects apart.
 
-    For vLLM's engine inside this process that takes seconds, and only frees what the operating system frees anyway.
+    For an engine or models inside this process that takes seconds, and only frees what the operating system frees anyway. For
+    programs whose libraries have nothing left to do at the end.
     """
     _no_teardown.set()
 

@@ -31,6 +31,8 @@ env_device() {
 }
 
 # Runs a command in an environment without activating it: in_env inference|training COMMAND [ARGUMENT ...]
+# Packages are installed uncompiled, so programs may keep what Python compiles at the first import, though container images
+# often forbid it: to compile all of it in every program takes more than half of the time that it needs to start.
 # Where the environment is missing it returns 2: to exit would close the terminal of a user who has sourced this file.
 in_env() {
   local name=$1 prefix=VIRTUAL_ENV
@@ -39,7 +41,7 @@ in_env() {
   has_env "$name" ||
     (die "the $name environment is missing in $BATON_ENVS: run bash scripts/setup_envs.sh") || return
   [[ ! -d $BATON_ENVS/$name/conda-meta ]] || prefix=CONDA_PREFIX
-  env -u PYTHONHOME -u VIRTUAL_ENV -u CONDA_PREFIX "$prefix=$BATON_ENVS/$name" PYTHONNOUSERSITE=1 \
+  env -u PYTHONHOME -u PYTHONDONTWRITEBYTECODE -u VIRTUAL_ENV -u CONDA_PREFIX "$prefix=$BATON_ENVS/$name" PYTHONNOUSERSITE=1 \
     PATH="$BATON_ENVS/$name/bin:$PATH" PYTHONPATH="$BATON_ROOT${PYTHONPATH:+:$PYTHONPATH}" "$@"
 }
 

@@ -121,15 +121,18 @@ step() {
 
 # Samples K responses a prompt on all GPUs, in shards or through servers: generate STAGE POLICY PROMPTS K PREFIX [ARGUMENT ...]
 generate() {
-  step "$1" inference "generation/run_$GENERATE_WITH.py" --model_name_or_path "$2" --dataset_name_or_path "$3" --K "$4" \
-    --output_dir "$5" --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" \
+  step "$1" inference --group sampling "generation/run_$GENERATE_WITH.py" --model_name_or_path "$2" \
+    --dataset_name_or_path "$3" --K "$4" --output_dir "$5" --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" \
     --max_model_len "$MAX_MODEL_LEN" ${DATASET_KEY:+--dataset_key "$DATASET_KEY"} \
     ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} "${template_args[@]}" "${GENERATE_ARGS[@]}" "${@:6}"
 }
 
 # Scores responses on all GPUs, or on the CPU: score STAGE PROGRAM [ARGUMENT ...]
+# Where vLLM scores, each stage has a process of its own: its engine changes what the process sees, and needs its memory.
 score() {
-  step "$1" inference --gpus "$GPUS" "${alone[@]}" "${@:2}"
+  local group=scoring
+  [[ " ${scorers[*]} ${EVAL_SCORERS[*]}" != *[\ =]vllm:* ]] || group=$1
+  step "$1" inference --gpus "$GPUS" --group "$group" "${@:2}"
 }
 
 # Runs a training program on all GPUs, or on the CPU: train STAGE PROGRAM [ARGUMENT ...]
@@ -152,7 +155,7 @@ score_heldout() {
     --weights "${weights[@]}" "${EVAL_SCORERS[@]/*/0}" "${REWARD_ARGS[@]}"
   score "evaluate$1-logps" annotate_data/get_logps.py --dataset_name_or_path "$folder/data_with_rewards.jsonl" \
     --models "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl" "${template_args[@]}"
-  [[ -z $GOLD_SCORER ]] || step "evaluate$1-gold" inference "$GOLD_SCORER" \
+  [[ -z $GOLD_SCORER ]] || step "evaluate$1-gold" inference --group scoring "$GOLD_SCORER" \
     --dataset_name_or_path "$folder/data_with_logps.jsonl" --output_dir "$folder/data_with_gold.jsonl"
 }
 
@@ -209,9 +212,6 @@ scorers=("${SCORERS[@]}")
 ((${#scorers[@]})) || scorers=("bt:$REWARD_MODEL")
 weights=("${WEIGHTS[@]}")
 ((${#weights[@]})) || weights=("${scorers[@]/*/1}")
-# An engine of vLLM's changes what its process sees and needs its memory: each such scoring has a process of its own.
-alone=()
-[[ " ${scorers[*]} ${EVAL_SCORERS[*]}" != *[\ =]vllm:* ]] || alone=(--alone)
 
 # One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
 {

@@ -70,7 +70,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", default=0, help="GPUs for it alone, a process each [it sees all]")
     parser.add_argument("--processes", type=positive, metavar="N", help="how many processes, if not one for each GPU")
     parser.add_argument("--accelerate_config", help="the file for `accelerate launch`, on GPUs")
-    parser.add_argument("--alone", action="store_true", help="in a `chain`, a process of its own")
+    parser.add_argument("--group", default="", help="in a `chain`, it shares a process only with others of this group")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="what stands after `python`")
 
 
@@ -86,7 +86,7 @@ def unit_of(arguments: argparse.Namespace) -> Unit:
         processes=arguments.processes or max(arguments.gpus, 1),
         accelerate_config=arguments.accelerate_config,
         log=arguments.log,
-        alone=arguments.alone,
+        group=arguments.group,
     )
 
 

@@ -26,7 +26,7 @@ class Unit:
     `name` stands in messages. `program` are the words after `python`. `gpus` is how many GPUs it gets for itself; with 0 it
     sees those that its launcher sees. `accelerate launch` starts several `processes`, and a single one on GPUs where there is
     an `accelerate_config`. `variables` are added to its environment variables. Without a `log` its output goes where that of
-    the launcher goes. One that runs `alone` shares its process with no other, see `chained`.
+    the launcher goes. It shares a process only with units of the same `group`, see `chains`.
     """
 
     name: str
@@ -37,18 +37,16 @@ class Unit:
     accelerate_config: str | None = None
     log: Path | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
-    alone: bool = False
+    group: str = ""
 
 
 def chains(units: Iterable[Unit]) -> list[list[Unit]]:
     """Units in groups that a process each can run, one unit after another: those that follow each other and need the same."""
 
-    def needs(numbered: tuple[int, Unit]) -> tuple[object, ...]:
-        number, unit = numbered
-        same = (unit.environment, unit.gpus, unit.processes, unit.accelerate_config, dict(unit.variables))
-        return (*same, number if unit.alone else None)
+    def needs(unit: Unit) -> tuple[object, ...]:
+        return unit.environment, unit.gpus, unit.processes, unit.accelerate_config, dict(unit.variables), unit.group
 
-    return [[unit for _, unit in group] for _, group in groupby(enumerate(units), needs)]
+    return [list(same) for _, same in groupby(units, needs)]
 
 
 def chained(units: Sequence[Unit], folder: Path) -> Unit:
@@ -99,7 +97,9 @@ def variables(unit: Unit) -> dict[str, str]:
     Raises InputError if the environment is missing.
     """
     folder = environment_folder(unit.environment)
-    left_out = {"PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", program.PARENT, program.FAILURE, program.CHAIN}
+    # PYTHONDONTWRITEBYTECODE: see `in_env` in scripts/lib.sh.
+    left_out = {"PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "CONDA_PREFIX"}
+    left_out |= {program.PARENT, program.FAILURE, program.CHAIN}
     values = {name: value for name, value in os.environ.items() if name not in left_out}
     others = {str(folder.parent / name / "bin") for name in ENVIRONMENTS}
     path = [part for part in values.get("PATH", os.defpath).split(os.pathsep) if part not in others]

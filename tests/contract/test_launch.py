@@ -372,14 +372,15 @@ def test_a_launcher_that_is_not_available_is_refused(tmp_path, launcher):
 def test_a_program_runs_in_the_environment_of_its_unit(tmp_path, environments):
     text = """
         import os, sys, baton
-        print(sys.prefix, os.environ["VIRTUAL_ENV"], sys.flags.no_user_site, os.environ["PATH"])
+        print(sys.prefix, os.environ["VIRTUAL_ENV"], sys.flags.no_user_site, sys.dont_write_bytecode, os.environ["PATH"])
     """
     path, log, envs = program(tmp_path, text), tmp_path / "log", environments
     path_before = os.pathsep.join([str(envs / "training/bin"), os.environ["PATH"]])
-    done = run("run", "--name", "unit", "--environment", "inference", "--log", log, path, PATH=path_before)
+    words = ["run", "--name", "unit", "--environment", "inference", "--log", log, path]
+    done = run(*words, PATH=path_before, PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
-    prefix, active, no_user_site, search = log.read_text().split(maxsplit=3)
-    assert prefix == active == str(envs / "inference") and no_user_site == "1"
+    prefix, active, *flags, search = log.read_text().split(maxsplit=4)
+    assert prefix == active == str(envs / "inference") and flags == ["1", "False"]
     assert search.startswith(f"{envs / 'inference/bin'}{os.pathsep}") and str(envs / "training/bin") not in search
 
 
