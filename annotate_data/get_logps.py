@@ -19,7 +19,7 @@ from baton.errors import InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.models import loading
-from baton.program import log_what_runs, run, skip_teardown
+from baton.program import log_what_runs, run
 from baton.sources import check_hub, check_hub_ahead, check_model_path, template_input
 from baton.stage import Stage
 
@@ -67,7 +67,6 @@ def main() -> None:
     for model in paths.values():
         check_hub(model)
     responses = read_responses()
-    skip_teardown()
 
     from annotate_data.annotate import annotate
     from annotate_data.causal_lm import CausalLM

@@ -32,7 +32,7 @@ from baton.arguments import StageArguments, option, parse
 from baton.errors import FailuresListed, InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
-from baton.program import rank, run, skip_teardown
+from baton.program import rank, run
 from baton.sources import check_hub, check_hub_ahead, template_input
 from baton.stage import Stage
 
@@ -120,9 +120,6 @@ def main() -> None:
         if len(scores) == 1:
             return {**record, "rewards": rewards}, {"rewards": rewards}
         return {**record, "rewards": rewards, "rewards_by": scores}, {"rewards": rewards, **scores}
-
-    if all(scorer.kind != "vllm" for scorer in wanted):
-        skip_teardown()
 
     from annotate_data.annotate import annotate
 

@@ -1,5 +1,6 @@
 """Promises 6 and 7: how a stage program starts, says what it runs on, and ends with an exit code."""
 
+import atexit
 import ctypes
 import errno
 import importlib.metadata
@@ -8,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -39,7 +39,7 @@ NOTICED = 1.0
 
 INTERRUPTED = "interrupted; everything finished so far is kept, run the same command again to go on"
 
-_no_teardown = threading.Event()  # see `skip_teardown`
+_exit_code: list[int] = []  # of this process, once it ends
 
 
 def rank() -> int:
@@ -58,6 +58,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     A program that started others and saw one fail ends with the exit code of that one. Of several processes of a machine one
     alone says what is wrong.
     """
+    atexit.register(_end_at_once)  # the first to be registered is called last, after those of libraries
     _leave_platform()
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -81,19 +82,16 @@ def run(main: Callable[[], None]) -> NoReturn:
     if message:
         _report(code, message)
     logging.shutdown()
-    if _no_teardown.is_set() and code == 0:
-        sys.stdout.flush()
-        os._exit(code)
+    _exit_code[:] = [code]
     sys.exit(code)
 
 
-def skip_teardown() -> None:
-    """Have this program, where it succeeds, end without taking its objects apart.
-
-    For an engine or models inside this process that takes seconds, and only frees what the operating system frees anyway. For
-    programs whose libraries have nothing left to do at the end.
-    """
-    _no_teardown.set()
+def _end_at_once() -> None:
+    """End this process without taking its objects apart: that takes seconds, and only frees what the system frees anyway."""
+    if _exit_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_code[0])
 
 
 def _leave_platform() -> None:

@@ -133,7 +133,6 @@ def start(arguments: Any, already_done: int) -> Sampler:
     llm = _kept[0].llm
     llm.reset_prefix_cache()
     llm.collective_rpc("seed_anew", args=(seed_from(arguments.seed, arguments.iter, arguments.local_index, already_done),))
-    program.skip_teardown()
     _log_what_runs(llm.llm_engine.vllm_config)
     return Sampler(llm, arguments)
 
