@@ -160,8 +160,8 @@ def _settings(arguments: Any) -> dict[str, Any]:
         # Compiling takes longer than it saves on the models that run on a CPU.
         "enforce_eager": arguments.enforce_eager is not False if on_cpu else bool(arguments.enforce_eager),
     }
-    if arguments.max_num_seqs:
-        settings["max_num_seqs"] = arguments.max_num_seqs
+    chosen = {name: getattr(arguments, name) for name in ("max_num_seqs", "max_num_batched_tokens", "speculative_config")}
+    settings |= {name: value for name, value in chosen.items() if value}
     # After temperature, top-k and top-p; where they change nothing, the cheaper mode says the same.
     if arguments.response_logps and changes(arguments.model_dump()):
         settings["logprobs_mode"] = "processed_logprobs"
@@ -194,6 +194,9 @@ def _log_what_runs(config: Any) -> None:
         tensor_parallel_size=config.parallel_config.tensor_parallel_size,
         max_model_len=config.model_config.max_model_len,
         max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+        prefix_caching=config.cache_config.enable_prefix_caching,
+        chunked_prefill=config.scheduler_config.enable_chunked_prefill,
         eager=config.model_config.enforce_eager,
     )
 

@@ -8,6 +8,7 @@ there. The servers take free ports of this machine and log to <output_dir>.serve
 again: it goes on where it stopped.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -25,6 +26,7 @@ from baton.launch import chain, gpus
 from baton.sampling import changes
 from baton.servers import processes
 from baton.sources import check_model_path
+from generation.arguments import SpeculativeConfig
 from generation.gen_hf import ClientArguments, sample
 
 log = logging.getLogger("baton")
@@ -44,6 +46,8 @@ class Arguments(ClientArguments):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(None, "of weights and arithmetic")
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory", gt=0, le=1, changes_result=False)
     max_num_seqs: int | None = option(None, "responses that a server samples at once", ge=1, changes_result=False)
+    max_num_batched_tokens: int | None = option(None, "tokens that a server computes in a step", ge=1, changes_result=False)
+    speculative_config: SpeculativeConfig = option(None, "vLLM's speculative decoding, as JSON", changes_result=False)
 
 
 def main() -> None:
@@ -84,8 +88,11 @@ def servers_for(arguments: Arguments) -> Wanted:
     count = arguments.num_servers or (len(visible) // size if visible else 1)
     if (size > 1 or visible) and not 0 < count * size <= len(visible):
         raise InputError(f"{max(count, 1)} servers of {size} GPUs each, but there are {len(visible)} GPUs")
-    names = ("tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "max_model_len", "dtype")
+    names = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
+    names += ("max_model_len", "dtype")
     settings = {name: getattr(arguments, name) for name in names}
+    if arguments.speculative_config:
+        settings["speculative_config"] = json.dumps(arguments.speculative_config)
     if arguments.response_logps and changes(arguments.model_dump()):
         settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k and top-p
     return Wanted(arguments.model_name_or_path, count, size if visible else 0, settings)
