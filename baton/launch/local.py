@@ -109,7 +109,8 @@ def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
                 for message, code in _report(entry):
                     raise UnitFailed(message, code)
         finally:
-            processes.end(filter(None, (processes.identify(entry.process.pid) for entry in started)))
+            alive = [entry.process.pid for entry in started if entry.process.poll() is None]
+            processes.end(filter(None, map(processes.identify, alive)))
 
 
 def start(service: Unit, slot: int = 0) -> processes.Process:
