@@ -186,7 +186,8 @@ def test_a_chain_goes_on_after_a_stage_that_finished_without_some_records_and_no
     scored = tmp_path / "scored.jsonl"
     words = ["annotate_data/get_rewards.py", "--dataset_name_or_path", tmp_path / "first.jsonl", "--output_dir", scored]
     words += ["--scorer", f"function:{tmp_path}/rule.py:rule", "--workers", 1]
-    done = stages(tmp_path, ("scored", words), gold(tmp_path, "after", "scored"))
+    in_another_process = ["--group", "later", *gold(tmp_path, "after", "scored")[1]]  # which waits for its turn
+    done = stages(tmp_path, ("scored", words), ("after", in_another_process))
     assert done.returncode == 0, done.stderr
     assert "scored: goes on without the records that were dropped" in done.stderr
     assert "1 records have no rewards" in (tmp_path / "scored.log").read_text()
