@@ -9,9 +9,11 @@ Each record of the output is the input's, with `logps_by: {name: K floats}`: ln 
 response's tokens. Of responses sampled from `policy`, the mean of policy - initial estimates KL(policy || initial).
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from annotate_data.kept import kept
 from annotate_data.work import Responses, check_output
 from baton.ahead import will_be_made
 from baton.arguments import StageArguments, option, parse
@@ -22,6 +24,8 @@ from baton.models import loading
 from baton.program import log_what_runs, run
 from baton.sources import check_hub, check_hub_ahead, check_model_path, template_input
 from baton.stage import Stage
+
+IMPORTS = ("annotate_data.annotate", "annotate_data.causal_lm", "transformers.models.auto.modeling_auto")
 
 
 class Arguments(StageArguments):
@@ -84,7 +88,8 @@ def main() -> None:
         log_what_runs(**devices.described(device), **loading.described(model.model))
         return model
 
-    annotate(stage, responses, {name: lambda path=path: scorer(path) for name, path in paths.items()}, add_logps)
+    makers = {name: kept("logps", path, settings, arguments.device, partial(scorer, path)) for name, path in paths.items()}
+    annotate(stage, responses, makers, add_logps)
 
 
 def models_by_name(words: list[str]) -> dict[str, str]:

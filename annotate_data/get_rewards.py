@@ -19,22 +19,28 @@ says what the rewards look like.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from pydantic import SecretStr
 
 from annotate_data import scorers
+from annotate_data.kept import kept
 from annotate_data.plot import draw, plot_path
-from annotate_data.work import Responses, check_output
+from annotate_data.work import Responses, Scorer, check_output
 from baton.ahead import will_be_made
 from baton.arguments import StageArguments, option, parse
 from baton.errors import FailuresListed, InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
+from baton.models import loading
 from baton.program import rank, run
 from baton.sources import check_hub, check_hub_ahead, template_input
 from baton.stage import Stage
+
+# What a scorer that is a model takes; see baton/launch/chain.py.
+IMPORTS = ("annotate_data.annotate", "annotate_data.bradley_terry", "transformers.models.auto.modeling_auto")
 
 
 class Arguments(StageArguments):
@@ -122,12 +128,21 @@ def main() -> None:
 
     from annotate_data.annotate import annotate
 
-    makers = {scorer.name: scorers.maker(scorer, arguments) for scorer in wanted}
+    makers = {scorer.name: maker(scorer, arguments) for scorer in wanted}
     drops = annotate(stage, responses, makers, add_rewards, drop_unanswered=arguments.unanswered == "drop")
     if arguments.plot and rank() == 0:
         draw(arguments.output_dir)
     if drops.counts:
         raise FailuresListed(f"{drops.counts.total()} records have no rewards ({drops}); the manifest names {drops.named()}")
+
+
+def maker(scorer: scorers.Wanted, arguments: Arguments) -> Callable[[], Scorer]:
+    """A function that makes the scorer, or gives the one that an earlier stage in this process has made."""
+    make = scorers.maker(scorer, arguments)
+    if scorer.kind not in ("bt", "pair", "custom"):
+        return make
+    settings = loading.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
+    return kept(scorer.kind, scorer.target, settings, arguments.device, make)
 
 
 def weights_of(wanted: list[scorers.Wanted], weights: list[float] | None) -> dict[str, float]:

@@ -115,15 +115,16 @@ def look(words: Sequence[str]) -> list[str]:
     Its `main` runs here with `--check`. Raises InputError where the program would.
     """
     before = dict(OUTLOOK.planned)
-    with _command_line([*words, "--check"]):
+    with command_line([*words, "--check"]):
         runpy.run_path(words[0])["main"]()
     return [planned for output, planned in OUTLOOK.planned.items() if output not in before]
 
 
 @contextmanager
-def _command_line(words: list[str]):
+def command_line(words: Sequence[str]):
+    """Context in which the words of a program are those of this process."""
     kept = sys.argv
-    sys.argv = words
+    sys.argv = list(words)
     try:
         yield
     finally:

@@ -30,6 +30,12 @@ def fingerprint(source: str | Path) -> dict[str, Any]:
     return {"path": str(source), "state": state, "hash": _content_hash(path, state)}
 
 
+def state(source: str | Path) -> str | None:
+    """What changes when a file or a folder may have changed, without reading it; of a hub name, the commit loaded last."""
+    path = Path(source)
+    return _state(_files(path)) if path.exists() else cached_commit(str(source))
+
+
 def difference(known: dict[str, Any], source: str | Path) -> str | None:
     """What says that `source` is no longer what `known` describes, as a text, or None.
 

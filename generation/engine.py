@@ -5,13 +5,15 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from baton import program
 from baton.errors import InputError
+from baton.fingerprint import state
 from baton.program import die_with_parent
+from baton.sampling import changes
 from generation.arguments import GenerationArguments
 from generation.sampling import Completion, Task, prompt_seed, seed_from
 
@@ -44,16 +46,6 @@ def prepare_environment() -> None:
 def runs_on_cpu() -> bool:
     """Whether the installed vLLM is a CPU build. vLLM itself decides by the same name."""
     return any(name.startswith("vllm") and "cpu" in f"{name} {version}" for name, version in program.versions().items())
-
-
-def leave() -> None:
-    """End a program whose output is complete, where the engine runs inside it.
-
-    Taking vLLM apart object by object takes seconds, and only frees what the operating system frees anyway.
-    """
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-        logging.shutdown()
-        os._exit(0)
 
 
 class Sampler:
@@ -108,53 +100,105 @@ def sampling_parameters(arguments: GenerationArguments, seed: int | None) -> Any
     )
 
 
-def start(arguments: Any, already_done: int) -> Sampler:
-    """Start vLLM with the arguments of get_hf2.py, and log what it runs on.
+class Kept(NamedTuple):
+    """The engine of this process, and the settings that it was started with."""
 
-    Shards, and a run that goes on after a death with `already_done` prompts, draw other random numbers. Raises
-    InputError where there are fewer devices than `tensor_parallel_size`, or where vLLM refuses the settings.
+    llm: Any
+    settings: dict[str, Any]
+
+
+_kept: list[Kept] = []  # one at most: a second one would need the memory of the first
+
+
+class Seeding:
+    """What vLLM adds to its worker, in whichever process that is: new random numbers for a running engine."""
+
+    def seed_anew(self, seed: int) -> None:
+        from vllm.utils.torch_utils import set_random_seed
+
+        set_random_seed(seed)
+
+
+def start(arguments: Any, already_done: int) -> Sampler:
+    """vLLM with the arguments of get_hf2.py: the engine that this process has, where its settings are the same, else a new one.
+
+    Shards, and a run that goes on after a death with `already_done` prompts, draw other random numbers; which engine draws
+    them does not matter. Raises InputError where there are fewer devices than `tensor_parallel_size`, or where vLLM refuses
+    the settings.
+    """
+    settings = _settings(arguments)
+    if not _kept or _kept[0].settings != settings:
+        _kept.clear()  # frees the memory first
+        _kept.append(Kept(_new_engine(settings), settings))
+    llm = _kept[0].llm
+    llm.reset_prefix_cache()
+    llm.collective_rpc("seed_anew", args=(seed_from(arguments.seed, arguments.iter, arguments.local_index, already_done),))
+    _log_what_runs(llm.llm_engine.vllm_config)
+    return Sampler(llm, arguments)
+
+
+def _settings(arguments: Any) -> dict[str, Any]:
+    """The settings of vLLM's engine for these arguments; the state of the model's files is among them.
+
+    Raises InputError where there are fewer devices than `tensor_parallel_size`.
     """
     if runs_on_cpu() and arguments.enforce_eager is not False:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else log-probabilities alone would compile, which needs a compiler
+    from vllm.platforms import current_platform
+
+    on_cpu, parallel = current_platform.is_cpu(), arguments.tensor_parallel_size
+    devices = 1 if on_cpu else current_platform.device_count()
+    if parallel > devices:
+        raise InputError(f"--tensor_parallel_size {parallel} needs as many devices, there are {devices}")
+    settings: dict[str, Any] = {
+        "model": arguments.model_name_or_path,
+        "state": state(arguments.model_name_or_path),
+        "dtype": arguments.dtype,
+        "max_model_len": arguments.max_model_len,
+        "tensor_parallel_size": parallel,
+        "gpu_memory_utilization": arguments.gpu_memory_utilization,
+        # Compiling takes longer than it saves on the models that run on a CPU.
+        "enforce_eager": arguments.enforce_eager is not False if on_cpu else bool(arguments.enforce_eager),
+    }
+    chosen = {name: getattr(arguments, name) for name in ("max_num_seqs", "max_num_batched_tokens", "speculative_config")}
+    settings |= {name: value for name, value in chosen.items() if value}
+    # After temperature, top-k and top-p; where they change nothing, the cheaper mode says the same.
+    if arguments.response_logps and changes(arguments.model_dump()):
+        settings["logprobs_mode"] = "processed_logprobs"
+    return settings
+
+
+def _new_engine(settings: dict[str, Any]) -> Any:
+    """A running vllm.LLM. Raises InputError where vLLM refuses the settings."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    model, parallel = arguments.model_name_or_path, arguments.tensor_parallel_size
-    devices = 1 if current_platform.is_cpu() else current_platform.device_count()
-    if parallel > devices:
-        raise InputError(f"--tensor_parallel_size {parallel} needs as many devices, there are {devices}")
-    settings: dict[str, Any] = {"max_num_seqs": arguments.max_num_seqs} if arguments.max_num_seqs else {}
-    if arguments.response_logps:
-        settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k and top-p
-    eager = bool(arguments.enforce_eager)
+    options = {name: value for name, value in settings.items() if name != "state"}
     if current_platform.is_cpu():
-        # Compiling takes longer than it saves on the models that run on a CPU.
-        eager = arguments.enforce_eager is not False
-        settings["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(model, arguments.max_model_len, arguments.max_num_seqs)
-    try:
-        llm = LLM(
-            model,
-            seed=seed_from(arguments.seed, arguments.iter, arguments.local_index, already_done),
-            dtype=arguments.dtype,
-            max_model_len=arguments.max_model_len,
-            tensor_parallel_size=parallel,
-            gpu_memory_utilization=arguments.gpu_memory_utilization,
-            enforce_eager=eager,
-            **settings,
+        options["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(
+            settings["model"], settings["max_model_len"], settings.get("max_num_seqs")
         )
+    try:
+        return LLM(worker_extension_cls=f"{__name__}.{Seeding.__name__}", **options)
     except ValueError as error:
-        raise InputError(f"{model}: vLLM refuses these settings: {error}") from None
-    config = llm.llm_engine.vllm_config
+        raise InputError(f"{settings['model']}: vLLM refuses these settings: {error}") from None
+
+
+def _log_what_runs(config: Any) -> None:
+    from vllm.platforms import current_platform
+
     program.log_what_runs(
         device=current_platform.get_device_name(),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         attention=_attention_backend(config),
-        tensor_parallel_size=parallel,
+        tensor_parallel_size=config.parallel_config.tensor_parallel_size,
         max_model_len=config.model_config.max_model_len,
         max_num_seqs=config.scheduler_config.max_num_seqs,
-        eager=eager,
+        max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+        prefix_caching=config.cache_config.enable_prefix_caching,
+        chunked_prefill=config.scheduler_config.enable_chunked_prefill,
+        eager=config.model_config.enforce_eager,
     )
-    return Sampler(llm, arguments)
 
 
 def _cache_bytes_on_cpu(model: str, max_model_len: int | None, max_num_seqs: int | None) -> int:

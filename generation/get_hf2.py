@@ -27,6 +27,7 @@ from baton.sources import check_hub, check_hub_ahead, check_model_path
 from generation import engine, sampling
 from generation.arguments import (
     GenerationArguments,
+    SpeculativeConfig,
     check,
     check_prompts_ahead,
     prompt_inputs,
@@ -46,6 +47,15 @@ class Arguments(GenerationArguments):
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory", gt=0, le=1, changes_result=False)
     max_num_seqs: int | None = option(
         None, "responses sampled at once; the engine's own choice if not given", ge=1, changes_result=False
+    )
+    max_num_batched_tokens: int | None = option(
+        None, "tokens, of prompts and responses, in one step; the engine's own choice for the device if not given",
+        ge=1, changes_result=False,
+    )  # fmt: skip
+    speculative_config: SpeculativeConfig = option(
+        None,
+        "vLLM's settings of speculative decoding, as JSON: its `method`, `num_speculative_tokens`, …",
+        changes_result=False,
     )
     enforce_eager: bool | None = option(
         None, "do not compile the model; if not given, compile on GPUs alone", changes_result=False
@@ -73,7 +83,6 @@ def main() -> None:
         tokens += generate(arguments, prompts, partial, drops)
     written = partial.assemble(stage.assembled)
     stage.finish(records_in=len(span), records_out=written, drops=drops, prompts=len(prompts), tokens=tokens)
-    engine.leave()
 
 
 def named_shard(words: list[str]) -> tuple[Path, int]:

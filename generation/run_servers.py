@@ -8,27 +8,33 @@ there. The servers take free ports of this machine and log to <output_dir>.serve
 again: it goes on where it stopped.
 """
 
+import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from baton import program
 from baton.arguments import option, parse
-from baton.errors import InputError
-from baton.launch import gpus
+from baton.errors import FailuresListed, InputError
+from baton.launch import chain, gpus
+from baton.sampling import changes
 from baton.servers import processes
 from baton.sources import check_model_path
+from generation.arguments import SpeculativeConfig
 from generation.gen_hf import ClientArguments, sample
 
 log = logging.getLogger("baton")
 
 HOST = "127.0.0.1"
 START_SECONDS = 1800
+
+Running = AbstractContextManager[list[str]]  # a context that gives the URLs of servers
 
 
 class Arguments(ClientArguments):
@@ -40,40 +46,84 @@ class Arguments(ClientArguments):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(None, "of weights and arithmetic")
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory", gt=0, le=1, changes_result=False)
     max_num_seqs: int | None = option(None, "responses that a server samples at once", ge=1, changes_result=False)
+    max_num_batched_tokens: int | None = option(None, "tokens that a server computes in a step", ge=1, changes_result=False)
+    speculative_config: SpeculativeConfig = option(None, "vLLM's speculative decoding, as JSON", changes_result=False)
 
 
 def main() -> None:
     arguments = parse(Arguments, __doc__ or "")
+    servers = servers_for(arguments)
+    with ExitStack() as stack:
+        running = started_once(own_servers(servers, Path(f"{arguments.output_dir}.servers")), stack)
+        sample_set(arguments, running())
+        # What follows in the same process is sampled now too, by the same servers; its own turn says what is wrong with it.
+        for words in [] if arguments.check else chain.following(__file__):
+            with suppress(InputError, FailuresListed):
+                following = parse(Arguments, "", words)
+                if servers_for(following) == servers:
+                    sample_set(following, running())
+
+
+def sample_set(arguments: Arguments, servers: Running) -> None:
+    """The stage for one prompt set."""
+    check_model_path(arguments.model_name_or_path)
+    sample(arguments, Path(f"{arguments.output_dir}.jsonl"), arguments.model_name_or_path, servers)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The servers that sampling takes: of which model, how many, on how many GPUs each, with which of vLLM's settings."""
+
+    model: str
+    count: int
+    gpus_each: int
+    settings: dict[str, Any]
+
+
+def servers_for(arguments: Arguments) -> Wanted:
+    """The servers for these arguments. Raises InputError where there are too few GPUs, or `output_dir` is no prefix."""
     if not Path(arguments.output_dir).name or arguments.output_dir.endswith("/"):
         raise InputError(f"--output_dir {arguments.output_dir}: give the beginning of file names, such as data/gen_data")
     size, visible = arguments.tensor_parallel_size, gpus.visible()
     count = arguments.num_servers or (len(visible) // size if visible else 1)
     if (size > 1 or visible) and not 0 < count * size <= len(visible):
         raise InputError(f"{max(count, 1)} servers of {size} GPUs each, but there are {len(visible)} GPUs")
-    folder = Path(f"{arguments.output_dir}.servers")
-    running = own_servers(arguments, folder, count, size if visible else 0)
-    check_model_path(arguments.model_name_or_path)
-    sample(arguments, Path(f"{arguments.output_dir}.jsonl"), arguments.model_name_or_path, running)
+    names = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
+    names += ("max_model_len", "dtype")
+    settings = {name: getattr(arguments, name) for name in names}
+    if arguments.speculative_config:
+        settings["speculative_config"] = json.dumps(arguments.speculative_config)
+    if arguments.response_logps and changes(arguments.model_dump()):
+        settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k and top-p
+    return Wanted(arguments.model_name_or_path, count, size if visible else 0, settings)
+
+
+def started_once(servers: Running, stack: ExitStack) -> Callable[[], Running]:
+    """Contexts that give the URLs of `servers`, which start where the first is entered and end with `stack`."""
+    urls: list[str] = []
+
+    @contextmanager
+    def running() -> Iterator[list[str]]:
+        if not urls:
+            urls.extend(stack.enter_context(servers))
+        yield urls
+
+    return running
 
 
 @contextmanager
-def own_servers(arguments: Arguments, folder: Path, count: int, gpus_each: int) -> Iterator[list[str]]:
-    """Context in which `count` servers of the policy answer, whose URLs it gives; logs and state of them are in `folder`."""
+def own_servers(wanted: Wanted, folder: Path) -> Iterator[list[str]]:
+    """Context in which servers of the policy answer, whose URLs it gives; logs and state of them are in `folder`."""
     os.environ["BATON_SERVERS"] = str(folder)
     processes.stop(processes.known())  # what a program that was killed has left
-    names = ("tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "max_model_len", "dtype")
-    settings = {name: getattr(arguments, name) for name in names}
-    if arguments.response_logps:
-        settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k and top-p
-    options, variables = processes.engine_options(settings, gpus_each, count)
-    model = arguments.model_name_or_path
-    model = os.path.realpath(model) if Path(model).exists() else model
-    with free_ports(count) as ports:
+    options, variables = processes.engine_options(wanted.settings, wanted.gpus_each, wanted.count)
+    model = os.path.realpath(wanted.model) if Path(wanted.model).exists() else wanted.model
+    with free_ports(wanted.count) as ports:
         places = [processes.Place(HOST, port) for port in ports]
         try:
             variables |= {program.PARENT: str(os.getpid()), "VLLM_API_KEY": ""}
-            processes.start_missing(places, model, options, gpus_each, variables)
-            log.info("%s: servers start: %d; it may take minutes; logs: %s/PORT.log", model, count, folder)
+            processes.start_missing(places, model, options, wanted.gpus_each, variables)
+            log.info("%s: servers start: %d; it may take minutes; logs: %s/PORT.log", model, wanted.count, folder)
             for server in processes.wait_until_ready(ports, ports, START_SECONDS):
                 log.info("%s", processes.describe(server))
             yield [f"http://{HOST}:{port}/v1" for port in ports]

@@ -10,20 +10,51 @@ on where it stopped.
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from baton import ahead, launch, program
 from baton.arguments import read_yaml
 from baton.errors import InputError
-from baton.launch import gpus
+from baton.launch import chain, gpus, plan
 from baton.launch.unit import Unit
 from baton.launch.words import new_parser, parse_known, positive
+from generation import merge_data
 
 FOLDER = Path(__file__).resolve().parent
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What one call of this program comes to: the shards of one prompt set, and their merge."""
+
+    shards: list[Unit]
+    merge: list[str]  # the words of merge_data.py
+
+
 def main() -> None:
-    arguments, rest = parse(sys.argv[1:])
+    own = sampling_of(sys.argv[1:])
+    if "--check" in sys.argv[1:]:
+        for unit in own.shards:
+            ahead.look(unit.program)
+        ahead.look(own.merge)
+        return
+    if not all(plan.is_complete(unit.program) for unit in own.shards):
+        # What follows in the same process is sampled now too: of the same model, one engine then serves both.
+        following = [each for each in map(sampling_of, chain.following(__file__)) if needs(each) == needs(own)]
+        launch.run_chains(list(zip(own.shards, *(each.shards for each in following), strict=True)))
+    with ahead.command_line(own.merge):
+        merge_data.main()
+
+
+def needs(sampling: Sampling) -> list[int]:
+    """The GPUs that each shard needs."""
+    return [unit.gpus for unit in sampling.shards]
+
+
+def sampling_of(words: list[str]) -> Sampling:
+    """The shards that the arguments of this program come to. Raises InputError if something is missing or wrong."""
+    arguments, rest = parse(words)
     size, visible = arguments.tensor_parallel_size, gpus.visible()
     slots = len(gpus.groups(visible, size)) if visible else 1
     if slots == 0:
@@ -31,29 +62,20 @@ def main() -> None:
     shards = arguments.my_world_size or slots
 
     output = arguments.output_dir
-    run = look_ahead if arguments.check else launch.run
     place = ["--my_world_size", str(shards), "--tensor_parallel_size", str(size), "--output_dir", output]
-    run(
-        [
-            Unit(
-                name=f"shard {index} of {shards}",
-                environment="inference",
-                program=(str(FOLDER / "get_hf2.py"), *rest, *place, "--local_index", str(index)),
-                gpus=size if visible else 0,
-                log=Path(f"{output}{index}.log"),
-            )
-            for index in range(shards)
-        ]
-    )
+    units = [
+        Unit(
+            name=f"shard {index} of {shards}",
+            environment="inference",
+            program=(str(FOLDER / "get_hf2.py"), *rest, *place, "--local_index", str(index)),
+            gpus=size if visible else 0,
+            log=Path(f"{output}{index}.log"),
+        )
+        for index in range(shards)
+    ]
     merge = ["--base_path", output, "--output_dir", f"{output}.jsonl", "--num_datasets", str(shards)]
     merge += ["--overwrite", arguments.overwrite] if arguments.overwrite else []
-    run([Unit(name="merge", environment="inference", program=(str(FOLDER / "merge_data.py"), *merge))])
-
-
-def look_ahead(units: list[Unit]) -> None:
-    """Look at what the programs of units would do, for `--check`."""
-    for unit in units:
-        ahead.look(unit.program)
+    return Sampling(units, [str(FOLDER / "merge_data.py"), *merge])
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -34,6 +34,8 @@ log = logging.getLogger("baton")
 
 POOR_ACCURACY = 0.6
 
+IMPORTS = ("trl.trainer.reward_trainer", "baton.training.checkpoints", "baton.training.rows")
+
 
 class Arguments(TrainingProgramArguments):
     """What this program adds to RewardConfig."""
@@ -158,6 +160,7 @@ def main() -> None:
     count = count_pairs(arguments)
     config = checked(stage)
 
+    from transformers import set_seed
     from trl import RewardTrainer
 
     from baton.training.checkpoints import SCRATCH, train
@@ -167,6 +170,7 @@ def main() -> None:
     rows, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config)
     held_out_rows, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config)
     place_reports(settings, metrics_path)
+    set_seed(config.seed)  # the head's random weights are drawn before the trainer does this
     with loading(arguments.model_name_or_path):
         trainer = RewardTrainer(
             model=arguments.model_name_or_path,

@@ -31,6 +31,8 @@ env_device() {
 }
 
 # Runs a command in an environment without activating it: in_env inference|training COMMAND [ARGUMENT ...]
+# Packages are installed uncompiled, so programs may keep what Python compiles at the first import, though container images
+# often forbid it: to compile all of it in every program takes more than half of the time that it needs to start.
 # Where the environment is missing it returns 2: to exit would close the terminal of a user who has sourced this file.
 in_env() {
   local name=$1 prefix=VIRTUAL_ENV
@@ -39,7 +41,7 @@ in_env() {
   has_env "$name" ||
     (die "the $name environment is missing in $BATON_ENVS: run bash scripts/setup_envs.sh") || return
   [[ ! -d $BATON_ENVS/$name/conda-meta ]] || prefix=CONDA_PREFIX
-  env -u PYTHONHOME -u VIRTUAL_ENV -u CONDA_PREFIX "$prefix=$BATON_ENVS/$name" PYTHONNOUSERSITE=1 \
+  env -u PYTHONHOME -u PYTHONDONTWRITEBYTECODE -u VIRTUAL_ENV -u CONDA_PREFIX "$prefix=$BATON_ENVS/$name" PYTHONNOUSERSITE=1 \
     PATH="$BATON_ENVS/$name/bin:$PATH" PYTHONPATH="$BATON_ROOT${PYTHONPATH:+:$PYTHONPATH}" "$@"
 }
 
@@ -49,10 +51,20 @@ gpu_ids() {
   in_env inference python -m baton.launch gpus
 }
 
-# Runs one stage of the run in $run_dir, its output in a log of its own; returns its exit code, after the log's end.
-# The options are those of `python -m baton.launch run`. What was started ends with the script, even if that is killed.
+# The words of stages that have not run yet: of each their number, and the words of `python -m baton.launch run`.
+stages=()
+
+# Adds a stage of the run in $run_dir, its output in a log of its own, to those that run_stages runs.
 # stage NAME inference|training [OPTION ...] PROGRAM [ARGUMENT ...]
 stage() {
-  BATON_PARENT=$$ in_env "$2" python -m baton.launch run --name "$1" --environment "$2" \
-    --log "${run_dir:?the caller sets it}/logs/$1.log" "${@:3}"
+  local command=(--name "$1" --environment "$2" --log "${run_dir:?the caller sets it}/logs/$1.log" "${@:3}")
+  stages+=("${#command[@]}" "${command[@]}")
+}
+
+# Runs the stages in turn, those that follow each other in one environment in one process; returns the exit code of the first
+# that fails, after the end of its log. What was started ends with the script, even if that is killed.
+run_stages() {
+  ((${#stages[@]})) || return 0
+  BATON_PARENT=$$ in_env training python -m baton.launch chain < <(printf '%s\0' "${stages[@]}") || return
+  stages=()
 }

@@ -106,38 +106,33 @@ resolved_recipe() {
   done
 }
 
-# While the plan is made, a file that stages are written down in; then empty. After it: the names of those that are up to date.
-plan="" up_to_date=""
+# Whether stages are only planned; then the names of those that are up to date.
+planning=yes up_to_date=""
 
-# Runs a stage unless it is up to date: step NAME inference|training [OPTION ...] PROGRAM [ARGUMENT ...]
-# One that finished without some records (exit code 3, with its output) does not end the run: its log names them.
+# Adds a stage to those that run_stages runs, unless it is up to date: step NAME inference|training [OPTION ...] PROGRAM …
+# One that finishes without some records (exit code 3, with its output) does not end the run: its log names them.
 step() {
-  local words=(--name "$1" --environment "${@:2}") code=0
-  if [[ -n $plan ]]; then
-    printf '%s\0' "${#words[@]}" "${words[@]}" >>"$plan"
-  elif [[ $'\n'$up_to_date$'\n' == *$'\n'$1$'\n'* ]]; then
+  if [[ $'\n'$up_to_date$'\n' == *$'\n'$1$'\n'* ]]; then
     say "$1: up to date"
   else
-    stage "$@" || code=$?
-    if ((code == 3)) && [[ -n $(printf '%s\0' "${#words[@]}" "${words[@]}" | in_env training python -m baton.launch plan) ]]; then
-      say "$1: goes on without the records that were dropped"
-    elif ((code)); then
-      exit "$code"
-    fi
+    stage "$@"
   fi
 }
 
 # Samples K responses a prompt on all GPUs, in shards or through servers: generate STAGE POLICY PROMPTS K PREFIX [ARGUMENT ...]
 generate() {
-  step "$1" inference "generation/run_$GENERATE_WITH.py" --model_name_or_path "$2" --dataset_name_or_path "$3" --K "$4" \
-    --output_dir "$5" --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" \
+  step "$1" inference --group sampling "generation/run_$GENERATE_WITH.py" --model_name_or_path "$2" \
+    --dataset_name_or_path "$3" --K "$4" --output_dir "$5" --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" \
     --max_model_len "$MAX_MODEL_LEN" ${DATASET_KEY:+--dataset_key "$DATASET_KEY"} \
     ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} "${template_args[@]}" "${GENERATE_ARGS[@]}" "${@:6}"
 }
 
 # Scores responses on all GPUs, or on the CPU: score STAGE PROGRAM [ARGUMENT ...]
+# Where vLLM scores, each stage has a process of its own: its engine changes what the process sees, and needs its memory.
 score() {
-  step "$1" inference --gpus "$GPUS" "${@:2}"
+  local group=scoring
+  [[ " ${scorers[*]} ${EVAL_SCORERS[*]}" != *[\ =]vllm:* ]] || group=$1
+  step "$1" inference --gpus "$GPUS" --group "$group" "${@:2}"
 }
 
 # Runs a training program on all GPUs, or on the CPU: train STAGE PROGRAM [ARGUMENT ...]
@@ -145,32 +140,43 @@ train() {
   step "$1" training --gpus "$GPUS" --accelerate_config "$ACCELERATE_CONFIG" "${@:2}"
 }
 
-# Samples and scores the held-out prompts; the policy's own log-probabilities come from sampling: evaluate ROUND POLICY
-evaluate() {
-  local round=$1 policy=$2 folder=$run_dir/heldout/round$1 last=data_with_logps.jsonl
-  generate "evaluate$round-generate" "$policy" "$HELDOUT_PROMPTS" "$HELDOUT_K" "$folder/gen_data" --seed "$((SEED + 1000))" \
-    --response_logps "${HELDOUT_ARGS[@]}"
-  score "evaluate$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
-    --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" "${EVAL_SCORERS[@]}" \
-    --weights "${weights[@]}" "${EVAL_SCORERS[@]/*/0}" "${REWARD_ARGS[@]}"
-  score "evaluate$round-logps" annotate_data/get_logps.py --dataset_name_or_path "$folder/data_with_rewards.jsonl" \
-    --models "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl" "${template_args[@]}"
-  if [[ -n $GOLD_SCORER ]]; then
-    step "evaluate$round-gold" inference "$GOLD_SCORER" \
-      --dataset_name_or_path "$folder/$last" --output_dir "$folder/data_with_gold.jsonl"
-    last=data_with_gold.jsonl
-  fi
-  [[ -n $plan ]] || { mkdir -p "$folder" && ln -sfn "$last" "$folder/evaluated.jsonl"; }
+# Samples responses of policy $2 to the held-out prompts; its own log-probabilities come with them: sample_heldout ROUND POLICY
+sample_heldout() {
+  [[ -z $HELDOUT_PROMPTS ]] || generate "evaluate$1-generate" "$2" "$HELDOUT_PROMPTS" "$HELDOUT_K" \
+    "$run_dir/heldout/round$1/gen_data" --seed "$((SEED + 1000))" --response_logps "${HELDOUT_ARGS[@]}"
 }
 
-# All rounds, one stage after another; `policy` is then the last round's.
+# Scores the held-out responses, by the scorers of the training too: score_heldout ROUND
+score_heldout() {
+  local folder=$run_dir/heldout/round$1
+  [[ -n $HELDOUT_PROMPTS ]] || return 0
+  score "evaluate$1-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
+    --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" "${EVAL_SCORERS[@]}" \
+    --weights "${weights[@]}" "${EVAL_SCORERS[@]/*/0}" "${REWARD_ARGS[@]}"
+  score "evaluate$1-logps" annotate_data/get_logps.py --dataset_name_or_path "$folder/data_with_rewards.jsonl" \
+    --models "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl" "${template_args[@]}"
+  [[ -z $GOLD_SCORER ]] || step "evaluate$1-gold" inference --group scoring "$GOLD_SCORER" \
+    --dataset_name_or_path "$folder/data_with_logps.jsonl" --output_dir "$folder/data_with_gold.jsonl"
+}
+
+# Runs what was added of a round and of the evaluation of its starting policy, whose last file gets a name: run_round EVALUATED
+run_round() {
+  local last=data_with_logps.jsonl
+  [[ -z $GOLD_SCORER ]] || last=data_with_gold.jsonl
+  [[ -z $planning ]] || return 0
+  run_stages || exit
+  [[ -z $HELDOUT_PROMPTS ]] || ln -sfn "$last" "$run_dir/heldout/round$1/evaluated.jsonl"
+}
+
+# All rounds, one stage after another; `policy` is then the last round's. What samples follows each other, and what scores:
+# so libraries are imported, and a model is loaded, once for both.
 relay() {
   local round folder prompts reference window
   policy=$INITIAL_POLICY
-  if [[ -n $HELDOUT_PROMPTS ]]; then evaluate 0 "$policy"; fi
   for ((round = 1; round <= ROUNDS; round++)); do
     folder=$run_dir/round$round
     prompts=${PROMPTS[$((round - 1))]:-${PROMPTS[0]}}
+    sample_heldout "$((round - 1))" "$policy"
 
     # Windows of one prompt set follow each other in one shuffle of it, so its seed is the same in all rounds.
     window=(--data_seed "$SEED" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --iter "$((round - 1))")
@@ -180,6 +186,7 @@ relay() {
 
     score "round$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
       --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
+    score_heldout "$((round - 1))"
 
     # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step.
     reference=$INITIAL_POLICY
@@ -189,9 +196,12 @@ relay() {
       --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + round))" \
       "${template_args[@]}" "${DPO_ARGS[@]}"
 
+    run_round "$((round - 1))"
     policy=$folder/policy
-    if [[ -n $HELDOUT_PROMPTS ]]; then evaluate "$round" "$policy"; fi
   done
+  sample_heldout "$ROUNDS" "$policy"
+  score_heldout "$ROUNDS"
+  run_round "$ROUNDS"
 }
 
 # All stages see one chat template.
@@ -206,16 +216,13 @@ weights=("${WEIGHTS[@]}")
 # One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
 {
   say "run: $run_dir ($ROUNDS rounds, $GPUS GPUs); all stages are checked before the first one starts"
-  plan=$(mktemp)
-  trap 'rm -f "$plan_file"' EXIT
-  plan_file=$plan
   relay
-  plan=""
   if [[ -n $show_plan ]]; then
-    in_env training python -m baton.launch plan --show <"$plan_file"
+    printf '%s\0' "${stages[@]}" | in_env training python -m baton.launch plan --show
     exit
   fi
-  up_to_date=$(in_env training python -m baton.launch plan <"$plan_file") || die "nothing was started"
+  up_to_date=$(printf '%s\0' "${stages[@]}" | in_env training python -m baton.launch plan) || die "nothing was started"
+  planning="" stages=()
 
   mkdir -p "$run_dir"
   if [[ -f $run_dir/recipe.env ]] && ! diff -q "$run_dir/recipe.env" <(resolved_recipe) >/dev/null; then

@@ -140,14 +140,17 @@ install_pins() {
   "${install[@]}" -r <(pins "$1")
 }
 
-# Fails unless environment $1 holds its pins and nothing else, and its main packages import.
+# Fails unless environment $1 holds its pins and nothing else, and its main packages import. What Python compiles of them stays.
 # (`pip check` would report what the locks leave out on purpose.)
 verify() {
   local modules='transformers.models.llama.modeling_llama, accelerate, datasets, scipy'
-  if [[ $1 == inference ]]; then modules+=', vllm'; else modules+=', trl, deepspeed, peft, wandb'; fi
+  case $1 in
+    inference) modules+=', vllm.entrypoints.llm' ;;
+    training) modules+=', trl.trainer.dpo_trainer, deepspeed, peft, wandb' ;;
+  esac
   echo "difference between the lock (<) and what is installed (>):"
   diff <(pins "$1" | normalised) <(installed "$1" | normalised)
-  "$BATON_ENVS/$1/bin/python" -c "import $modules"
+  env -u PYTHONDONTWRITEBYTECODE "$BATON_ENVS/$1/bin/python" -c "import $modules"
 }
 
 # Lets programs of any clone import their own `baton` in environment $1, which clones may share: Python reads baton.pth.

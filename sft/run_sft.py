@@ -32,6 +32,8 @@ from sft.rows import Demonstration, rows_of_demonstrations
 
 log = logging.getLogger("baton")
 
+IMPORTS = ("trl.trainer.sft_trainer", "baton.training.checkpoints", "baton.training.rows")
+
 
 class Arguments(TrainingProgramArguments):
     """What this program adds to SFTConfig."""

@@ -1,4 +1,4 @@
-"""Where programs run: `run` units of work to their end, `start` services.
+"""Where programs run: `run` units of work, or chains of them in a process each, to their end; `start` services.
 
 The variable LAUNCHER says what runs them; `local`, the default, is this machine. A launcher is a module with these two
 functions. Standard library and baton/*.py only, since it also runs on login nodes.
@@ -13,7 +13,7 @@ from baton.launch import local
 from baton.launch.processes import Process
 from baton.launch.unit import Unit
 
-__all__ = ["Process", "Unit", "check_launcher", "run", "start"]
+__all__ = ["Process", "Unit", "check_launcher", "run", "run_chains", "run_in_turn", "start"]
 
 LAUNCHERS = {"local": local}
 
@@ -23,7 +23,23 @@ def run(units: Sequence[Unit]) -> None:
 
     Raises InputError for units that cannot run, UnitFailed, with the exit code of the first, when units have failed.
     """
-    check_launcher().run(units)
+    run_chains([[unit] for unit in units])
+
+
+def run_chains(chains: Sequence[Sequence[Unit]]) -> None:
+    """Run chains of units, each chain in one process, one unit after another: see chain.py. All need as many GPUs.
+
+    Raises what `run` raises.
+    """
+    check_launcher().run(chains)
+
+
+def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
+    """Run chains of units one after another; while one runs, the next one's process imports its libraries.
+
+    Raises what `run` raises.
+    """
+    check_launcher().run_in_turn(chains)
 
 
 def start(service: Unit, slot: int = 0) -> Process:

@@ -77,10 +77,24 @@ def problems(entries: Sequence[Planned]) -> str:
     return "\n".join([*said, NO_OVERWRITE] if any("--overwrite" in problem for problem in names) else said)
 
 
+def is_complete(words: Sequence[str]) -> bool:
+    """Whether the output of the stage program with these words is there, complete; False for a program that is no stage."""
+    if not is_stage(Path(words[0])):
+        return False
+    kept, ahead.OUTLOOK = ahead.OUTLOOK, ahead.Outlook()
+    try:
+        found = ahead.look(words)
+    except InputError:
+        return False
+    finally:
+        ahead.OUTLOOK = kept
+    return bool(found) and all(planned.startswith(ahead.UP_TO_DATE) for planned in found)
+
+
 def _look(unit: Unit) -> Planned:
     entry, before = Planned(unit), set(ahead.OUTLOOK.checks)
-    file = Path(unit.program[0]).absolute()
-    if not _is_stage(file):
+    file = Path(unit.program[0])
+    if not is_stage(file):
         entry.planned = UNCHECKED
         if not file.is_file():
             entry.problem = f"{unit.program[0]}: no such program"
@@ -105,8 +119,9 @@ def _look(unit: Unit) -> Planned:
     return entry
 
 
-def _is_stage(file: Path) -> bool:
-    """Whether a program is a stage, with `--check`. Of any other, also of one in the project's folder, nothing is run."""
+def is_stage(file: Path) -> bool:
+    """Whether a program is a stage, with `--check`. Of any other, also of one in the project's folder, nothing is looked at."""
+    file = file.absolute()
     if ROOT not in file.parents or not file.is_file():
         return False
     text = file.read_text(encoding="utf-8", errors="replace")

@@ -2,8 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 from baton import program
@@ -13,6 +14,8 @@ from baton.secrets import secret_among
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ("inference", "training")
 TAIL_LINES = 15  # of a log that a failure shows
+# Files in the folder of a chain: how its units ended, an exit code a line; that it may begin; that it has its libraries.
+DONE, GO, READY = "done", "go", "ready"
 PROCESSES = "BATON_PROCESSES"  # the variable that tells a program how many processes it should see
 
 
@@ -23,7 +26,7 @@ class Unit:
     `name` stands in messages. `program` are the words after `python`. `gpus` is how many GPUs it gets for itself; with 0 it
     sees those that its launcher sees. `accelerate launch` starts several `processes`, and a single one on GPUs where there is
     an `accelerate_config`. `variables` are added to its environment variables. Without a `log` its output goes where that of
-    the launcher goes.
+    the launcher goes. It shares a process only with units of the same `group`, see `chains`.
     """
 
     name: str
@@ -34,6 +37,25 @@ class Unit:
     accelerate_config: str | None = None
     log: Path | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
+    group: str = ""
+
+
+def chains(units: Iterable[Unit]) -> list[list[Unit]]:
+    """Units in groups that a process each can run, one unit after another: those that follow each other and need the same."""
+
+    def needs(unit: Unit) -> tuple[object, ...]:
+        return unit.environment, unit.gpus, unit.processes, unit.accelerate_config, dict(unit.variables), unit.group
+
+    return [list(same) for _, same in groupby(units, needs)]
+
+
+def chained(units: Sequence[Unit], folder: Path) -> Unit:
+    """One unit that runs `units`, which need the same, in one process; the files in `folder` are those named above."""
+    first, words = units[0], []
+    for unit in units:
+        words += [str(unit.log or ""), str(len(unit.program)), *unit.program]
+    program_words = ("-m", "baton.launch", "stages", *words)
+    return replace(first, program=program_words, variables={**first.variables, program.CHAIN: str(folder)})
 
 
 def uses_accelerate(unit: Unit) -> bool:
@@ -75,7 +97,9 @@ def variables(unit: Unit) -> dict[str, str]:
     Raises InputError if the environment is missing.
     """
     folder = environment_folder(unit.environment)
-    left_out = {"PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", program.PARENT, program.FAILURE}
+    # PYTHONDONTWRITEBYTECODE: see `in_env` in scripts/lib.sh.
+    left_out = {"PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "CONDA_PREFIX"}
+    left_out |= {program.PARENT, program.FAILURE, program.CHAIN}
     values = {name: value for name, value in os.environ.items() if name not in left_out}
     others = {str(folder.parent / name / "bin") for name in ENVIRONMENTS}
     path = [part for part in values.get("PATH", os.defpath).split(os.pathsep) if part not in others]

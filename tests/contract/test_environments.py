@@ -194,8 +194,9 @@ def test_a_missing_environment_ends_a_script_from_within_a_substitution_or_a_pip
         assert done.stderr.count("run bash scripts/setup_envs.sh") == 1
 
 
-def test_in_env_reads_no_packages_of_the_users_own():
-    assert shell("in_env training python -c 'import sys; print(sys.flags.no_user_site)'").stdout == "1\n"
+def test_in_env_reads_no_packages_of_the_users_own_and_keeps_what_python_compiles():
+    program = "import sys; print(sys.flags.no_user_site, sys.dont_write_bytecode)"
+    assert shell(f"PYTHONDONTWRITEBYTECODE=1 in_env training python -c '{program}'").stdout == "1 False\n"
 
 
 def test_the_commands_that_the_documentation_names_are_those_of_the_environment():

@@ -137,6 +137,74 @@ def test_the_end_of_the_log_holds_nothing_of_an_earlier_run(tmp_path):
     assert "the end of" in done.stderr and done.stderr.endswith(":\nwhy\n")
 
 
+def stages(folder: Path, *names_and_words: tuple[str, list[object]]) -> subprocess.CompletedProcess[str]:
+    """`baton.launch chain` of programs by their names and words, each with a log."""
+    words = []
+    for name, program_words in names_and_words:
+        unit = ["--name", name, "--environment", "training", "--log", folder / f"{name}.log", *program_words]
+        words += [len(unit), *unit]
+    given = "".join(f"{word}\0" for word in words)
+    return subprocess.run(command("chain"), cwd=ROOT, input=given, capture_output=True, text=True, timeout=120)
+
+
+def gold(folder: Path, name: str, source: str) -> tuple[str, list[object]]:
+    """A small stage: the gold scores of a file."""
+    words = ["--dataset_name_or_path", folder / f"{source}.jsonl", "--output_dir", folder / f"{name}.jsonl"]
+    return name, ["quickstart/score_gold.py", *words]
+
+
+def test_stages_of_one_environment_run_in_one_process_each_with_its_log_and_manifest_up_to_the_first_that_fails(tmp_path):
+    (tmp_path / "first.jsonl").write_text('{"prompt": "The film", "responses": ["is good"]}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    own = program(tmp_path, "import os; print('by', os.getppid())")
+    order = [gold(tmp_path, "second", "first"), ("own", [own]), gold(tmp_path, "third", "second")]
+    done = stages(tmp_path, *order, gold(tmp_path, "failing", "empty"), gold(tmp_path, "never", "third"))
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()
+    started = [line.split()[1] for line in said if " starts; log: " in line]
+    assert started == ["second", "own", "third", "failing"]
+    assert f"failing: failed with exit code 2; the end of {tmp_path}/failing.log:" in done.stderr
+    assert "the file is empty" in said[-1] and "third: 0 s" in done.stderr
+    assert [(tmp_path / f"{name}.jsonl.manifest.json").exists() for name in ("second", "third", "never")] == [True, True, False]
+    for name in ("second", "third"):
+        assert "1 in, 1 out, dropped: none" in (tmp_path / f"{name}.log").read_text().splitlines()[-1]
+        assert len((tmp_path / f"{name}.log").read_text().splitlines()) == 2
+    again = stages(tmp_path, *order)
+    assert again.returncode == 0 and (tmp_path / "third.log").read_text().endswith("up to date\n")
+    parents = [line for line in (tmp_path / "own.log").read_text().splitlines() if line.startswith("by ")]
+    assert len(parents) == 2  # no stage of Baton's: a process of its own, each time
+
+
+def test_a_chain_goes_on_after_a_stage_that_finished_without_some_records_and_not_after_one_that_did_not(tmp_path):
+    (tmp_path / "rule.py").write_text(
+        "def rule(prompts, responses, records):\n"
+        "    if records[0]['prompt'] == 'bad': raise ValueError('no opinion')\n"
+        "    return [1.0 for _ in responses]\n"
+    )
+    records = [{"prompt": prompt, "responses": ["a"]} for prompt in ("good", "bad", "fine")]
+    (tmp_path / "first.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    scored = tmp_path / "scored.jsonl"
+    words = ["annotate_data/get_rewards.py", "--dataset_name_or_path", tmp_path / "first.jsonl", "--output_dir", scored]
+    words += ["--scorer", f"function:{tmp_path}/rule.py:rule", "--workers", 1]
+    in_another_process = ["--group", "later", *gold(tmp_path, "after", "scored")[1]]  # which waits for its turn
+    done = stages(tmp_path, ("scored", words), ("after", in_another_process))
+    assert done.returncode == 0, done.stderr
+    assert "scored: goes on without the records that were dropped" in done.stderr
+    assert "1 records have no rewards" in (tmp_path / "scored.log").read_text()
+    assert len((tmp_path / "after.jsonl").read_text().splitlines()) == 2
+
+    away = ["--scorer", "http:http://127.0.0.1:9/", "--tries", 1, "--output_dir", tmp_path / "none.jsonl"]
+    done = stages(tmp_path, ("none", [*words[:3], *away]), gold(tmp_path, "never", "none"))
+    assert done.returncode == 3 and "none: failed with exit code 3" in done.stderr and "never starts" not in done.stderr
+
+
+def test_kill_9_of_a_chain_counts_as_the_stage_that_ran(tmp_path):
+    (tmp_path / "first.jsonl").write_text('{"prompt": "The film", "responses": ["is good"]}\n')
+    own = program(tmp_path, "import os, signal; os.kill(os.getppid(), signal.SIGKILL); signal.pause()")
+    done = stages(tmp_path, gold(tmp_path, "second", "first"), ("own", [own]))
+    assert done.returncode == 137 and "own: failed with exit code 137" in done.stderr, done.stderr
+
+
 def test_a_unit_killed_by_a_signal_counts_as_a_shell_counts(tmp_path):
     done = run(*on_training("unit", program(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")))
     assert done.returncode == 137
@@ -167,7 +235,8 @@ def test_kill_9_of_the_launcher_ends_its_units(tmp_path):
 
 def test_kill_9_of_a_script_ends_the_stage_that_it_runs(tmp_path):
     pids = tmp_path / "pids"
-    lines = f"source scripts/lib.sh; run_dir='{tmp_path}'; stage name training '{program(tmp_path, WAITS)}' '{pids}'; true"
+    path = program(tmp_path, WAITS)
+    lines = f"source scripts/lib.sh; run_dir='{tmp_path}'; stage name training '{path}' '{pids}'; run_stages"
     process = subprocess.Popen(["bash", "-c", lines], cwd=ROOT)
     (pid,) = map(int, wait_for_line(pids, process))
     process.kill()
@@ -304,14 +373,15 @@ def test_a_launcher_that_is_not_available_is_refused(tmp_path, launcher):
 def test_a_program_runs_in_the_environment_of_its_unit(tmp_path, environments):
     text = """
         import os, sys, baton
-        print(sys.prefix, os.environ["VIRTUAL_ENV"], sys.flags.no_user_site, os.environ["PATH"])
+        print(sys.prefix, os.environ["VIRTUAL_ENV"], sys.flags.no_user_site, sys.dont_write_bytecode, os.environ["PATH"])
     """
     path, log, envs = program(tmp_path, text), tmp_path / "log", environments
     path_before = os.pathsep.join([str(envs / "training/bin"), os.environ["PATH"]])
-    done = run("run", "--name", "unit", "--environment", "inference", "--log", log, path, PATH=path_before)
+    words = ["run", "--name", "unit", "--environment", "inference", "--log", log, path]
+    done = run(*words, PATH=path_before, PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 0, done.stderr
-    prefix, active, no_user_site, search = log.read_text().split(maxsplit=3)
-    assert prefix == active == str(envs / "inference") and no_user_site == "1"
+    prefix, active, *flags, search = log.read_text().split(maxsplit=4)
+    assert prefix == active == str(envs / "inference") and flags == ["1", "False"]
     assert search.startswith(f"{envs / 'inference/bin'}{os.pathsep}") and str(envs / "training/bin") not in search
 
 

@@ -139,10 +139,10 @@ GOLD_SCORER=quickstart/score_gold.py
     assert [path for path in (folder / "run").rglob("*") if not path.is_dir()] == [evaluated]
     lines = commands(done.stdout)
     assert list(lines) == [
-        *("evaluate0-generate", "evaluate0-rewards", "evaluate0-logps", "evaluate0-gold"),
-        *("round1-generate", "round1-rewards", "round1-train"),
-        *("evaluate1-generate", "evaluate1-rewards", "evaluate1-logps", "evaluate1-gold"),
-        *("round2-generate", "round2-rewards", "round2-train"),
+        *("evaluate0-generate", "round1-generate"),
+        *("round1-rewards", "evaluate0-rewards", "evaluate0-logps", "evaluate0-gold", "round1-train"),
+        *("evaluate1-generate", "round2-generate"),
+        *("round2-rewards", "evaluate1-rewards", "evaluate1-logps", "evaluate1-gold", "round2-train"),
         *("evaluate2-generate", "evaluate2-rewards", "evaluate2-logps", "evaluate2-gold"),
     ]
     for round_, line in ((0, lines["round1-generate"]), (1, lines["round2-generate"])):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.inference.tiny_policy import TEMPLATE, make_tiny_policy
-from tests.programs import ROOT, run_program, start, succeed
+from tests.programs import ROOT, read_jsonl, run_program, start, succeed, write_jsonl
 
 PROMPTS = [f"the film number {n} was" for n in range(12)] + ["the film number 3 was"]
 
@@ -586,3 +586,28 @@ def test_a_template_from_a_file_replaces_the_models_own(policy, tmp_path):
     tokenizer = load_tokenizer(str(policy), str(tmp_path / "shout.jinja"))
     ids = prompt_token_ids(tokenizer, [{"role": "user", "content": "abc"}], "here")
     assert tokenizer.decode(ids) == "<|user|>ABC<|end|><|assistant|>"
+
+
+def test_a_stage_samples_the_same_whether_or_not_an_earlier_one_in_its_process_has_started_the_engine(policy, tmp_path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"number {i}"} for i in range(6)])
+    words = ["generation/get_hf2.py", "--model_name_or_path", policy, "--dataset_name_or_path", prompts, "--K", 2]
+    words += ["--max_new_tokens", 8, "--seed"]
+    alone = run_program(*words, 7, "--output_dir", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain/go").touch()
+    both = tmp_path / "both.py"
+    both.write_text(
+        "import sys\nfrom baton import program\nfrom baton.launch import chain\nprogram.run(lambda: chain.run(sys.argv[1:]))\n"
+    )
+    first = [*words, 3, "--response_logps", "--output_dir", tmp_path / "first"]
+    stages = [first, [*words, 7, "--output_dir", tmp_path / "second"]]
+    given = [word for stage in stages for word in (tmp_path / "log", len(stage), *stage)]
+    done = run_program(both, *given, env=os.environ | {"BATON_CHAIN": str(tmp_path / "chain")})
+    log = (tmp_path / "log").read_text()
+    assert done.returncode == 0, log
+    assert log.count("Loading safetensors checkpoint shards: 100%") == 1 and log.count("runs on: ") == 2
+    outputs = [read_jsonl(tmp_path / f"{name}0.jsonl") for name in ("first", "second", "alone")]
+    first, second, separate = ([record["response_token_ids"] for record in output] for output in outputs)
+    assert second == separate != first
