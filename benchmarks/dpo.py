@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--tokens_per_row", type=int, default=4096, help="most tokens of a packed row")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="compile the layers of packed rows")
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--profile", action="store_true", help="also print the top ten operations of a step of each side")
     parser.add_argument("--plot", help="a .png for the loss of every step, side by side")
@@ -348,6 +349,7 @@ def with_trainer(args, side: str, batch_size: int, rows: list[dict], model, epoc
         processing_class=AutoTokenizer.from_pretrained(args.folder / "tokenizer"),
         tokens_per_row=args.tokens_per_row,
         packed=packed,
+        compile_layers=args.compile if packed else "off",
         callbacks=[TellClock()],
     )
     trainer.train()

@@ -42,6 +42,8 @@ from dpo_iteration.rows import log_rows, rows_of_pairs
 
 log = logging.getLogger("baton")
 
+IMPORTS = ("dpo_iteration.trainer", "baton.training.checkpoints", "baton.training.reference")
+
 HELD_OUT_PAIRS = 100  # of `eval_dir`, as in Online-RLHF
 
 

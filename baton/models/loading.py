@@ -3,6 +3,7 @@
 from typing import Any, Literal, NamedTuple
 
 from baton.errors import InputError
+from baton.program import cpu_has_bfloat16
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -43,7 +44,7 @@ def place(model: Any, device: Any, dtype: Dtype) -> Any:
         from baton.models import blockwise
 
         blockwise.use(model)
-        if dtype == "auto" and model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if dtype == "auto" and model.dtype == torch.bfloat16 and not cpu_has_bfloat16():
             model.float()
     return model.to(device)
 

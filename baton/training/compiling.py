@@ -24,7 +24,7 @@ log = logging.getLogger("baton")
 
 # Floating-point operations of one process's training from which compiling saves more time than it takes, by the device: the
 # seconds that it takes, times the operations a second without it, over the share of them that it saves.
-PAYS_FROM = {"cpu": 2e14, "cuda": 2e17}
+PAYS_FROM = {"cpu": 2e14, "cuda": 5e16}
 
 
 def compile_where_it_pays(

@@ -10,7 +10,7 @@ from baton.models.logps import token_logps, token_scores
 TOKENS, VOCABULARY, HIDDEN = 7, 11, 5
 ONE_BLOCK, TWO_TOKENS = None, 2 * 4 * VOCABULARY  # bytes of a block in float32
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # where there is a GPU, what is compiled there as well
 
 
 def inputs_of(tokens=TOKENS, targets=None, bias=False, vocabulary=VOCABULARY, device="cpu"):
@@ -66,10 +66,10 @@ def test_scores_and_gradients_are_those_of_a_plain_softmax(softcap, block_bytes)
         assert_scores_and_gradients(inputs, block_bytes, of_entropy, scale=scale, softcap=softcap)
 
 
-@needs_gpu
-def test_what_a_gpu_compiles_gives_the_same_scores_and_gradients():
-    assert_scores_and_gradients(inputs_of(device="cuda"), 2 * TWO_TOKENS, of_entropy=0)
-    inputs = inputs_of(bias=True, targets=4, device="cuda")
+@pytest.mark.parametrize("device", DEVICES)
+def test_scores_and_gradients_of_two_blocks_on_each_device(device):
+    assert_scores_and_gradients(inputs_of(device=device), 2 * TWO_TOKENS, of_entropy=0)
+    inputs = inputs_of(bias=True, targets=4, device=device)
     assert_scores_and_gradients(inputs, 2 * TWO_TOKENS, of_entropy=1, scale=0.5, softcap=3.0)
 
 
@@ -100,7 +100,7 @@ def test_a_block_many_cuts_long_is_scored_like_a_short_one(monkeypatch):
 
 
 @pytest.mark.parametrize("block_bytes", [ONE_BLOCK, TWO_TOKENS])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_autocast_rounds_products_and_sums_up_the_heads_gradient_in_float32(device, block_bytes):
     hidden, weight, _, targets = inputs_of(40, vocabulary=300, device=device)
     with torch.autocast(device, torch.bfloat16):
