@@ -162,7 +162,8 @@ def launch(args: argparse.Namespace, side: str, repeat: int) -> dict[str, float]
     words = ["--data", args.data, "--device", args.device, "--dtype", args.dtype]
     words += ["--tokens_per_batch", str(args.tokens_per_batch)] if args.tokens_per_batch else []
     words += ["--folder", str(args.folder), "--run_side", f"{side}@{repeat}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run([sys.executable, *launcher, __file__, *words], env=environment, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr[-5000:]}")
