@@ -1,5 +1,6 @@
 """Offline vLLM as a stream: requests go in while earlier ones come out; no batch is waited for."""
 
+import gc
 import logging
 import math
 import os
@@ -128,7 +129,9 @@ def start(arguments: Any, already_done: int) -> Sampler:
     """
     settings = _settings(arguments)
     if not _kept or _kept[0].settings != settings:
-        _kept.clear()  # frees the memory first
+        if _kept:  # its memory first
+            _kept.pop().llm.llm_engine.engine_core.shutdown()
+            gc.collect()
         _kept.append(Kept(_new_engine(settings), settings))
     llm = _kept[0].llm
     llm.reset_prefix_cache()
@@ -162,8 +165,9 @@ def _settings(arguments: Any) -> dict[str, Any]:
     }
     chosen = {name: getattr(arguments, name) for name in ("max_num_seqs", "max_num_batched_tokens", "speculative_config")}
     settings |= {name: value for name, value in chosen.items() if value}
-    # After temperature, top-k and top-p; where they change nothing, the cheaper mode says the same.
-    if arguments.response_logps and changes(arguments.model_dump()):
+    # After temperature, top-k and top-p; where they change nothing, the cheaper mode says the same. Also where nobody asks for
+    # log-probabilities: a round and its evaluation then share an engine.
+    if changes(arguments.model_dump()):
         settings["logprobs_mode"] = "processed_logprobs"
     return settings
 

@@ -93,7 +93,7 @@ def servers_for(arguments: Arguments) -> Wanted:
     settings = {name: getattr(arguments, name) for name in names}
     if arguments.speculative_config:
         settings["speculative_config"] = json.dumps(arguments.speculative_config)
-    if arguments.response_logps and changes(arguments.model_dump()):
+    if changes(arguments.model_dump()):
         settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k and top-p
     return Wanted(arguments.model_name_or_path, count, size if visible else 0, settings)
 

@@ -9,17 +9,21 @@ on where it stopped.
 """
 
 import argparse
+import logging
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from baton import ahead, launch, program
 from baton.arguments import read_yaml
-from baton.errors import InputError
+from baton.errors import InputError, UnitFailed
 from baton.launch import chain, gpus, plan
 from baton.launch.unit import Unit
 from baton.launch.words import new_parser, parse_known, positive
 from generation import merge_data
+
+log = logging.getLogger("baton")
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -30,6 +34,7 @@ class Sampling:
 
     shards: list[Unit]
     merge: list[str]  # the words of merge_data.py
+    merged: str  # the file that it makes
 
 
 def main() -> None:
@@ -41,10 +46,28 @@ def main() -> None:
         return
     if not all(plan.is_complete(unit.program) for unit in own.shards):
         # What follows in the same process is sampled now too: of the same model, one engine then serves both.
-        following = [each for each in map(sampling_of, chain.following(__file__)) if needs(each) == needs(own)]
-        launch.run_chains(list(zip(own.shards, *(each.shards for each in following), strict=True)))
+        following = following_sets(own)
+        try:
+            launch.run_chains(list(zip(own.shards, *(each.shards for each in following), strict=True)))
+        except UnitFailed as failure:
+            if not all(plan.is_complete(unit.program) for unit in own.shards):
+                raise
+            log.warning("what follows is tried again in its own turn: %s", failure)
     with ahead.command_line(own.merge):
         merge_data.main()
+
+
+def following_sets(own: Sampling) -> list[Sampling]:
+    """What follows at once in this process and can be sampled with this: on as many GPUs, from prompts that are there now."""
+    found, outputs = [], {Path(own.merged).resolve()}
+    for words in chain.following(__file__):
+        named = {Path(part).resolve() for word in words for part in re.split("[,=]", word)}
+        following = sampling_of(words)
+        if needs(following) != needs(own) or named & outputs or any(word.startswith("--overwrite") for word in words):
+            break
+        found.append(following)
+        outputs.add(Path(following.merged).resolve())
+    return found
 
 
 def needs(sampling: Sampling) -> list[int]:
@@ -75,7 +98,7 @@ def sampling_of(words: list[str]) -> Sampling:
     ]
     merge = ["--base_path", output, "--output_dir", f"{output}.jsonl", "--num_datasets", str(shards)]
     merge += ["--overwrite", arguments.overwrite] if arguments.overwrite else []
-    return Sampling(units, [str(FOLDER / "merge_data.py"), *merge])
+    return Sampling(units, [str(FOLDER / "merge_data.py"), *merge], f"{output}.jsonl")
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -164,8 +164,11 @@ run_round() {
   local last=data_with_logps.jsonl
   [[ -z $GOLD_SCORER ]] || last=data_with_gold.jsonl
   [[ -z $planning ]] || return 0
+  if [[ -n $HELDOUT_PROMPTS ]]; then  # first: what is evaluated can then be read while the round trains
+    mkdir -p "$run_dir/heldout/round$1"
+    ln -sfn "$last" "$run_dir/heldout/round$1/evaluated.jsonl"
+  fi
   run_stages || exit
-  [[ -z $HELDOUT_PROMPTS ]] || ln -sfn "$last" "$run_dir/heldout/round$1/evaluated.jsonl"
 }
 
 # All rounds, one stage after another; `policy` is then the last round's. What samples follows each other, and what scores:

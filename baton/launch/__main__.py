@@ -23,7 +23,7 @@ from pathlib import Path
 
 from baton import ahead, launch, program
 from baton.errors import InputError
-from baton.launch import chain, gpus, plan, recipe
+from baton.launch import gpus, plan, recipe
 from baton.launch.unit import ENVIRONMENTS, Unit, chains
 from baton.launch.words import positive
 
@@ -41,8 +41,6 @@ def main() -> None:
     commands.add_parser("chain", help="run several programs to their end, one after another")
     planned = commands.add_parser("plan", help="say what programs would do, and what is wrong with them")
     planned.add_argument("--show", action="store_true", help="print what each would do, and its command line")
-    stages = commands.add_parser("stages", help="what `chain` starts: run programs in this process")
-    stages.add_argument("words", nargs=argparse.REMAINDER)
     add_run(commands.add_parser("run", help="run a program to its end", allow_abbrev=False))
     arguments = parser.parse_args()
 
@@ -54,8 +52,6 @@ def main() -> None:
         recipe.check(arguments.name, words, arguments.known, arguments.new)
     elif arguments.command == "plan":
         show_plan(list(units_on_stdin()), arguments.show)
-    elif arguments.command == "stages":
-        chain.run(arguments.words)
     elif arguments.command == "chain":
         launch.run_in_turn(chains(units_on_stdin()))
     else:
@@ -117,10 +113,6 @@ def show_plan(units: list[Unit], show: bool) -> None:
         raise InputError(problems)
 
 
-if __name__ == "__mp_main__":  # an engine process of a stage, started by spawn
-    program.die_with_parent()
-
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["stages"]:  # whose logs are those of the programs
-        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     program.run(main)

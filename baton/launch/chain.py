@@ -1,6 +1,6 @@
 """Several programs in one process, one after another, so that libraries are imported and models loaded once.
 
-    python -m baton.launch stages LOG COUNT PROGRAM [ARGUMENT ...] LOG COUNT PROGRAM [ARGUMENT ...] ...
+    python -m baton.launch.stages LOG COUNT PROGRAM [ARGUMENT ...] LOG COUNT PROGRAM [ARGUMENT ...] ...
 
 For each program: its log (an empty word: none), the number of its words, the words. The launcher starts this (`unit.chained`).
 Every stage has its own arguments, environment variables and log. The chain ends at the first that fails, with its exit code,
@@ -9,6 +9,7 @@ to wait for its turn, it imports the libraries that its programs name in IMPORTS
 """
 
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -38,7 +39,10 @@ def run(words: Sequence[str]) -> None:
     if not (folder / GO).exists():
         _import_libraries([program_words for _, program_words in stages])
         (folder / READY).touch()
-    _wait_until((folder / GO).exists)
+    try:
+        _wait_until((folder / GO).exists)
+    except KeyboardInterrupt:  # a stage before these has failed: there is nothing to say of those that never began
+        sys.exit(130)
     for number, (place, program_words) in enumerate(stages):
         # The first process alone writes what the next program reads.
         _wait_until(lambda number=number: program.rank() == 0 or _count(folder / DONE) >= number)
@@ -47,6 +51,7 @@ def run(words: Sequence[str]) -> None:
             _write_to(Path(place))
         with _own_variables():
             code = _run_stage(program_words)
+        _free_memory()
         if program.rank() == 0:
             with (folder / DONE).open("a", encoding="ascii") as file:
                 file.write(f"{code}\n")
@@ -78,6 +83,14 @@ def _run_stage(words: list[str]) -> int:
         log.error("%s", failure)
         return failure.exit_code
     return 0
+
+
+def _free_memory() -> None:
+    """Give back what a stage has left: models refer to themselves, and the GPU's memory is needed by the next one."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _stages(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

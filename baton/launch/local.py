@@ -87,15 +87,16 @@ def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
     started: list[Running] = []
     with tempfile.TemporaryDirectory(prefix="baton-") as name:
 
-        def start_next() -> None:
-            chain, folder = chains[len(started)], Path(name, str(len(started)))
-            folder.mkdir()
-            started.append(_start(unit.chained(chain, folder), chain, slots(chain)[0], folder))
+        def begin(chain: Sequence[Unit]) -> Running:
+            folder = Path(tempfile.mkdtemp(dir=name))
+            return _start(unit.chained(chain, folder), chain, slots(chain)[0], folder)
 
         try:
             for index in range(len(chains)):
                 if index == len(started):
-                    start_next()
+                    started.append(begin(chains[index]))
+                elif started[index].process.poll() is not None:  # it died while it waited, for the machine's memory, say
+                    started[index] = begin(chains[index])
                 entry = started[index]
                 entry.began = time.monotonic()
                 _say_start(entry.unit, entry.slot)
@@ -103,7 +104,7 @@ def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
                 while entry.process.poll() is None:
                     _report_done(entry)
                     if len(started) < len(chains) and (started[-1] is entry or (started[-1].folder / READY).exists()):
-                        start_next()
+                        started.append(begin(chains[len(started)]))
                     time.sleep(processes.POLL_SECONDS)
                 _report_done(entry)
                 for message, code in _report(entry):

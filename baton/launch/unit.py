@@ -54,7 +54,7 @@ def chained(units: Sequence[Unit], folder: Path) -> Unit:
     first, words = units[0], []
     for unit in units:
         words += [str(unit.log or ""), str(len(unit.program)), *unit.program]
-    program_words = ("-m", "baton.launch", "stages", *words)
+    program_words = ("-m", "baton.launch.stages", *words)
     return replace(first, program=program_words, variables={**first.variables, program.CHAIN: str(folder)})
 
 
