@@ -64,7 +64,7 @@ stage() {
 # Runs the stages in turn, those that follow each other in one environment in one process; returns the exit code of the first
 # that fails, after the end of its log. What was started ends with the script, even if that is killed.
 run_stages() {
-  local words=("${stages[@]}")
+  local added=("${stages[@]}")
   stages=()
-  ((${#words[@]} == 0)) || BATON_PARENT=$$ in_env training python -m baton.launch chain < <(printf '%s\0' "${words[@]}")
+  ((${#added[@]} == 0)) || BATON_PARENT=$$ in_env training python -m baton.launch chain < <(printf '%s\0' "${added[@]}")
 }

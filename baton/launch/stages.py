@@ -1,6 +1,7 @@
 """What runs a chain of programs in this process (chain.py): `python -m baton.launch.stages WORDS`, which the launcher starts.
 
-A file of its own: in a process that a stage spawns, such as an engine's, Python reads the main file again, but no `__main__.py`.
+A file of its own: in a process that a stage spawns, such as an engine's, Python reads the main file again, if it is no
+`__main__.py`.
 """
 
 import sys
