@@ -21,7 +21,8 @@ class CustomModel:
         from transformers import AutoModelForSequenceClassification
 
         self.tokenizer = load_tokenizer(path, settings.chat_template)
-        self.model = loading.load(AutoModelForSequenceClassification, path, settings.dtype, trust_remote_code=True).to(device)
+        model = loading.load(AutoModelForSequenceClassification, path, settings.dtype, trust_remote_code=True)
+        self.model = loading.moved(model, device, settings.dtype)
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
 

@@ -58,7 +58,7 @@ class Arguments(StageArguments):
         None, "tokens of a conversation; longer ones lose their beginning (default: the model's limit)", ge=8
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "of the model; auto: the checkpoint's, float32 on a CPU without bfloat16"
+        "auto", "of the model; auto: the checkpoint's, but float32 on a CPU without bfloat16 (in a vllm: scorer vLLM's choice)"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where models run", changes_result=False)
     tokens_per_batch: int | None = option(
