@@ -43,7 +43,7 @@ def place(model: Any, device: Any, dtype: Dtype) -> Any:
 
 
 def moved(model: Any, device: Any, dtype: Dtype) -> Any:
-    """A model on its device. Where dtype is `auto`, a CPU without instructions for bfloat16 computes in float32: much faster."""
+    """A model on its device. With dtype `auto` a CPU without instructions for bfloat16 computes in float32: it is faster."""
     import torch
 
     if device.type == "cpu" and dtype == "auto" and model.dtype == torch.bfloat16 and not cpu_has_bfloat16():

@@ -205,6 +205,48 @@ def test_kill_9_of_a_chain_counts_as_the_stage_that_ran(tmp_path):
     assert done.returncode == 137 and "own: failed with exit code 137" in done.stderr, done.stderr
 
 
+KILLS_WHO_WAITS = """
+    import os, signal, time
+    from pathlib import Path
+
+    def parent(pid):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    own = os.getppid()
+    launcher, others = parent(own), []
+    while not others:
+        time.sleep(0.05)
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if path.exists()]
+        others = [pid for pid in pids if parent(pid) == launcher and pid != own]
+    os.kill(others[0], signal.SIGKILL)
+"""
+
+
+def test_a_process_that_dies_while_it_waits_for_its_turn_is_started_anew(tmp_path):
+    (tmp_path / "first.jsonl").write_text('{"prompt": "The film", "responses": ["is good"]}\n')
+    name, words = gold(tmp_path, "second", "first")
+    kills = program(tmp_path, KILLS_WHO_WAITS)
+    done = stages(tmp_path, ("kills", [kills]), (name, ["--group", "later", *words]))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "second.jsonl").exists()
+
+
+def test_a_process_that_a_chained_stage_spawns_dies_with_it(tmp_path):
+    """As far as Python's way to start it goes: it reads the main file, which says so."""
+    spawned = program(
+        tmp_path,
+        """
+        import ctypes, multiprocessing.spawn
+        multiprocessing.spawn._fixup_main_from_name("baton.launch.stages")
+        signal = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(signal))  # PR_GET_PDEATHSIG
+        print(signal.value)
+        """,
+    )
+    done = subprocess.run([sys.executable, spawned], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.stdout.split() == [b"9"], done.stderr
+
+
 def test_a_unit_killed_by_a_signal_counts_as_a_shell_counts(tmp_path):
     done = run(*on_training("unit", program(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")))
     assert done.returncode == 137
