@@ -36,7 +36,7 @@ from baton.training.arguments import Compile, compile_option, metrics_file, pars
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again, write_pairs
-from dpo_iteration.losses import check_loss_types, over_a_batch, split_that_decides
+from dpo_iteration.losses import check_loss_types, split_that_decides
 from dpo_iteration.online_rlhf import own_names
 from dpo_iteration.rows import log_rows, rows_of_pairs
 
@@ -247,14 +247,16 @@ def make_trainer(
 
     from baton.training.memory import check_memory, estimate, estimate_reference, largest_batch, outline, sharding_of
     from baton.training.reference import dataset_reference_logps, load
-    from dpo_iteration.trainer import REMEDY, PackedDPOTrainer
+    from dpo_iteration.checks import check_pairs
+    from dpo_iteration.trainer import REMEDY, PackedDPOTrainer, needs_whole_batches, pads
 
     packed = arguments.forward == "packed"
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
     # With an adapter, TRL's own forward pass gets the reference by switching the adapter off.
     in_memory = not packed and not (adapter and reference == arguments.model_name_or_path)
     outlined, in_4_bit = outline(arguments.model_name_or_path, adapter), quantization is not None
-    by_rows = packed and not over_a_batch(config.loss_type, config.use_weighting)
+    by_rows = packed and not pads(outlined) and not needs_whole_batches(outlined, config)
+    check_pairs(len(dataset), config, by_rows)
     tokens = largest_batch(dataset, config, packed, arguments.tokens_per_row if by_rows else None)
     needs = estimate(outlined, config, sharding_of(config), tokens, in_4_bit=in_4_bit, reference=in_memory)
     first = estimate_reference(outlined, config, sharding_of(config), in_4_bit=in_4_bit) if packed else None
@@ -314,7 +316,6 @@ def main() -> None:
 
     from baton.training.checkpoints import SCRATCH, history_of_export, stop_at_end_of_turn, train
     from baton.training.config import log_training
-    from dpo_iteration.checks import check_pairs
 
     chosen = Account()
     if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
@@ -326,8 +327,6 @@ def main() -> None:
     if program.rank() == 0:
         log_rows(dataset, tokenizer, account.drops, account.counted)
         check_margins(account.counted[NO_MARGIN] + held_out_account.counted[NO_MARGIN], arguments.margin_scale)
-    dealt = arguments.forward == "packed" and not over_a_batch(config.loss_type, config.use_weighting)
-    check_pairs(len(dataset), config, dealt)
     place_reports(settings, metrics_path)
     model, reference = models_of(arguments)
     with loading(model, reference):

@@ -115,6 +115,8 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         if packed:
             lengths = self._lengths()
             costs = tree_costs(*lengths, model_size(self.model))
+            if self._token_counts is None and compile_layers == "on":
+                raise InputError("`compile`: on, but this model's batches are padded, which is not compiled; leave it out")
             if self._token_counts is not None:
                 flops = self._line.passes * 2 * weights[0] * self._per_process(costs.sum() / 1000)
                 in_4_bit = kwargs.get("quantization_config") is not None
@@ -156,7 +158,9 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
 
     def _divide_steps(self, costs: np.ndarray, prompts: np.ndarray, responses: np.ndarray) -> None:
         """Have each optimizer step's pairs dealt to processes and rows by what they cost, where the loss is a sum over rows."""
-        reason = self._needs_whole_batches()
+        if self._token_counts is None:
+            return  # padded, whose memory the size of a process's batch bounds
+        reason = needs_whole_batches(self.model, self.args)
         if reason:
             logger.warning("%s, so each process computes its whole batch in one pass, whatever `tokens_per_row`", reason)
             return
@@ -165,15 +169,6 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
             "pairs": np.ones(len(costs)), "chosen_tokens": chosen, "rejected_tokens": rejected, "tokens": chosen + rejected,
         }  # fmt: skip
         self.train_row_by_row(costs, tree_tokens(prompts, responses), amounts, self._tokens_per_row)
-
-    def _needs_whole_batches(self) -> str | None:
-        """Why a process's batch cannot be computed row by row, or None where it can."""
-        if names := over_a_batch(self.loss_types, self.use_weighting):
-            return f"loss_type {', '.join(names)} compares the pairs of a batch"
-        if self.aux_loss_enabled:
-            return "the router's loss is one over a batch"
-        optimizer = self.args.optim.value
-        return f"optim {optimizer} steps in the backward pass" if "lomo" in optimizer or "layerwise" in optimizer else None
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if set(dataset.column_names or ()) >= TOKEN_COLUMNS:
@@ -269,11 +264,35 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
 
     def _tokens_of(self, inputs) -> tuple[int, int]:
         """Tokens of a batch that had to be computed, and that were."""
-        if self._token_counts is not None:
+        if self._token_counts is not None and not self.aux_loss_enabled:
             return self._token_counts.needed, self._token_counts.computed
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         sequences = sequences_of(inputs["input_ids"], inputs["attention_mask"], labels)
         return distinct_tokens(sequences), inputs["input_ids"].numel()
+
+
+def needs_whole_batches(model: torch.nn.Module, config: DPOConfig) -> str | None:
+    """Why a process's batch of packed trees cannot be computed row by row, or None where it can."""
+    if names := over_a_batch(config.loss_type, config.use_weighting):
+        return f"loss_type {', '.join(names)} compares the pairs of a batch"
+    if balances_router(model, config):
+        return "the router's loss is one over a batch"
+    optimizer = config.optim.value
+    return f"optim {optimizer} steps in the backward pass" if "lomo" in optimizer or "layerwise" in optimizer else None
+
+
+def balances_router(model: torch.nn.Module, config: DPOConfig) -> bool:
+    """Whether TRL adds the router's loss of a mixture of experts, and so runs the model's own forward pass."""
+    text = model.config.get_text_config()
+    coefficient = config.router_aux_loss_coef
+    own = getattr(text, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
+    return hasattr(text, "output_router_logits") and own != 0.0
+
+
+def pads(model: torch.nn.Module) -> bool:
+    """Whether a model's batches are padded though `packed` is asked for."""
+    policy = model.get_base_model() if is_peft_model(model) else model
+    return _has_virtual_tokens(model) or obstacle(policy) is not None
 
 
 def _has_virtual_tokens(model) -> bool:

@@ -72,7 +72,7 @@ def shared_prefix_attention(
     if layout is None:
         raise ValueError(f"the {NAME!r} attention needs the layout of a packed row; use model.forward(fused_lm_head=True)")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if takes_sequences(value, dropout, softcap):
+    if takes_sequences(query, value, dropout, softcap):
         output = by_sequences(query, key, value, layout, scaling, sliding_window)
     elif query.is_cuda and not dropout:  # FlexAttention has no dropout
         output = by_blocks(query, key, value, layout, scaling, sliding_window, softcap)
@@ -132,11 +132,12 @@ def _unseen(queries: int, keys: int, window: int | None, device: torch.device) -
     return distance < 0 if window is None else (distance < 0) | (distance >= window)
 
 
-def takes_sequences(value: Tensor, dropout: float, softcap: float | None) -> bool:
+def takes_sequences(query: Tensor, value: Tensor, dropout: float, softcap: float | None) -> bool:
     """Whether FlashAttention computes this: in half precision, without soft cap, on a GPU from compute capability 8.0 on."""
     return (
         value.is_cuda
         and value.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1]
         and value.shape[-1] % 8 == 0
         and value.shape[-1] <= MOST_FLASH_HEAD_DIM
         and not dropout

@@ -58,8 +58,9 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
     Args:
         model: the causal language model itself (inside PEFT's or DDP's wrapper, before FSDP or ZeRO shard
             it).
-        tokens_per_row: most tokens of a row; rows run one after another. None, and where the data is divided among
-            several processes: one row, since sharded models need the same number of forward passes in each.
+        tokens_per_row: most tokens of a row; rows run one after another. None: one row. So it is in training, where several
+            would be kept for the backward pass all the same, and where the data is divided among several processes, since
+            sharded models need the same number of forward passes in each.
     Returns:
         counts that each packed forward pass sets anew.
     Raises:
@@ -74,7 +75,7 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
     def forward(self, *args, fused_lm_head=False, **kwargs):
         if fused_lm_head and not kwargs.get("output_router_logits"):
             sequences = sequences_of(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
-            rows, places = pack(sequences, None if data_parallel().size > 1 else tokens_per_row)
+            rows, places = pack(sequences, None if self.training or data_parallel().size > 1 else tokens_per_row)
             counts.needed = distinct_tokens(sequences)
             counts.computed = sum(row.layout.length + _padding(row, self.device) for row in rows)
             return _unpack(kwargs["labels"], *_score_rows(self, rows, places))
@@ -113,6 +114,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"it has layers other than full and sliding-window attention: {', '.join(sorted(others))}"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked"
+    if getattr(config, "kv_lora_rank", None):
+        return "its attention is latent (MLA): values are narrower than queries"
     if any("sinks" in name for name, _ in model.named_parameters()):
         return "it has attention sinks"
     if any(getattr(config, name, None) is not None for name in ("output_multiplier", "lm_head_multiplier")):

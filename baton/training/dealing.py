@@ -29,8 +29,9 @@ def model_size(model: nn.Module) -> ModelSize:
     """The size of a causal language model, or of one with an adapter."""
     model = model.get_base_model() if is_peft_model(model) else model
     config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return ModelSize(*weights_of(model), config.num_hidden_layers * config.num_attention_heads * width)
+    heads = getattr(config, "num_attention_heads", 0)  # none where layers are no attention
+    width = heads and (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return ModelSize(*weights_of(model), config.num_hidden_layers * heads * width)
 
 
 def tree_tokens(prompts: np.ndarray, responses: np.ndarray) -> np.ndarray:

@@ -327,7 +327,7 @@ def _assemble(batches: Sequence[list[int]], parts: Path, digests: np.ndarray, pa
         start += len(rows)
     kept.sort(order="pair")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_suffix(".writing")
+    writing = path.with_suffix(f".{os.getpid()}.writing")
     with open(writing, "wb") as file:
         np.save(file, kept, allow_pickle=False)
     os.replace(writing, path)

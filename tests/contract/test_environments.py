@@ -82,9 +82,17 @@ def test_a_folder_without_locks_is_said_with_its_path_and_what_to_do(tmp_path):
     assert "choose a --prefix on a file system that has locks" in done.stderr
 
 
+# Writes down what `baton.launch chain` would run: of each unit on stdin the GPUs and the words.
+RECORDER = """
+import os, sys
+words = iter(sys.stdin.read().split("\\0")[:-1])
+with open(os.environ["RECORD"], "a") as file:
+    for count in words:
+        print(os.environ["CUDA_VISIBLE_DEVICES"], " ".join(next(words) for _ in range(int(count))), sep="|", file=file)
+"""
 RECORDS = """
 case "$1 $2 $3" in
-  "-m baton.launch run") shift 3; echo "$CUDA_VISIBLE_DEVICES|$*" >>"$RECORD" ;;
+  "-m baton.launch chain") exec "$REAL" -c "$RECORDER" ;;
   "-m baton.launch plan") cat >/dev/null ;;
   report/*) ;;
   "-m baton.launch "* | "-c import sys; from baton.program "*) exec "$REAL" "$@" ;;
@@ -98,7 +106,7 @@ ON_CPU = "bfloat16" if cpu_has_bfloat16() else "float32"
 def quickstart(folder: Path, device: str, machine: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """What `quickstart.sh` started, each stage as `GPUS|WORDS`: nothing runs."""
     path = on_path(folder / "commands", **ANSWERS[machine], records=RECORDS)
-    variables |= {"PATH": path, "RECORD": str(folder / "record"), "REAL": sys.executable}
+    variables |= {"PATH": path, "RECORD": str(folder / "record"), "RECORDER": RECORDER, "REAL": sys.executable}
     envs = made_for(device, folder / "envs", python=folder / "commands/records")
     words = ["bash", "scripts/quickstart.sh", "--run_dir", folder / "run"]
     done = run(*words, BATON_ENVS=str(envs), **({"CUDA_VISIBLE_DEVICES": ""} | variables))

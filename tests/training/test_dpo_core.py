@@ -18,7 +18,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV3Config,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 from trl import DPOConfig
 
 from baton.errors import InputError
@@ -29,7 +36,7 @@ from baton.partial import PartialRecords
 from baton.training.reference import _assemble, kept_reference_logps, reference_logps
 from dpo_iteration.losses import LOSS_TYPES
 from dpo_iteration.trainer import PackedDPOTrainer
-from tests.models.tiny_models import VOCABULARY, model_of, one_thread, pairs_of, random_pairs
+from tests.models.tiny_models import SHAPE, VOCABULARY, model_of, one_thread, pairs_of, random_pairs
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -279,13 +286,39 @@ def test_a_training_stops_at_a_first_batch_whose_packed_numbers_are_not_the_mode
     train()  # on a CPU, where the packed attention is tested, nothing is compared
 
 
-def test_an_architecture_that_cannot_be_packed_is_padded_and_says_so(tokenizer, tmp_path, caplog):
-    rows = random_pairs(4)
+LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+NOT_PACKED = {
+    "bloom": (BloomConfig(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0), "its attention does not go through"),
+    "mamba": (MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4), "its attention does not go through"),
+    "deepseek": (DeepseekV3Config(**SHAPE | LATENT, first_k_dense_replace=3), "its attention is latent"),
+}
+
+
+@pytest.mark.parametrize("family", NOT_PACKED)
+def test_an_architecture_that_cannot_be_packed_is_padded_and_says_so(family, tokenizer, tmp_path, caplog):
+    config, why = NOT_PACKED[family]
+    config.vocab_size, rows = VOCABULARY, random_pairs(4)
+    settings = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    model = AutoModelForCausalLM.from_config(config)
     with caplog.at_level(logging.WARNING, logger="dpo_iteration.trainer"):
-        trainer = trainer_of(bloom(), rows, tokenizer, tmp_path, max_steps=1, logging_steps=1)
-    assert caplog.text.count("BloomForCausalLM: its attention does not go through") == 1
+        trainer = trainer_of(model, rows, tokenizer, tmp_path, **settings)
+    assert caplog.text.count(f"{type(model).__name__}: {why}") == 1
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[0] == 4  # two pairs at a time: TRL's own steps
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_a_mixture_of_experts_that_balances_its_router_trains_in_whole_batches(tokenizer, tmp_path, caplog):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SHAPE, **experts))
+    with caplog.at_level(logging.WARNING, logger="dpo_iteration.trainer"):
+        trainer = trainer_of(model, random_pairs(4), tokenizer, tmp_path, max_steps=1, logging_steps=1)
+    assert "the router's loss is one over a batch" in caplog.text
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["useful_tokens"] < 1 and trainer.state.log_history[0]["aux_loss"] > 0
 
 
 # The reference
