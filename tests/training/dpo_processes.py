@@ -24,7 +24,7 @@ from trl import DPOConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from baton import program
+from baton.errors import InputError
 from baton.models import attention
 from baton.models.agreement import check_batch
 from baton.models.forward import share_prefixes
@@ -104,9 +104,9 @@ def agreement(folder: Path, model, rows: list[dict]) -> None:
         by_trees = attention.by_trees
         attention.by_trees = lambda *a: by_trees(*a[:3], Layout([(a[3].length, [])]), *a[4:])
     try:
-        program.run(check)
-    except SystemExit as ended:
-        (folder / f"code-{rank}").write_text(str(ended.code))
+        check()
+    except InputError as error:
+        (folder / f"code-{rank}").write_text(str(error.exit_code))
     torch.distributed.destroy_process_group()
 
 

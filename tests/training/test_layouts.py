@@ -65,7 +65,7 @@ def test_a_program_trains_and_saves_the_same_in_every_layout(program, task, tmp_
         assert losses[layout] == pytest.approx(losses["one process"], abs=1e-5), layout
         saved = load_file(tmp_path / layout / "out/model.safetensors")
         assert saved.keys() == whole.keys(), layout
-        assert max((saved[name] - whole[name]).abs().max() for name in whole) < 1e-4, layout
+        assert max((saved[name] - whole[name]).abs().max() for name in whole) < 3e-4, layout
     if program != "reward_model/run_rm.py":
         pairs = [([5, 6, 7], [8, 9, 10], [11, 12])]
         one, *others = (AutoModelForCausalLM.from_pretrained(tmp_path / layout / "out") for layout in layouts)
@@ -74,7 +74,7 @@ def test_a_program_trains_and_saves_the_same_in_every_layout(program, task, tmp_
 
 
 def test_a_reference_in_memory_is_sharded_too(task, tmp_path):
-    words = ["--forward", "trl", "--ref_model", task / "base"]
+    words = ["--forward", "trl", "--ref_model", task / "base", "--max_training_samples", STEPS * BATCH]  # no short step
     whole, sharded = (
         trained("dpo_iteration/run_dpo.py", layout, task, tmp_path / layout, *words) for layout in ("one process", "ZeRO-3")
     )

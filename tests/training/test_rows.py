@@ -5,6 +5,7 @@ import json
 import tracemalloc
 from collections import Counter
 
+import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
 from hypothesis import given
@@ -199,9 +200,12 @@ def test_pairs_of_a_data_set_are_read_as_they_are_asked_for(tmp_path):
     pairs = DatasetPairs(load_from_disk(str(tmp_path / "rows")))
     assert len(pairs) == 7 and [pairs[i] for i in range(7)] == plain
     assert [tuple(part.tolist() for part in pair) for pair in pairs] == plain
-    assert reference._digest(pairs, ["key"]) == reference._digest(plain, ["key"]) != reference._digest(plain[1:], ["key"])
-    batches = list(reference._batches(pairs, 9))
-    assert batches == list(reference._batches(plain, 9)) and sorted(i for batch in batches for i in batch) == list(range(7))
+    outlines = [reference._outline(each) for each in (pairs, plain)]
+    for ours, theirs in zip(*outlines, strict=True):
+        assert ours.tolist() == theirs.tolist()
+    assert len(set(outlines[0].pair.tolist())) == 7
+    batches = list(reference._batches(outlines[0], 9, np.arange(7)))
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
 
 
 def test_reference_memory_grows_by_a_few_bytes_a_pair_whatever_the_pairs_hold(tmp_path):
@@ -213,8 +217,7 @@ def test_reference_memory_grows_by_a_few_bytes_a_pair_whatever_the_pairs_hold(tm
         )
         pairs = DatasetPairs(load_from_disk(str(tmp_path / f"rows{count}")))
         tracemalloc.start()
-        reference._digest(pairs, [])
-        assert sum(map(len, reference._batches(pairs, 4096))) == count
+        assert sum(map(len, reference._batches(reference._outline(pairs), 4096, np.arange(count)))) == count
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert (peaks[2_000] - peaks[500]) / 1_500 < 200  # bytes a pair; a pair holds 600 ids

@@ -211,11 +211,11 @@ def test_kl_lengths_and_useful_tokens_are_what_they_say(tokenizer, tmp_path):
         assert first["tokens_per_second"] > 0 and "mfu" not in first
 
 
-def test_a_prompt_laid_down_twice_is_not_useful_twice(tokenizer, tmp_path):
+def test_a_pair_longer_than_a_row_is_computed_whole_with_its_prompt_once(tokenizer, tmp_path):
     row = {"prompt_ids": [5] * 20, "chosen_ids": [6] * 11, "rejected_ids": [7] * 11, "margin": 1.0}
     rows = with_reference([row, row], model_of("llama"))
     first = train(tokenizer, tmp_path, rows, per_device_train_batch_size=2, tokens_per_row=30).state.log_history[0]
-    assert first["useful_tokens"] == pytest.approx((20 + 10 + 10) / (20 + 10 + 20 + 10))
+    assert first["useful_tokens"] == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2"])
