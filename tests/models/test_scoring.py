@@ -75,7 +75,7 @@ def test_where_the_first_rows_states_are_not_the_models_own_sequences_are_padded
 
 def test_what_a_cpu_computes_slowly_it_computes_in_float32_unless_told_otherwise(monkeypatch):
     for native, dtype, computed in ((False, "auto", "float32"), (True, "auto", "bfloat16"), (False, "bfloat16", "bfloat16")):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda native=native: native)
         model = loading.place(model_of("llama").bfloat16(), torch.device("cpu"), dtype)
         assert str(model.dtype) == f"torch.{computed}"
 
