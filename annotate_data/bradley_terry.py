@@ -26,6 +26,7 @@ class BradleyTerry:
         self.model = loading.place(model, device, settings.dtype)
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
+        self.tokens_per_row = settings.tokens_per_batch or loading.TOKENS_PER_ROW[device.type]
         self.least_filled = loading.LEAST_FILLED[device.type]
         self.packing = Packing(self.model, known=hasattr(self.model, "score"))
 
@@ -44,8 +45,8 @@ class BradleyTerry:
         What all sequences of a group begin with is computed once, where the model takes packed rows.
         """
         trees = [tree for group in groups for tree in with_prompts([read_part(self.model, ids) for ids in group])]
-        if self.packing.agreed(trees, self.tokens_per_batch):
-            yield from packed_rewards(self.model, trees, self.tokens_per_batch)
+        if self.packing.agreed(trees, self.tokens_per_row):
+            yield from packed_rewards(self.model, trees, self.tokens_per_row)
             return
         sequences = [ids for group in groups for ids in group]
         for batch in batches([len(ids) for ids in sequences], self.tokens_per_batch, self.least_filled):

@@ -35,7 +35,7 @@ class CausalLM:
         self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device, settings.dtype)
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-        self.tokens_per_row = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
+        self.tokens_per_row = settings.tokens_per_batch or loading.TOKENS_PER_ROW[device.type]
         self.least_filled = loading.LEAST_FILLED[device.type]
         self.packing = Packing(self.model)
 

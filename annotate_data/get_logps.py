@@ -45,7 +45,7 @@ class Arguments(StageArguments):
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to run", changes_result=False)
     tokens_per_batch: int | None = option(
         None,
-        "tokens in a batch (default: 65536 on a GPU, 8192 there where sequences are padded, 2048 on CPU)",
+        "tokens in a batch (default: 65536 on a GPU, 8192 on CPU; where sequences are padded 8192 and 2048)",
         ge=1,
         changes_result=False,
     )

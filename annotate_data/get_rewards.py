@@ -62,7 +62,10 @@ class Arguments(StageArguments):
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where models run", changes_result=False)
     tokens_per_batch: int | None = option(
-        None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1, changes_result=False
+        None,
+        "tokens in a batch (default: 65536 on a GPU, 8192 on CPU, 2048 where sequences are padded)",
+        ge=1,
+        changes_result=False,
     )
     trust_remote_code: bool = option(False, "let scorers of kind custom run the code in the model's folder")
     workers: int | None = option(

@@ -42,7 +42,7 @@ class Arguments(StageArguments):
         "auto", "of the model; auto: the checkpoint's, float32 on a CPU without bfloat16"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the model runs")
-    tokens_per_batch: int | None = option(None, "tokens in a batch (default: 65536 on a GPU, 2048 on CPU)", ge=1)
+    tokens_per_batch: int | None = option(None, "tokens in a batch (default: 65536 on a GPU, 8192 on CPU)", ge=1)
 
 
 def main() -> None:

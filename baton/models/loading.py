@@ -9,6 +9,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Tokens in a batch, padding included. A CPU is busy with a single sequence; more would only leave its caches.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+# Tokens in a packed row. Smaller rows would divide the responses of a long prompt among them, and compute it in each.
+TOKENS_PER_ROW = {"cpu": 8192, "cuda": 65536}
 # The shortest sequence of a batch, as a share of its longest: what padding may cost at most.
 LEAST_FILLED = {"cpu": 0.98, "cuda": 0.8}
 
