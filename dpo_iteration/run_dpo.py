@@ -248,14 +248,14 @@ def make_trainer(
     from baton.training.memory import check_memory, estimate, estimate_reference, largest_batch, outline, sharding_of
     from baton.training.reference import dataset_reference_logps, load
     from dpo_iteration.checks import check_pairs
-    from dpo_iteration.trainer import REMEDY, PackedDPOTrainer, needs_whole_batches, pads
+    from dpo_iteration.trainer import REMEDY, PackedDPOTrainer, needs_whole_batches, why_padded
 
     packed = arguments.forward == "packed"
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
     # With an adapter, TRL's own forward pass gets the reference by switching the adapter off.
     in_memory = not packed and not (adapter and reference == arguments.model_name_or_path)
     outlined, in_4_bit = outline(arguments.model_name_or_path, adapter), quantization is not None
-    by_rows = packed and not pads(outlined) and not needs_whole_batches(outlined, config)
+    by_rows = packed and not why_padded(outlined) and not needs_whole_batches(outlined, config)
     check_pairs(len(dataset), config, by_rows)
     tokens = largest_batch(dataset, config, packed, arguments.tokens_per_row if by_rows else None)
     needs = estimate(outlined, config, sharding_of(config), tokens, in_4_bit=in_4_bit, reference=in_memory)

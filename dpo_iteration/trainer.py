@@ -133,7 +133,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
             return
         self._forward_replaced = True
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        reason = "its prompt tuning adds virtual tokens" if _has_virtual_tokens(self.model) else obstacle(policy)
+        reason = why_padded(self.model)
         if reason:
             logger.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
             return
@@ -289,10 +289,11 @@ def balances_router(model: torch.nn.Module, config: DPOConfig) -> bool:
     return hasattr(text, "output_router_logits") and own != 0.0
 
 
-def pads(model: torch.nn.Module) -> bool:
-    """Whether a model's batches are padded though `packed` is asked for."""
-    policy = model.get_base_model() if is_peft_model(model) else model
-    return _has_virtual_tokens(model) or obstacle(policy) is not None
+def why_padded(model: torch.nn.Module) -> str | None:
+    """Why a policy, or its adapter's wrapper, cannot take packed trees, or None where it can."""
+    if _has_virtual_tokens(model):
+        return "its prompt tuning adds virtual tokens"
+    return obstacle(model.get_base_model() if is_peft_model(model) else model)
 
 
 def _has_virtual_tokens(model) -> bool:
