@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 from transformers import AttentionInterface
 
 from baton.errors import InputError
@@ -97,9 +98,9 @@ def test_only_a_training_that_is_long_enough_is_compiled_and_only_where_it_can_b
     zero_3 = Sharding(8, 3, deepspeed=True)
     assert not decided("auto", short, zero_3) and not caplog.text
     assert not decided("auto", long, zero_3)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    assert not decided("auto", long)
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert not decided("auto", long)
+        with pytest.raises(InputError, match="`compile`: on, but there is no C"):
+            decided("on", long)
     for said in ("not compiled: ZeRO-3 gathers a layer's weights", "not compiled: there is no C++ compiler: install g++"):
         assert said in caplog.text
-    with pytest.raises(InputError, match="`compile`: on, but there is no C"):
-        decided("on", long)
