@@ -5,7 +5,8 @@ from typing import Any
 
 from baton.errors import InputError
 from baton.sampling import changes, words
-from baton.servers.pool import Refused, Servers, Transient
+from baton.servers.answers import choices, sampled_logps
+from baton.servers.pool import Servers
 from generation.arguments import GenerationArguments
 from generation.sampling import Completion, Task, prompt_seed
 
@@ -39,7 +40,7 @@ async def ask(service: Service, task: Task, arguments: GenerationArguments) -> l
     else:
         path, prompt = "chat/completions", {"messages": task.record["prompt"]}
     answer = await service.servers.post(path, {**prompt, **_sampling(service, task, arguments)})
-    return _completions(answer, arguments.K, arguments.response_logps)
+    return [_completion(choice, arguments.response_logps) for choice in choices(answer, arguments.K)]
 
 
 def _sampling(service: Service, task: Task, arguments: GenerationArguments) -> dict[str, Any]:
@@ -86,27 +87,8 @@ async def check_logps(service: Service, arguments: GenerationArguments) -> None:
             )
 
 
-def _completions(answer: dict[str, Any], count: int, with_logps: bool) -> list[Completion]:
-    """The completions in an answer, in the order of their index. Raises Transient if it is not one of `count`."""
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise Transient("an answer without `choices`")
-    if len(choices) != count:
-        raise Refused(f"{len(choices)} responses instead of {count}: the server may not support `n`")
-    return [_completion(choice, with_logps) for choice in sorted(choices, key=lambda choice: choice.get("index", 0))]
-
-
 def _completion(choice: dict[str, Any], with_logps: bool) -> Completion:
     text = choice["message"].get("content") if "message" in choice else choice.get("text")
     token_ids = choice.get("token_ids") if isinstance(choice.get("token_ids"), list) else None
-    logps = _logps(choice, token_ids) if with_logps else None
+    logps = sampled_logps(choice, token_ids) if with_logps else None
     return Completion(text or "", token_ids, choice.get("finish_reason"), logps)
-
-
-def _logps(choice: dict[str, Any], token_ids: list[int] | None) -> list[float]:
-    """The sampled tokens' log-probabilities, from a text completion or a chat. Raises Refused if there is not one for each."""
-    found = choice.get("logprobs") or {}
-    logps = found.get("token_logprobs") or [token["logprob"] for token in found.get("content") or ()]
-    if token_ids is None or len(logps) != len(token_ids):
-        raise Refused(f"{len(logps)} log-probabilities for {len(token_ids or ())} token ids")
-    return logps

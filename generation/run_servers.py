@@ -9,10 +9,6 @@ again: it goes on where it stopped.
 """
 
 import json
-import logging
-import os
-import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,15 +20,10 @@ from baton.arguments import option, parse
 from baton.errors import FailuresListed, InputError
 from baton.launch import chain, gpus
 from baton.sampling import changes
-from baton.servers import processes
+from baton.servers import own
 from baton.sources import check_model_path
 from generation.arguments import SpeculativeConfig
 from generation.gen_hf import ClientArguments, sample
-
-log = logging.getLogger("baton")
-
-HOST = "127.0.0.1"
-START_SECONDS = 1800
 
 Running = AbstractContextManager[list[str]]  # a context that gives the URLs of servers
 
@@ -114,33 +105,9 @@ def started_once(servers: Running, stack: ExitStack) -> Callable[[], Running]:
 @contextmanager
 def own_servers(wanted: Wanted, folder: Path) -> Iterator[list[str]]:
     """Context in which servers of the policy answer, whose URLs it gives; logs and state of them are in `folder`."""
-    os.environ["BATON_SERVERS"] = str(folder)
-    processes.stop(processes.known())  # what a program that was killed has left
-    options, variables = processes.engine_options(wanted.settings, wanted.gpus_each, wanted.count)
-    model = os.path.realpath(wanted.model) if Path(wanted.model).exists() else wanted.model
-    with free_ports(wanted.count) as ports:
-        places = [processes.Place(HOST, port) for port in ports]
-        try:
-            variables |= {program.PARENT: str(os.getpid()), "VLLM_API_KEY": ""}
-            processes.start_missing(places, model, options, wanted.gpus_each, variables)
-            log.info("%s: servers start: %d; it may take minutes; logs: %s/PORT.log", model, wanted.count, folder)
-            for server in processes.wait_until_ready(ports, ports, START_SECONDS):
-                log.info("%s", processes.describe(server))
-            yield [f"http://{HOST}:{port}/v1" for port in ports]
-        finally:
-            processes.stop(processes.known())
-    shutil.rmtree(folder)
-
-
-@contextmanager
-def free_ports(count: int) -> Iterator[list[int]]:
-    """Ports that no other program is given meanwhile: they stay bound here, where a server may listen all the same."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            each.bind((HOST, 0))
-        yield [each.getsockname()[1] for each in sockets]
+    groups = gpus.groups(gpus.visible(), wanted.gpus_each)[: wanted.count] if wanted.gpus_each else [[]] * wanted.count
+    with own.running(own.policy_servers(wanted.model, groups, wanted.settings, api_key=""), folder) as servers:
+        yield [f"{server.url}/v1" for server in servers]
 
 
 if __name__ == "__main__":

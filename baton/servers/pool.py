@@ -7,6 +7,7 @@ to the others.
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -64,17 +65,18 @@ class Servers:
             raise InputError(f"no server answers at {urls}; start them with generation/register_server.sh")
         return [model for models in answers for model in models]
 
-    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The JSON answer to `body` at `path`, from any server, after as many attempts as it takes.
+    async def post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> Any:
+        """`read` of the JSON answer to `body` at `path`, from any server, after as many attempts as it takes.
 
-        Raises Transient after the last attempt, Refused for a 4xx, FailuresListed if no server is alive.
+        `read` raises Transient for an answer that another attempt may better. Raises Transient after the last attempt, Refused
+        for a 4xx, FailuresListed if no server is alive.
         """
         last = None
 
-        async def attempt() -> dict[str, Any]:
+        async def attempt() -> Any:
             nonlocal last
             last = await self._pick(avoid=last)
-            return await self._post_to(last, path, body)
+            return read(await self._post_to(last, path, body))
 
         return await self.attempts(attempt)
 

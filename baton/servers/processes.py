@@ -18,11 +18,14 @@ from baton.launch.unit import ROOT, end_of_log
 from baton.locks import Lock
 
 POLL_SECONDS = 0.5
+HERE = "127.0.0.1"
 SERVE = Path(__file__).with_name("serve.py")  # started with -P: its folder is no place to import from
+VLLM = ("-P", str(SERVE))
 
 # On a CPU each engine is one process: as two, the one would spin while the other works. Statistics, which bare vLLM does not
 # count either, would cost a tenth of the speed.
-CPU_OPTIONS = ["--enforce-eager", "--distributed-executor-backend", "uni", "--disable-log-stats"]
+CPU_OPTIONS = ["--enforce-eager", "--disable-log-stats"]
+ONE_PROCESS = ["--distributed-executor-backend", "uni"]
 
 
 class Place(NamedTuple):
@@ -138,19 +141,25 @@ def start_missing(
 
 def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int, variables: Mapping[str, str]) -> Server:
     """Start a server, which outlives this process, on the `slot`-th group of so many GPUs; it is not ready yet."""
-    address = ["--host", place.host, "--port", str(place.port)]
+    return start_words(place, model, (*VLLM, "--model", model, *options), variables, gpus, slot)
+
+
+def start_words(
+    place: Place, what: str, words: Sequence[str], variables: Mapping[str, str], gpus: int = 0, slot: int = 0
+) -> Server:
+    """Start the server that these words after `python` start, with --host and --port added, and note `what` it serves."""
     unit = Unit(
         name=f"the server on port {place.port}",
         environment="inference",
-        program=("-P", str(SERVE), "--model", model, *address, *options),
+        program=(*words, "--host", place.host, "--port", str(place.port)),
         gpus=gpus,
         log=_file(place.port, "log"),
         variables=variables,
     )
     process = launch.start(unit, slot)
-    _file(place.port, "what").write_text(f"{place.host} {model}\n")
+    _file(place.port, "what").write_text(f"{place.host} {what}\n")
     _file(place.port, "pid").write_text(f"{process.pid} {process.started}\n")
-    return Server(place, model, process)
+    return Server(place, what, process)
 
 
 def engine_options(settings: Mapping[str, Any], gpus: int, servers: int) -> tuple[list[str], dict[str, str]]:
@@ -163,7 +172,10 @@ def engine_options(settings: Mapping[str, Any], gpus: int, servers: int) -> tupl
     for name, value in settings.items():
         options += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     variables = {"VLLM_NO_USAGE_STATS": "1"}
-    return (options, variables) if gpus else (options + CPU_OPTIONS, variables | cpu_variables(servers))
+    if gpus:
+        return options, variables
+    alone = ONE_PROCESS if (settings.get("tensor_parallel_size") or 1) == 1 else []
+    return options + CPU_OPTIONS + alone, variables | cpu_variables(servers)
 
 
 def cpu_variables(servers: int) -> dict[str, str]:
