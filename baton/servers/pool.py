@@ -7,7 +7,7 @@ to the others.
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -34,11 +34,19 @@ class Servers:
     """The servers at `urls`, used through `post`; to be closed with `close`.
 
     timeout: seconds for one answer. max_retries: attempts at a request after the first. patience: seconds to
-    wait while no server at all is alive.
+    wait while no server at all is alive. is_usable: whether a server that answers may be used, if that is not enough.
     """
 
-    def __init__(self, urls: list[str], api_key: str | None, timeout: float, max_retries: int, patience: float):
-        self.servers = [Server(url) for url in urls]
+    def __init__(
+        self,
+        urls: list[str],
+        api_key: str | None,
+        timeout: float,
+        max_retries: int,
+        patience: float,
+        is_usable: Callable[[httpx.AsyncClient, str], Awaitable[bool]] | None = None,
+    ):
+        self.servers, self.is_usable = [Server(url) for url in urls], is_usable
         self.patience = patience
         self.client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
@@ -85,6 +93,16 @@ class Servers:
         alive = [server for server in self.servers if server.alive]
         answers = await asyncio.gather(*(self._post_to(server, path, body) for server in alive))
         return dict(zip((server.url for server in alive), answers, strict=True))
+
+    async def check_again(self) -> None:
+        """Find out which servers can be used now."""
+        for server, usable in zip(self.servers, await asyncio.gather(*map(self._can_be_used, self.servers)), strict=True):
+            if server.alive and not usable:
+                log.warning("%s: set aside: it does not answer, or not with what is wanted", server.url)
+                self._set_aside(server)
+            elif usable and not server.alive:
+                server.probe.cancel()
+                self._take_back(server)
 
     async def close(self) -> None:
         probes = [server.probe for server in self.servers if server.probe]
@@ -163,20 +181,25 @@ class Servers:
             server.probe = asyncio.create_task(self._revive(server))
 
     async def _revive(self, server: Server) -> None:
-        """Probe a server until it answers. One that only dropped a connection is back at once."""
+        """Probe a server until it can be used. One that only dropped a connection is back at once."""
         seconds = 0.0
-        while True:
-            try:
-                response = await self.client.get(f"{server.url}/models", timeout=10)
-                if response.status_code < 500:
-                    break
-            except httpx.TransportError as error:
-                if not seconds:
-                    log.warning("%s: set aside: %s", server.url, str(error) or type(error).__name__)
+        while not await self._can_be_used(server, warn=not seconds):
             seconds = min(max(2 * seconds, PROBE_SECONDS[0]), PROBE_SECONDS[1])
             await asyncio.sleep(seconds)
         if seconds:
             log.info("%s: answers again", server.url)
+        self._take_back(server)
+
+    async def _can_be_used(self, server: Server, warn: bool = False) -> bool:
+        try:
+            response = await self.client.get(f"{server.url}/models", timeout=10)
+            return response.status_code < 500 and (not self.is_usable or await self.is_usable(self.client, server.url))
+        except httpx.TransportError as error:
+            if warn:
+                log.warning("%s: set aside: %s", server.url, str(error) or type(error).__name__)
+            return False
+
+    def _take_back(self, server: Server) -> None:
         server.alive = True
         self.changed.set()
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import httpx
 import xxhash
 
 from baton.errors import FailuresListed, InputError
@@ -32,7 +33,7 @@ class Sampled(NamedTuple):
 
 
 class Rollouts:
-    """Equal vLLM servers at `urls`, used through `sample` from any thread; to be closed, or used as a context.
+    """Equal vLLM servers at `urls`, used through `sample`, from any thread, one call at a time; to be closed, or a context.
 
     per_server: requests in flight at a server. timeout: seconds for one answer. max_retries: attempts at a request after the
     first, which go to another server if there is one. patience: seconds to wait while no server at all is alive.
@@ -72,12 +73,19 @@ class Rollouts:
         self._end_loop()
 
     def sample(
-        self, prompts: Sequence[list[int]], n: int, sampling: Mapping[str, Any], seeds: Sequence[int]
+        self,
+        prompts: Sequence[list[int]],
+        n: int,
+        sampling: Mapping[str, Any],
+        seeds: Sequence[int],
+        version: int | None = None,
     ) -> Iterator[tuple[int, Sampled]]:
         """(index of a prompt, n responses to it), in the order in which they come in.
 
-        `prompts` are token ids, `seeds` one for each of them, any numbers that differ. `sampling` are parameters of vLLM's /v1/completions, `max_tokens`
-        among them, which the model's context bounds. The requests begin with the call; they end with the iterator.
+        `prompts` are token ids, `seeds` one for each of them, any numbers that differ. `sampling` are parameters of vLLM's
+        /v1/completions, `max_tokens` among them, which the model's context bounds. The requests begin with the call; they end
+        with the iterator. With a `version`, servers whose weights are of another one are set aside until they have it: one that
+        was started anew has those of its beginning.
 
         Raises InputError for a prompt as long as the context or a request that the servers refuse, FailuresListed for one that
         no attempt has answered, or where no server is alive.
@@ -87,7 +95,7 @@ class Rollouts:
                 raise InputError(f"prompt {index}: {len(prompt)} tokens; the servers take 1 to {self.context - 1}")
         bodies = [self._body(prompt, n, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         results: queue.SimpleQueue[tuple[int, Sampled] | BaseException] = queue.SimpleQueue()
-        asking = asyncio.run_coroutine_threadsafe(self._ask_all(bodies, n, results), self.loop)
+        asking = asyncio.run_coroutine_threadsafe(self._ask_all(bodies, n, version, results), self.loop)
         return self._results(len(bodies), results, asking.cancel)
 
     def _results(self, count: int, results: queue.SimpleQueue, cancel) -> Iterator[tuple[int, Sampled]]:
@@ -101,23 +109,31 @@ class Rollouts:
             cancel()
 
     async def _open(self, urls: list[str], *settings: Any) -> None:
-        self.servers = Servers(urls, *settings)
+        self.servers, self.version = Servers(urls, *settings, self._has_version), None
         try:
             self.model, self.context = common_model(await self.servers.models())
         except BaseException:
             await self.servers.close()
             raise
 
-    async def _ask_all(self, bodies: list[dict[str, Any]], n: int, results: queue.SimpleQueue) -> None:
+    async def _has_version(self, client: httpx.AsyncClient, url: str) -> bool:
+        if self.version is None:
+            return True
+        answer = await client.get(f"{url.removesuffix('/v1')}/weight_info", timeout=10)
+        return answer.status_code == 200 and answer.json()["weight_version"] == str(self.version)
+
+    async def _ask_all(self, bodies: list[dict[str, Any]], n: int, version: int | None, results: queue.SimpleQueue) -> None:
         """Put what `sample` gives into `results`; the first failure ends all."""
-        free = asyncio.Semaphore(self.limit)
+        free, tasks = asyncio.Semaphore(self.limit), []
 
         async def ask(index: int) -> None:
             async with free:
                 results.put((index, await self._ask(bodies[index], n, f"prompt {index}")))
 
-        tasks = [asyncio.create_task(ask(index)) for index in range(len(bodies))]
         try:
+            self.version = version
+            await self.servers.check_again()
+            tasks += [asyncio.create_task(ask(index)) for index in range(len(bodies))]
             await asyncio.gather(*tasks)
         except Exception as error:
             results.put(error)
@@ -163,7 +179,7 @@ def common_model(models: list[dict[str, Any]]) -> tuple[str, int]:
 
 
 def sampled(answer: dict[str, Any], n: int) -> Sampled:
-    """The n responses in an answer of vLLM. Raises Transient for responses that a pause has cut off, Refused as `answers` does."""
+    """The n responses in an answer of vLLM. Raises Transient for those that a pause has cut off, Refused as answers.py does."""
     found = choices(answer, n)
     if any(choice.get("finish_reason") in (None, "abort") for choice in found):
         raise Transient("responses were cut off by a change of weights")
