@@ -3,6 +3,7 @@
 from typing import Any
 
 from annotate_data.work import Task
+from baton.errors import InputError
 from baton.models.templates import encode_all
 from baton.records import Messages
 
@@ -17,10 +18,19 @@ def with_response(task: Task, index: int) -> Messages:
 def token_ids(tokenizer: Any, window: list[tuple[Task, int]], max_length: int) -> tuple[list[list[int]], list[str | None]]:
     """The token ids of each conversation, its last `max_length` at most, and a note for each that lost its beginning.
 
-    The end is kept because a reward is read there, after the response. Raises InputError naming the record that the chat
-    template refuses.
+    The end is kept because a reward is read there, after the response. A task's `texts`, where it has them, are read as they
+    are. Raises InputError naming the record that the chat template refuses, or whose text has no token.
     """
-    conversations = [with_response(task, index) for task, index in window]
-    sequences = encode_all(tokenizer, conversations, [task.where for task, _ in window])
+    written = [with_response(task, index) for task, index in window if task.texts is None]
+    encoded = iter(encode_all(tokenizer, written, [task.where for task, _ in window if task.texts is None]) if written else ())
+    sequences = [text_ids(tokenizer, task, index) if task.texts else next(encoded) for task, index in window]
     notes = [TRUNCATED if len(ids) > max_length else None for ids in sequences]
     return [ids[-max_length:] for ids in sequences], notes
+
+
+def text_ids(tokenizer: Any, task: Task, index: int) -> list[int]:
+    """The token ids of a text that is read as it is. Raises InputError if it has none."""
+    ids = tokenizer(task.texts[index], add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError(f"{task.where}: a text without a token")
+    return ids

@@ -97,14 +97,25 @@ class FunctionReward:
         self.idle: SimpleQueue[Worker] = SimpleQueue()
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
-        for _ in range(self.workers):
-            self.idle.put(Worker(self.file, self.name))
+        self.start()
         try:
             for scores in in_parallel(self.score, tasks, self.workers):
                 yield from scores
         finally:
             while not self.idle.empty():
                 stop(self.idle.get().process)
+
+    def start(self) -> None:
+        """Start the workers. A service, which calls `score` whenever a request comes, starts them once."""
+        for _ in range(self.workers):
+            self.idle.put(Worker(self.file, self.name))
+
+    def wait_for_imports(self) -> None:
+        """Wait until each worker has imported the file. Raises InputError if one cannot."""
+        for _ in range(self.workers):
+            worker = self.idle.get()
+            worker.wait_for_import(self.file)
+            self.idle.put(worker)
 
     def score(self, task: Task) -> list[Score]:
         """The scores of one record. Raises InputError, naming its id, if the function gives no list of numbers."""

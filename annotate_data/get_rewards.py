@@ -28,10 +28,11 @@ from pydantic import SecretStr
 from annotate_data import scorers
 from annotate_data.kept import kept
 from annotate_data.plot import draw, plot_path
+from annotate_data.scorer_arguments import ScorerArguments, weighted_sum, weights_of
 from annotate_data.work import Responses, Scorer, check_output
 from baton.ahead import will_be_made
-from baton.arguments import StageArguments, option, parse
-from baton.errors import FailuresListed, InputError
+from baton.arguments import option, parse
+from baton.errors import FailuresListed
 from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.models import loading
@@ -43,46 +44,16 @@ from baton.stage import Stage
 IMPORTS = ("annotate_data.annotate", "annotate_data.bradley_terry", "transformers.models.auto.modeling_auto")
 
 
-class Arguments(StageArguments):
+class Arguments(ScorerArguments):
     dataset_name_or_path: str = option(..., "responses to score: a file or a Hugging Face dataset", changes_result=False)
     output_dir: Path = option(..., "the output FILE, such as data/data_with_rewards.jsonl", changes_result=False)
     dataset_key: str | None = option(None, "key of the prompt (else `prompt` or `context_messages`)")
     K: int | None = option(None, "responses of each prompt, checked when given", ge=1, changes_result=False)
-    reward_name_or_path: str = option(
-        "sfairXC/FsfairX-LLaMA3-RM-v0.1", "reward model, where no --scorer is given", changes_result=False
-    )
-    scorer: list[str] | None = option(None, "scorers, each [NAME=]KIND:TARGET (see above)", changes_result=False)
-    weights: list[float] | None = option(None, "weight of each scorer in `rewards` (default: 1 each)")
-    chat_template: Path | None = option(None, "Jinja file, for a reward model that has no chat template", changes_result=False)
-    max_length: int | None = option(
-        None, "tokens of a conversation; longer ones lose their beginning (default: the model's limit)", ge=8
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "of the model; auto: the checkpoint's, but float32 on a CPU without bfloat16 (in a vllm: scorer vLLM's choice)"
-    )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where models run", changes_result=False)
-    tokens_per_batch: int | None = option(
-        None,
-        "tokens in a batch (default: 65536 on a GPU, 8192 on CPU, 2048 where sequences are padded)",
-        ge=1,
-        changes_result=False,
-    )
-    trust_remote_code: bool = option(False, "let scorers of kind custom run the code in the model's folder")
-    workers: int | None = option(
-        None, "calls at once (default: a process per core for function, 32 requests for http and judge)",
-        ge=1, changes_result=False,
-    )  # fmt: skip
-    timeout: float = option(60.0, "seconds that one call of a function or service may take", gt=0, changes_result=False)
     unanswered: Literal["fail", "drop"] = option(
         "fail",
         "responses whose calls timed out or failed. fail: write no output, the same command asks for them again. drop: leave "
         "their records out",
         changes_result=False,
-    )
-    tries: int = option(5, "tries of a request before giving up", ge=1, changes_result=False)
-    judge_model: str | None = option(None, "name of the judge model on its server")
-    rubric: Path | None = option(
-        None, "text file with the judge's rubric (default: annotate_data/rubric.txt)", changes_result=False
     )
     api_key: SecretStr | None = option(None, "for http and judge (default: $OPENAI_API_KEY)", changes_result=False)
     plot: bool = option(False, "write <output>.png: rewards, and reward against length", changes_result=False)
@@ -95,7 +66,7 @@ class Arguments(StageArguments):
 def main() -> None:
     arguments = parse(Arguments, __doc__)
     check_output(arguments.output_dir)
-    wanted = scorers.wanted_scorers(arguments.scorer or [f"bt:{arguments.reward_name_or_path}"])
+    wanted = arguments.wanted()
     check_processes(on_cpu=arguments.device == "cpu" or not any(scorer.kind in scorers.KINDS_ON_GPU for scorer in wanted))
     weights = weights_of(wanted, arguments.weights)
     inputs: dict[str, str | Path] = {"dataset": arguments.dataset_name_or_path, **template_input(arguments.chat_template)}
@@ -146,19 +117,6 @@ def maker(scorer: scorers.Wanted, arguments: Arguments) -> Callable[[], Scorer]:
         return make
     settings = loading.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
     return kept(scorer.kind, scorer.target, settings, arguments.device, make)
-
-
-def weights_of(wanted: list[scorers.Wanted], weights: list[float] | None) -> dict[str, float]:
-    """The weight of each scorer, by name."""
-    if weights is not None and len(weights) != len(wanted):
-        raise InputError(f"--weights: {len(weights)} weights for {len(wanted)} scorers")
-    return dict(zip([scorer.name for scorer in wanted], weights or [1.0] * len(wanted), strict=True))
-
-
-def weighted_sum(scores: dict[str, list[float]], weights: dict[str, float]) -> list[float]:
-    """The weighted sum of each response's scores."""
-    columns = zip(*(scores[name] for name in weights), strict=True)
-    return [sum(w * s for w, s in zip(weights.values(), column, strict=True)) for column in columns]
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from annotate_data.http_reward import as_text, without_score
 from annotate_data.parallel import in_parallel
 from annotate_data.work import Score, Task
 from baton.servers.addresses import Refused, Transient
 from baton.servers.client import Client
+from baton.servers.rewards import as_text, without_rewards
 
 NO_NUMBER = "the judge gave no score from 1 to 10"
 MAX_TOKENS = 1024  # of the judge's answer
@@ -44,7 +44,8 @@ class Judge:
             try:
                 text = self.client.ask(body, _content, f"{task.where}: prompt {task.record['id']}, response {index + 1}")
             except (Refused, Transient) as error:
-                return without_score(task, index, error)
+                _, _, *why = without_rewards(error)
+                return Score(task, index, None, *why)
             if (value := parse_score(text)) is not None:
                 return Score(task, index, value)
         return Score(task, index, None, NO_NUMBER)

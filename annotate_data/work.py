@@ -24,6 +24,7 @@ class Task(NamedTuple):
     prompt: Messages
     responses: list[str]
     missing: list[int]
+    texts: list[str] | None = None  # prompt and response as one text each, where a client has applied a template itself
 
 
 class Score(NamedTuple):
