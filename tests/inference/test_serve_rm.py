@@ -1,15 +1,18 @@
 """A service of several scorers: what it answers is what get_rewards.py writes; failures keep their meaning over HTTP."""
 
+import itertools
 import json
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 
-from annotate_data.work import Responses
+from annotate_data.reward_requests import tasks_of
+from annotate_data.reward_service import Request, score_together
+from annotate_data.work import Responses, Score
 from baton.errors import FailuresListed, InputError
 from baton.servers.rewards import Rewards
 from tests.inference.annotation_task import command, environment, generated, make_models, read, run, write
@@ -206,6 +209,23 @@ def test_a_service_of_another_kind_needs_to_know_rewards_alone():
         "messages": [conversation("Why? ", "a"), conversation("Why? ", "b")],
         "records": [{"id": "x", "label": 7}],
     }
+
+
+def test_a_bad_request_spoils_none_that_is_scored_with_it():
+    def lengths(tasks):
+        for task in tasks:
+            for index in task.missing:
+                if task.responses[index] == "refused":
+                    raise InputError(f"{task.where}: the chat template refuses it")
+                yield Score(task, index, float(len(task.responses[index])))
+
+    positions = itertools.count()
+    bodies = [{"messages": [conversation("Why?", response)]} for response in ("a", "refused", "ccc")]
+    requests = [Request(lengths, tasks_of(body, positions, False, False), Future()) for body in bodies]
+    score_together(lengths, requests)
+    assert [requests[i].scores.result()[0].value for i in (0, 2)] == [1, 3]
+    with pytest.raises(InputError, match="sample 1: the chat template refuses it"):
+        requests[1].scores.result()
 
 
 def test_scorers_are_checked_before_anything_is_loaded(scorers, tmp_path):
