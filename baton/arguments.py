@@ -47,9 +47,12 @@ A = typing.TypeVar("A", bound=StageArguments)
 Accept = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def parse(model: type[A], description: str, argv: Sequence[str] | None = None) -> A:
-    """Read `model` from a YAML file and flags. Raises InputError on anything unknown, mistyped or missing."""
-    settings = _read_settings(model, description, None, argv)
+def parse(model: type[A], description: str, argv: Sequence[str] | None = None, accept: Accept = dict) -> A:
+    """Read `model` from a YAML file and flags. Raises InputError on anything unknown, mistyped or missing.
+
+    `accept` gets the file's settings, and then the flags', and returns them by the names of this program.
+    """
+    settings = _read_settings(model, description, None, argv, accept)
     check_known(settings, model.model_fields)
     return _validate(model, settings)
 

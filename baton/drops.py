@@ -12,7 +12,9 @@ NAMED_DROPS_KEPT = 1000
 class Drops:
     """Records that a stage leaves out, counted by reason, the first ones by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        """`quiet`: the log names none of them."""
+        self.quiet = quiet
         self.counts: Counter[str] = Counter()
         self.names: dict[str, list[str]] = {}
 
@@ -22,6 +24,8 @@ class Drops:
         names = self.names.setdefault(reason, [])
         if len(names) < NAMED_DROPS_KEPT:
             names.append(name)
+        if self.quiet:
+            return
         if self.counts[reason] <= NAMED_DROPS:
             log.warning("dropped %s: %s", name, reason)
         elif self.counts[reason] == NAMED_DROPS + 1:

@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
 # A whole run without a model hub, on a CPU or one GPU: a tiny chat model learns to write favourable film reviews.
-# usage: bash scripts/quickstart.sh [--run_dir DIR] [--seed N] [--device cpu|cuda]
+# usage: bash scripts/quickstart.sh [--recipe FILE] [--run_dir DIR] [--seed N] [--device cpu|cuda]
 #
-# Sets up both environments, makes the data and a base model, trains the SFT model and the reward model, and then runs
+# Sets up both environments, makes the data and a base model, trains the SFT model and the reward model, and then runs the recipe,
 # configs/recipes/quickstart.env: three rounds of online DPO with an evaluation after each. Run it again after any failure.
 # It runs on what the environments are made for; --device is that of setup_envs.sh, which --help there explains.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-run_dir=$BATON_ROOT/runs/quickstart seed=0 device=()
+recipe=$BATON_ROOT/configs/recipes/quickstart.env run_dir="" seed=0 device=()
 while (($#)); do
   case $1 in
     --help | -h) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --recipe) (($# > 1)) || die "--recipe needs a value"; recipe=$(realpath -m "$2") ;;
     --run_dir) (($# > 1)) || die "--run_dir needs a value"; run_dir=$(realpath -m "$2") ;;
     --seed) [[ ${2:-} =~ ^[0-9]+$ ]] || die "--seed needs a whole number"; seed=$2 ;;
     --device) (($# > 1)) || die "--device needs a value"; device=(--device "$2") ;;
-    *) die "unknown argument '$1'; there are --run_dir, --seed, --device and --help" ;;
+    *) die "unknown argument '$1'; there are --recipe, --run_dir, --seed, --device and --help" ;;
   esac
   shift 2
 done
+[[ -f $recipe ]] || die "$recipe: no such recipe"
+run_dir=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
 cd "$BATON_ROOT"
 
 bash scripts/setup_envs.sh "${device[@]}"
@@ -49,4 +52,4 @@ stage reward-model training reward_model/run_rm.py configs/quickstart/rm.yaml \
   --bf16 "$QUICKSTART_BF16"
 run_stages
 
-SEED=$seed exec bash scripts/run_loop.sh configs/recipes/quickstart.env --run_dir "$run_dir"
+SEED=$seed exec bash scripts/run_loop.sh "$recipe" --run_dir "$run_dir"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Online iterative DPO, round after round: sample from the policy, score, pick pairs, train, and start again from the new policy.
+# Online training, round after round: sample from the policy, score, pick pairs, train, and start again from the new policy.
 # usage: bash scripts/run_loop.sh RECIPE [--run_dir DIR] [--plan]
 # for example: bash scripts/run_loop.sh configs/recipes/llama3-8b.env
 #
@@ -33,13 +33,15 @@ PROMPTS=() PROMPT_ARGS=() DATASET_KEY="" ROLLOUT_BATCH_SIZE="" SYSTEM_PROMPT="" 
 K=8 TEMPERATURE=1.0 TOP_P=1.0 MAX_NEW_TOKENS=1024 MAX_MODEL_LEN=4096 GENERATE_WITH=shards GENERATE_ARGS=()
 SCORERS=() WEIGHTS=() REWARD_ARGS=()
 GPUS=${#gpus[@]} ACCELERATE_CONFIG=configs/zero2.yaml DPO_CONFIG=configs/training.yaml DPO_ARGS=()
+TRAINER=dpo TRAIN_CONFIG="" TRAIN_ARGS=() SERVER_GPUS=0
 HELDOUT_PROMPTS="" HELDOUT_K=1 HELDOUT_ARGS=() EVAL_SCORERS=() GOLD_SCORER=""
 variables=(
   INITIAL_POLICY REWARD_MODEL ROUNDS REFERENCE SEED DATASET_KEY ROLLOUT_BATCH_SIZE SYSTEM_PROMPT CHAT_TEMPLATE
   K TEMPERATURE TOP_P MAX_NEW_TOKENS MAX_MODEL_LEN GENERATE_WITH GPUS ACCELERATE_CONFIG DPO_CONFIG
+  TRAINER TRAIN_CONFIG SERVER_GPUS
   HELDOUT_PROMPTS HELDOUT_K GOLD_SCORER
 )
-lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS HELDOUT_ARGS EVAL_SCORERS)
+lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS TRAIN_ARGS HELDOUT_ARGS EVAL_SCORERS)
 export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
 run_dir=$RUN_DIR devices=${CUDA_VISIBLE_DEVICES-all}
 # What a recipe cannot set: the shell says so, with file and line. A recipe that fails is bad input.
@@ -68,13 +70,23 @@ for variable in INITIAL_POLICY PROMPTS; do
   [[ -n ${!variable:-} ]] || die "$recipe: sets no $variable"
 done
 [[ $REFERENCE =~ ^(initial|previous)$ ]] || die "$recipe: REFERENCE is initial or previous, not '$REFERENCE'"
+[[ $TRAINER =~ ^(dpo|ppo|online_dpo)$ ]] || die "$recipe: TRAINER is dpo, ppo or online_dpo, not '$TRAINER'"
+[[ $TRAINER == dpo || -n $TRAIN_CONFIG ]] || die "$recipe: TRAINER=$TRAINER needs its settings: TRAIN_CONFIG, a YAML file"
+[[ $TRAINER != dpo || -z $TRAIN_CONFIG ]] || die "$recipe: the configuration of TRAINER=dpo is DPO_CONFIG, not TRAIN_CONFIG"
 [[ $GENERATE_WITH =~ ^(shards|servers)$ ]] || die "$recipe: GENERATE_WITH is shards or servers, not '$GENERATE_WITH'"
 for variable in K HELDOUT_K ROUNDS ROLLOUT_BATCH_SIZE MAX_NEW_TOKENS MAX_MODEL_LEN; do
   [[ ${!variable} =~ ^([1-9][0-9]*)?$ ]] || die "$recipe: $variable is a whole number from 1, not '${!variable}'"
 done
+[[ $SERVER_GPUS =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SERVER_GPUS is a whole number, not '$SERVER_GPUS'"
 [[ $GPUS =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: GPUS is a whole number, not '$GPUS'"
 [[ $SEED =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SEED is a whole number, not '$SEED'"
-((K > 1)) || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
+((SERVER_GPUS == 0 || SERVER_GPUS < GPUS)) || die "$recipe: SERVER_GPUS=$SERVER_GPUS of GPUS=$GPUS: none is left to train"
+[[ $TRAINER != dpo || $SERVER_GPUS == 0 ]] || die "$recipe: SERVER_GPUS is for TRAINER=ppo and online_dpo, whose servers stay"
+for variable in ROLLOUT_BATCH_SIZE PROMPT_ARGS; do
+  [[ $TRAINER == dpo || -z ${!variable:-} ]] ||
+    die "$recipe: $variable is for TRAINER=dpo: $TRAIN_CONFIG says which prompts a step takes"
+done
+((K > 1)) || [[ $TRAINER == ppo ]] || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
 if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
   die "$recipe: sets both REWARD_MODEL and SCORERS: give the model among the scorers, SCORERS=(bt:$REWARD_MODEL …)"
 elif [[ -z $REWARD_MODEL ]] && ((${#SCORERS[@]} == 0)); then
@@ -135,9 +147,9 @@ score() {
   step "$1" inference --gpus "$GPUS" --group "$group" "${@:2}"
 }
 
-# Runs a training program on all GPUs, or on the CPU: train STAGE PROGRAM [ARGUMENT ...]
+# Runs a training program on all GPUs that servers leave, or on the CPU: train STAGE PROGRAM [ARGUMENT ...]
 train() {
-  step "$1" training --gpus "$GPUS" --accelerate_config "$ACCELERATE_CONFIG" "${@:2}"
+  step "$1" training --gpus "$((GPUS - SERVER_GPUS))" --accelerate_config "$ACCELERATE_CONFIG" "${@:2}"
 }
 
 # Samples responses of policy $2 to the held-out prompts; its own log-probabilities come with them: sample_heldout ROUND POLICY
@@ -171,36 +183,57 @@ run_round() {
   run_stages || exit
 }
 
+# Samples, scores, picks pairs and trains in three stages: dpo_round ROUND POLICY PROMPTS REFERENCE
+dpo_round() {
+  local folder=$run_dir/round$1 window
+  # Windows of one prompt set follow each other in one shuffle of it, so its seed is the same in all rounds.
+  window=(--data_seed "$SEED" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --iter "$(($1 - 1))")
+  [[ -n $ROLLOUT_BATCH_SIZE ]] || window=()
+  generate "round$1-generate" "$2" "$3" "$K" "$folder/gen_data" --seed "$((SEED + $1))" "${window[@]}" "${PROMPT_ARGS[@]}"
+
+  score "round$1-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
+    --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
+  score_heldout "$(($1 - 1))"
+
+  train "round$1-train" dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$2" --ref_model "$4" \
+    --dataset_name_or_path "$folder/data_with_rewards.jsonl" --pairs_path "$folder/pairs.jsonl" \
+    --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + $1))" \
+    "${template_args[@]}" "${DPO_ARGS[@]}"
+}
+
+# Trains on warm servers, which sample, and a reward server, in one stage: online_round ROUND POLICY PROMPTS REFERENCE
+online_round() {
+  local folder=$run_dir/round$1 program=ppo/run_ppo.py of_servers=()
+  [[ $TRAINER == ppo ]] || program=dpo_iteration/run_online_dpo.py
+  ((SERVER_GPUS == 0)) || of_servers=(--server_gpus "$(IFS=,; echo "${gpus[*]:GPUS - SERVER_GPUS:SERVER_GPUS}")")
+  score_heldout "$(($1 - 1))"
+  train "round$1-train" "$program" "$TRAIN_CONFIG" --model_name_or_path "$2" --ref_model "$4" --dataset_name_or_path "$3" \
+    --K "$K" --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" \
+    --scorer "${scorers[@]}" --weights "${weights[@]}" --reward_args="${REWARD_ARGS[*]}" \
+    ${DATASET_KEY:+--dataset_key "$DATASET_KEY"} ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} \
+    --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + $1))" \
+    "${of_servers[@]}" "${template_args[@]}" "${TRAIN_ARGS[@]}"
+}
+
 # All rounds, one stage after another; `policy` is then the last round's. What samples follows each other, and what scores:
 # so libraries are imported, and a model is loaded, once for both.
 relay() {
-  local round folder prompts reference window
+  local round prompts reference
   policy=$INITIAL_POLICY
   for ((round = 1; round <= ROUNDS; round++)); do
-    folder=$run_dir/round$round
     prompts=${PROMPTS[$((round - 1))]:-${PROMPTS[0]}}
     sample_heldout "$((round - 1))" "$policy"
-
-    # Windows of one prompt set follow each other in one shuffle of it, so its seed is the same in all rounds.
-    window=(--data_seed "$SEED" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --iter "$((round - 1))")
-    [[ -n $ROLLOUT_BATCH_SIZE ]] || window=()
-    generate "round$round-generate" "$policy" "$prompts" "$K" "$folder/gen_data" --seed "$((SEED + round))" \
-      "${window[@]}" "${PROMPT_ARGS[@]}"
-
-    score "round$round-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
-      --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
-    score_heldout "$((round - 1))"
 
     # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step.
     reference=$INITIAL_POLICY
     if [[ $REFERENCE == previous ]]; then reference=$policy; fi
-    train "round$round-train" dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$policy" \
-      --ref_model "$reference" --dataset_name_or_path "$folder/data_with_rewards.jsonl" --pairs_path "$folder/pairs.jsonl" \
-      --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + round))" \
-      "${template_args[@]}" "${DPO_ARGS[@]}"
-
+    if [[ $TRAINER == dpo ]]; then
+      dpo_round "$round" "$policy" "$prompts" "$reference"
+    else
+      online_round "$round" "$policy" "$prompts" "$reference"
+    fi
     run_round "$((round - 1))"
-    policy=$folder/policy
+    policy=$run_dir/round$round/policy
   done
   sample_heldout "$ROUNDS" "$policy"
   score_heldout "$ROUNDS"

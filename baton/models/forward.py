@@ -144,24 +144,36 @@ def _score_rows(model: PreTrainedModel, rows: list[Row], places: list[Place]) ->
     return scores, [_slice(place, row_start) for place in places]
 
 
-def logps(model: PreTrainedModel, row: Row) -> Tensor:
+def row_scores(model: PreTrainedModel, row: Row, temperature: float = 1.0) -> TokenScores:
+    """Scores of the row's N scored tokens, with gradients; the attention must be `attention.NAME`.
+
+    At a `temperature` other than 1 they are those of the distribution that is sampled from at that temperature.
+    """
+    return _from_hidden(token_scores, model, _hidden(model, row), row.targets, temperature)
+
+
+def logps(model: PreTrainedModel, row: Row, temperature: float = 1.0) -> Tensor:
     """ln p of the row's N scored tokens, float32 (N,), without gradients; the attention must be `attention.NAME`."""
     with torch.no_grad():
-        return _from_hidden(token_logps, model, _hidden(model, row), row.targets)
+        return _from_hidden(token_logps, model, _hidden(model, row), row.targets, temperature)
 
 
-def _from_hidden(function: Callable[..., T], model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> T:
+def _from_hidden(
+    function: Callable[..., T], model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> T:
     """`token_scores` or `token_logps` of last hidden states (N, H) under the model's head."""
     head, config = model.get_output_embeddings(), model.config
     # Under FSDP2 the head may be sharded here
     weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
+    softcap = getattr(config, "final_logit_softcapping", None)
     return function(
         hidden.to(weight.device),
         weight,
         bias,
         targets.to(weight.device),
-        scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        # softcap * tanh(z / softcap) / t = (softcap / t) * tanh((z / t) / (softcap / t))
+        scale=_logit_scale(config) / temperature,
+        softcap=None if softcap is None else softcap / temperature,
     )
 
 

@@ -1,0 +1,137 @@
+"""The arguments of every program that trains online. Nothing heavy is imported with this file."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import SecretStr
+
+from baton.arguments import option
+from baton.errors import InputError
+from baton.prompts import source_inputs
+from baton.sources import check_model_path, check_start, template_input
+from baton.training.adapters import LoraArguments, check_lora
+
+HERE = "their own are started on this machine, and end with the program"
+
+
+class OnlineArguments(LoraArguments):
+    """What programs that sample from servers and train in between have in common."""
+
+    model_name_or_path: str = option(..., "the policy that the training starts from", changes_result=False)
+    ref_model: str | None = option(None, "the reference policy; default: the starting policy", changes_result=False)
+    dataset_name_or_path: str = option(
+        ..., "prompts: a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset; several with commas between",
+        changes_result=False,
+    )  # fmt: skip
+    dataset_key: str | None = option(None, "key of the prompt; default: `prompt` or `context_messages`")
+    dataset_split: str = option("train", "split of a Hugging Face dataset")
+    max_samples: int | None = option(None, "take the first so many prompts", ge=1)
+    system_prompt: str | None = option(None, "system message for every conversation that has none")
+    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
+    output_dir: str = option(..., "folder of the finished policy", changes_result=False)
+
+    # Rollouts
+    total_steps: int | None = option(None, "steps; default: as many as `num_episodes` passes over the prompts take", ge=1)
+    num_episodes: float = option(1.0, "passes over the prompts", gt=0)
+    rollout_batch_size: int = option(128, "prompts of a step", ge=1)
+    K: int = option(8, "samples of each prompt", ge=1)
+    temperature: float = option(1.0, "of the sampling; the training takes log-probabilities at the same", gt=0)
+    top_p: float = option(1.0, "sample from the smallest set of tokens of this probability", gt=0, le=1)
+    top_k: int = option(-1, "sample from so many tokens; -1: from all")
+    min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest", ge=0, lt=1)
+    max_new_tokens: int = option(1024, "longest response, in tokens", ge=1)
+    max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
+    dynamic_sampling: float = option(
+        0.0,
+        "replace prompts whose samples all have one reward, drawing at most this many times `rollout_batch_size` prompts a "
+        "step (DAPO, arXiv 2503.14476); 0: off",
+        ge=0,
+    )
+    staleness: Literal[0, 1] = option(0, "1: a step's rollouts are sampled while the step before it trains, from older weights")
+
+    # Rewards
+    scorer: list[str] = option(
+        [], "[NAME=]KIND:TARGET of what scores responses, as in annotate_data/get_rewards.py; a server of it is started"
+    )
+    weights: list[float] = option([], "weight of each scorer in the reward; default: 1")
+    reward_url: list[str] = option([], "address of a reward service that runs already; several are equal", changes_result=False)
+    reward_api_key: SecretStr | None = option(None, "what the reward service asks for", changes_result=False)
+    reward_args: str = option("", "more words for annotate_data/serve_rm.py, as one text: '--dtype float32 --max_length 2048'")
+    reward_timeout: float = option(300.0, "seconds for an answer of the reward service", gt=0, changes_result=False)
+
+    # Servers
+    vllm_url: list[str] = option([], f"addresses of vLLM servers that run already; default: {HERE}", changes_result=False)
+    vllm_api_key: SecretStr | None = option(None, "what those servers ask for", changes_result=False)
+    num_servers: int = option(1, "vLLM servers to start", ge=1, changes_result=False)
+    server_gpus: str | None = option(
+        None, "ids of the GPUs of the servers, such as 4,5,6,7; default: the training's own, shared", changes_result=False
+    )
+    reward_gpus: str | None = option(None, "ids of the reward server's GPUs; default: the last one that training has",
+                                     changes_result=False)  # fmt: skip
+    tensor_parallel_size: int = option(1, "GPUs of a server", ge=1, changes_result=False)
+    gpu_memory_utilization: float = option(0.9, "share of a GPU's memory that a server takes", gt=0, le=1, changes_result=False)
+    max_num_seqs: int | None = option(None, "responses that a server samples at once", ge=1, changes_result=False)
+    server_dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "of the servers' weights and arithmetic")
+    enforce_eager: bool = option(False, "the servers compile nothing", changes_result=False)
+    server_timeout: float = option(600.0, "seconds for an answer of a server", gt=0, changes_result=False)
+    sync_timeout: float = option(120.0, "seconds for one transfer of the weights", gt=0, changes_result=False)
+
+    # Optimization
+    learning_rate: float = option(1e-6, "of the policy", gt=0)
+    lr_scheduler_type: str = option("constant", "one of Transformers' schedules: constant, linear, cosine, …")
+    warmup_steps: int = option(0, "optimizer steps over which the learning rate rises", ge=0)
+    weight_decay: float = option(0.0, "AdamW's", ge=0)
+    adam_beta1: float = option(0.9, "AdamW's", ge=0, lt=1)
+    adam_beta2: float = option(0.95, "AdamW's", ge=0, lt=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not", ge=0)
+    prompts_per_update: int | None = option(None, "prompts of an optimizer step, with all their samples; default: all", ge=1)
+    bf16: bool = option(False, "compute in bfloat16; the weights that are trained are float32")
+    gradient_checkpointing: bool = option(True, "compute activations again in the backward pass", changes_result=False)
+    tokens_per_row: int = option(8192, "most tokens of a packed row, which bounds the memory of activations", ge=1,
+                                 changes_result=False)  # fmt: skip
+    seed: int = option(42, "seed of prompts, samples and mini-batches")
+
+    # Long runs
+    save_steps: int = option(20, "steps between checkpoints", ge=1, changes_result=False)
+    eval_dataset: str | None = option(None, "held-out prompts, sampled and scored every `eval_steps`", changes_result=False)
+    eval_steps: int = option(20, "steps between evaluations", ge=1, changes_result=False)
+    eval_K: int = option(1, "samples of each held-out prompt", ge=1, changes_result=False)
+    report_to: Literal["none", "wandb", "tensorboard", "all"] = option("none", "where metrics go too", changes_result=False)
+
+
+def check_online(arguments: OnlineArguments) -> None:
+    """Raise InputError for what can be refused before anything is read or imported."""
+    check_lora(arguments)
+    if arguments.load_in_4bit:
+        raise InputError("`load_in_4bit`: the servers would sample from other weights than the 4-bit ones: leave it out")
+    for model in {arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path}:
+        check_start(model)
+        check_model_path(model)
+    if bool(arguments.scorer) == bool(arguments.reward_url):
+        raise InputError(
+            "what scores the responses? Give --scorer KIND:TARGET, whose server is then started, or --reward_url of a service "
+            "that runs" + (", not both" if arguments.scorer else "")
+        )
+    if arguments.weights and len(arguments.weights) != len(arguments.scorer):
+        raise InputError(f"`weights`: {len(arguments.weights)} numbers for {len(arguments.scorer)} scorers")
+    if arguments.dynamic_sampling and arguments.dynamic_sampling < 1:
+        raise InputError("`dynamic_sampling`: at least 1, that is `rollout_batch_size` prompts, or 0 for off")
+    size = arguments.prompts_per_update
+    if size and arguments.rollout_batch_size % size:
+        raise InputError(
+            f"`prompts_per_update`: {size} does not divide `rollout_batch_size`, {arguments.rollout_batch_size}, the prompts of a step"
+        )
+
+
+def inputs_of(arguments: OnlineArguments) -> dict[str, str | Path]:
+    """What the run reads, by name, for the manifest."""
+    inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path}
+    inputs["reference"] = arguments.ref_model or arguments.model_name_or_path
+    inputs |= source_inputs("prompts", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
+    return inputs | ({"held-out prompts": arguments.eval_dataset} if arguments.eval_dataset else {})
+
+
+def steps_of(arguments: OnlineArguments, prompts: int) -> int:
+    """How many steps the training has, of so many prompts."""
+    return arguments.total_steps or max(1, math.ceil(arguments.num_episodes * prompts / arguments.rollout_batch_size))

@@ -1,0 +1,52 @@
+"""Checkpoints of an online training: models, optimizer, and a small file that says how far it was.
+
+A checkpoint is written beside its name and renamed when it is whole. The random numbers of a step come from seed and step, and
+the learning rates from the step, so neither has a state.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from baton import program
+from baton.online.learner import Learner
+
+log = logging.getLogger("baton")
+
+STATE = "online.json"
+UNFINISHED = "unfinished-checkpoint-"
+
+
+def save(learner: Learner, folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write `checkpoint-<step>` and delete older ones; all processes have to call this."""
+    target = folder / f"checkpoint-{step}"
+    unfinished = folder / f"{UNFINISHED}{step}"
+    accelerator = learner.accelerator
+    if program.rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if program.rank() == 0:
+        whole = {"step": step, "updates": learner.updates, **state}
+        (unfinished / STATE).write_text(json.dumps(whole), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.replace(target)
+        for older in folder.glob("*checkpoint-*"):
+            if older != target:
+                shutil.rmtree(older)
+    accelerator.wait_for_everyone()
+
+
+def load(learner: Learner, folder: Path) -> dict[str, Any] | None:
+    """Load the newest checkpoint in `folder`, and return its state; None where there is none."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not found:
+        return None
+    state = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+    learner.accelerator.load_state(str(found[-1]))
+    learner.updates = state["updates"]
+    log.info("going on from %s (step %d)", found[-1], state["step"])
+    return state

@@ -1,0 +1,151 @@
+"""A step's rollouts: sampled by the servers, scored by the reward service, and on disk as soon as they are known.
+
+`rollouts/step000017.jsonl` is the hand-over to the training, the audit and the resume point: records as `get_rewards.py` writes
+them, with `response_logps` and `weight_versions`. A step whose file is there is not sampled again, and of an unfinished one
+only what is missing.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from baton import jsonl
+from baton.errors import FailuresListed
+from baton.jsonl import Record
+from baton.online.prompts import Prompts
+from baton.partial import PartialRecords, part_files
+from baton.servers.rewards import Rewards
+from baton.servers.rollouts import Rollouts, Sampled
+
+log = logging.getLogger("baton")
+
+SCORED_AT_ONCE = 16  # requests to the reward service, of one prompt each
+TAKEN = "prompts_taken"  # how many prompts of the endless order were taken up to the end of a record's step
+
+
+@dataclass(frozen=True)
+class HowToSample:
+    """`n` samples of each of `prompts` prompts a step, with vLLM's `sampling` settings.
+
+    Prompts whose samples all have one reward teach nothing: up to `most_drawn` prompts are drawn to replace them.
+    """
+
+    prompts: int
+    n: int
+    sampling: dict[str, Any]
+    seed: int
+    most_drawn: int = 0
+
+
+class Collector:
+    """Collects the rollouts of steps into `folder`; to be used by process 0 alone."""
+
+    def __init__(self, folder: Path, prompts: Prompts, rollouts: Rollouts, rewards: Rewards, how: HowToSample):
+        self.folder, self.prompts, self.how = folder, prompts, how
+        self.rollouts, self.rewards = rollouts, rewards
+
+    def collect(self, step: int, taken: int, version: int) -> dict[str, float]:
+        """Put the rollouts of a step on disk, sampled from weights of this version; returns what it took.
+
+        `taken` prompts of the endless order were taken before. Raises FailuresListed where no prompt has rewards.
+        """
+        path, begun, how = step_file(self.folder, step), time.monotonic(), self.how
+        if path.exists():
+            log.info("step %d: its rollouts are there", step)
+            return {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        most = max(how.most_drawn, how.prompts)
+        kept: list[Record] = []
+        partial = PartialRecords(path, most)
+        known = dict(partial.records())
+        drawn, tokens = 0, 0
+        while len(kept) < how.prompts and drawn < most:
+            wanted = range(drawn, min(drawn + how.prompts - len(kept), most))
+            missing = [place for place in wanted if place not in known]
+            asked = [self.prompts.at(taken + place) for place in missing]
+            for place, record in self.annotated(asked, missing, step, version):
+                partial.append(place, record)
+                known[place] = record
+            drawn = wanted.stop
+            kept += [known[place] for place in wanted if self._teaches(known[place])]
+        partial.close()
+        if not kept:
+            raise FailuresListed(f"step {step}: of {drawn} prompts none can be trained on: {why_none(known.values())}")
+        tokens = sum(len(ids) for record in known.values() for ids in record.get("response_token_ids", ()))
+        jsonl.write(path, ({**record, TAKEN: taken + drawn} for record in kept))
+        for part in part_files(path):
+            part.unlink(missing_ok=True)
+        seconds = time.monotonic() - begun
+        counts = {"prompts_drawn": float(drawn), "prompts_left_out": float(drawn - len(kept))}
+        return counts | {"sampling_seconds": seconds, "sampling_tokens_per_second": tokens / seconds}
+
+    def annotated(
+        self, records: Sequence[Record], places: Sequence[int], step: int, version: int
+    ) -> Iterator[tuple[int, Record]]:
+        """Yield (place, record) with samples and rewards, as they come; without `rewards` where the service refuses them."""
+        seeds = [seed_of(self.how.seed, step, record["id"]) for record in records]
+        with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
+            scored: list[tuple[int, Future[Record]]] = []
+            ids = [record["prompt_token_ids"] for record in records]
+            for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds):
+                record = with_samples(records[index], sampled, version)
+                scored.append((places[index], pool.submit(self._with_rewards, record)))
+                while scored and scored[0][1].done():
+                    place, future = scored.pop(0)
+                    yield place, future.result()
+            for place, future in scored:
+                yield place, future.result()
+
+    def _with_rewards(self, record: Record) -> Record:
+        scored = self.rewards.score(record)
+        if scored.rewards is None:
+            return {**record, "no_rewards": f"{scored.why} {scored.detail}".strip()}
+        return {**record, "rewards": scored.rewards} | ({"rewards_by": scored.by} if scored.by else {})
+
+    def _teaches(self, record: Record) -> bool:
+        if "rewards" not in record:
+            return False
+        return not self.how.most_drawn or len(set(record["rewards"])) > 1
+
+
+def step_file(folder: Path, step: int) -> Path:
+    return folder / f"step{step:06}.jsonl"
+
+
+def rollouts_of(folder: Path, step: int, wait: Callable[[], None] = lambda: time.sleep(0.1)) -> list[Record]:
+    """The rollouts of a step, once they are there: the other processes wait for process 0."""
+    path = step_file(folder, step)
+    while not path.exists():
+        wait()
+    return [record for _, record in jsonl.read(path)]
+
+
+def with_samples(record: Record, sampled: Sampled, version: int) -> Record:
+    """A prompt's record with its samples, which weights of this version gave."""
+    return {
+        **record,
+        "responses": sampled.texts,
+        "response_token_ids": sampled.token_ids,
+        "finish_reasons": sampled.finish_reasons,
+        "response_logps": sampled.logps,
+        "weight_versions": [version] * len(sampled.texts),
+    }
+
+
+def seed_of(*parts: object) -> int:
+    """A seed within 0 … 2^31-1 that differs, in all likelihood, whenever one of `parts` does."""
+    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) >> 33
+
+
+def why_none(records: Any) -> str:
+    """What to say of records of which none can be trained on."""
+    for record in records:
+        if "no_rewards" in record:
+            return f"{record['no_rewards']} (prompt {record['id']})"
+    return "all samples of a prompt have the same reward; more samples, another reward, or `dynamic_sampling` off"

@@ -1,0 +1,117 @@
+"""What an online training samples and scores with: vLLM servers that take its weights, and a reward service.
+
+Servers that the program owns start with it and end with it. One that dies is left aside until the next weights are sent; then
+it starts anew, and answers once it has them: no response ever comes from weights that it started with.
+"""
+
+import logging
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from baton.errors import FailuresListed, InputError
+from baton.launch import gpus
+from baton.online.arguments import OnlineArguments
+from baton.servers import own
+from baton.servers.own import OwnServer
+from baton.servers.rewards import Rewards
+from baton.servers.rollouts import Rollouts
+from baton.servers.weights import Transfer, TransferFailed
+
+log = logging.getLogger("baton")
+
+
+@dataclass
+class Engines:
+    """`rollouts` and `rewards` to ask, and `take` to give weights to; `servers` are the policy's that the program owns."""
+
+    rollouts: Rollouts
+    rewards: Rewards
+    transfer: Transfer
+    servers: Sequence[OwnServer]
+
+    def take(self, weights: Iterable[tuple[str, Tensor]], version: int, last: bool) -> bool:
+        """Send weights to all servers; False where one could not take them and has been started anew, to be sent them again.
+
+        `weights` are taken to the end in any case. Raises FailuresListed where it is the `last` try, or not our server.
+        """
+        weights = iter(weights)
+        self.restart_dead()
+        try:
+            self.transfer.send(weights, version)
+            return True
+        except TransferFailed as failure:
+            for _ in weights:  # gathered by all processes together
+                pass
+            if last or not self.servers:
+                raise FailuresListed(f"{failure}; what is finished is kept: run the same command again") from None
+            log.warning("%s", failure)
+            for server in self.servers:
+                if server.url in failure.urls:
+                    own.restart(server)
+            return False
+
+    def restart_dead(self) -> bool:
+        """Start those of our servers anew that have ended; whether there was one."""
+        dead = [server for server in self.servers if not own.is_alive(server)]
+        for server in dead:
+            own.restart(server)
+        return bool(dead)
+
+
+@contextmanager
+def engines(arguments: OnlineArguments, context: int, folder: Path, device: str) -> Iterator[Engines]:
+    """Context in which the servers run. `context`: tokens of prompt and response together. Logs of servers are in `folder`.
+
+    Raises InputError where there are too few GPUs, or a server serves another model.
+    """
+    groups = server_gpus(arguments)
+    wanted = []
+    if not arguments.vllm_url:
+        settings = {
+            "tensor_parallel_size": arguments.tensor_parallel_size,
+            "gpu_memory_utilization": arguments.gpu_memory_utilization,
+            "max_num_seqs": arguments.max_num_seqs,
+            "max_model_len": context,
+            "dtype": arguments.server_dtype,
+            "logprobs_mode": "processed_logprobs",
+        }
+        wanted += own.policy_servers(arguments.model_name_or_path, groups, settings, weights=True)
+    if not arguments.reward_url:
+        words = ["--scorer", *arguments.scorer, *shlex.split(arguments.reward_args)]
+        words += ["--weights", *map(str, arguments.weights)] if arguments.weights else []
+        of_reward = (arguments.reward_gpus or ",".join(gpus.visible()[-1:])).split(",")
+        wanted.append(own.reward_server(words, [gpu for gpu in of_reward if gpu]))
+    with ExitStack() as stack:
+        running = stack.enter_context(own.running(wanted, folder)) if wanted else []
+        policies = running[: len(running) - (not arguments.reward_url)]
+        urls = [server.url for server in policies] or [url.removesuffix("/v1") for url in arguments.vllm_url]
+        key = policies[0].api_key if policies else _secret(arguments.vllm_api_key)
+        rollouts = stack.enter_context(Rollouts(urls, key, timeout=arguments.server_timeout))
+        if rollouts.context < context:
+            raise InputError(f"the servers take {rollouts.context} tokens, fewer than `max_prompt_length` + `max_new_tokens`")
+        services = arguments.reward_url or [f"{running[-1].url}/get_reward"]
+        rewards = Rewards(services, _secret(arguments.reward_api_key), arguments.reward_timeout)
+        transfer = stack.enter_context(closing(Transfer(urls, key, device=device, timeout=arguments.sync_timeout)))
+        yield Engines(rollouts, rewards, transfer, policies)
+
+
+def server_gpus(arguments: OnlineArguments) -> list[list[str]]:
+    """The GPUs of each vLLM server to start; empty lists on a CPU. Raises InputError where they do not suffice."""
+    ids = [gpu for gpu in (arguments.server_gpus or ",".join(gpus.visible())).split(",") if gpu]
+    count, size = arguments.num_servers, arguments.tensor_parallel_size
+    if not ids:
+        if size > 1:
+            raise InputError(f"`tensor_parallel_size`: {size}, but there is no GPU")
+        return [[]] * count
+    if count * size > len(ids) and not (count == 1 and size <= len(ids)):
+        raise InputError(f"`num_servers`: {count} servers of {size} GPUs each, but `server_gpus` has {len(ids)}")
+    return gpus.groups(ids, size)[:count]
+
+
+def _secret(key) -> str | None:
+    return key.get_secret_value() if key is not None else None
