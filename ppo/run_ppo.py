@@ -6,8 +6,8 @@
 
 Each step samples `K` responses to `rollout_batch_size` prompts from the servers, has them scored, trains actor and critic, and
 sends the new weights to the servers. Servers and reward server are started and ended by this program, or named by
-`--vllm_url` and `--reward_url`. Every step's rollouts are in <output_dir>.rollouts/; the finished policy is in <output_dir>, the
-critic, with --save_critic, in <output_dir>/critic. After any failure, run the same command again: it goes on where it stopped.
+`--vllm_url` and `--reward_url`. Every step's rollouts are in <output_dir>.rollouts/, the finished policy is in <output_dir>,
+and with --save_critic the critic in <output_dir>/critic. After any failure, the same command goes on where the run stopped.
 OpenRLHF's names of settings are understood where they mean the same.
 """
 

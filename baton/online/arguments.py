@@ -74,6 +74,10 @@ class OnlineArguments(LoraArguments):
     max_num_seqs: int | None = option(None, "responses that a server samples at once", ge=1, changes_result=False)
     server_dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "of the servers' weights and arithmetic")
     enforce_eager: bool = option(False, "the servers compile nothing", changes_result=False)
+    reproducible: bool = option(
+        False,
+        "the servers sample one response at a time, so that a run samples the same whatever happens in between; slow",
+    )
     server_timeout: float = option(600.0, "seconds for an answer of a server", gt=0, changes_result=False)
     sync_timeout: float = option(120.0, "seconds for one transfer of the weights", gt=0, changes_result=False)
 
@@ -115,13 +119,13 @@ def check_online(arguments: OnlineArguments) -> None:
         )
     if arguments.weights and len(arguments.weights) != len(arguments.scorer):
         raise InputError(f"`weights`: {len(arguments.weights)} numbers for {len(arguments.scorer)} scorers")
+    if arguments.staleness and arguments.reproducible:
+        raise InputError("`reproducible` needs `staleness: 0`: what is sampled while a step trains depends on when it dies")
     if arguments.dynamic_sampling and arguments.dynamic_sampling < 1:
         raise InputError("`dynamic_sampling`: at least 1, that is `rollout_batch_size` prompts, or 0 for off")
     size = arguments.prompts_per_update
     if size and arguments.rollout_batch_size % size:
-        raise InputError(
-            f"`prompts_per_update`: {size} does not divide `rollout_batch_size`, {arguments.rollout_batch_size}, the prompts of a step"
-        )
+        raise InputError(f"`prompts_per_update`: {size} does not divide the {arguments.rollout_batch_size} prompts of a step")
 
 
 def inputs_of(arguments: OnlineArguments) -> dict[str, str | Path]:

@@ -24,15 +24,22 @@ from baton.servers.weights import Transfer, TransferFailed
 
 log = logging.getLogger("baton")
 
+PATIENCE = 10.0  # seconds without a server of our own that answers, until those that died start anew
+
 
 @dataclass
 class Engines:
-    """`rollouts` and `rewards` to ask, and `take` to give weights to; `servers` are the policy's that the program owns."""
+    """`rollouts` and `rewards` to ask, and `take` to give weights to; `servers` are the policy's that the program owns.
+
+    `reward_server` is that of the rewards, where the program owns it. With `shares_gpus` trainer and servers take turns.
+    """
 
     rollouts: Rollouts
     rewards: Rewards
     transfer: Transfer
     servers: Sequence[OwnServer]
+    reward_server: OwnServer | None
+    shares_gpus: bool
 
     def take(self, weights: Iterable[tuple[str, Tensor]], version: int, last: bool) -> bool:
         """Send weights to all servers; False where one could not take them and has been started anew, to be sent them again.
@@ -57,10 +64,21 @@ class Engines:
 
     def restart_dead(self) -> bool:
         """Start those of our servers anew that have ended; whether there was one."""
-        dead = [server for server in self.servers if not own.is_alive(server)]
+        owned = [*self.servers, *([self.reward_server] if self.reward_server else [])]
+        dead = [server for server in owned if not own.is_alive(server)]
         for server in dead:
             own.restart(server)
         return bool(dead)
+
+    def sleep(self) -> None:
+        """Have servers that share GPUs with the trainer leave them to it."""
+        if self.shares_gpus:
+            self.transfer.sleep()
+
+    def wake(self) -> None:
+        """End `sleep`."""
+        if self.shares_gpus:
+            self.transfer.wake()
 
 
 @contextmanager
@@ -70,12 +88,18 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
     Raises InputError where there are too few GPUs, or a server serves another model.
     """
     groups = server_gpus(arguments)
+    shares_gpus = bool(groups[0]) and not arguments.server_gpus and not arguments.vllm_url
+    if shares_gpus and arguments.staleness:
+        raise InputError("`staleness: 1` needs GPUs for the servers alone: name them with `server_gpus`")
     wanted = []
     if not arguments.vllm_url:
         settings = {
             "tensor_parallel_size": arguments.tensor_parallel_size,
             "gpu_memory_utilization": arguments.gpu_memory_utilization,
-            "max_num_seqs": arguments.max_num_seqs,
+            "max_num_seqs": 1 if arguments.reproducible else arguments.max_num_seqs,
+            "enable_prefix_caching": False if arguments.reproducible else None,
+            "enable_sleep_mode": True if shares_gpus else None,
+            "enforce_eager": True if arguments.enforce_eager and groups[0] else None,  # on a CPU it is always so
             "max_model_len": context,
             "dtype": arguments.server_dtype,
             "logprobs_mode": "processed_logprobs",
@@ -91,13 +115,28 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         policies = running[: len(running) - (not arguments.reward_url)]
         urls = [server.url for server in policies] or [url.removesuffix("/v1") for url in arguments.vllm_url]
         key = policies[0].api_key if policies else _secret(arguments.vllm_api_key)
-        rollouts = stack.enter_context(Rollouts(urls, key, timeout=arguments.server_timeout))
+        rollouts = stack.enter_context(
+            Rollouts(urls, key, timeout=arguments.server_timeout, patience=PATIENCE if policies else 60.0)
+        )
         if rollouts.context < context:
             raise InputError(f"the servers take {rollouts.context} tokens, fewer than `max_prompt_length` + `max_new_tokens`")
         services = arguments.reward_url or [f"{running[-1].url}/get_reward"]
         rewards = Rewards(services, _secret(arguments.reward_api_key), arguments.reward_timeout)
-        transfer = stack.enter_context(closing(Transfer(urls, key, device=device, timeout=arguments.sync_timeout)))
-        yield Engines(rollouts, rewards, transfer, policies)
+        if arguments.reward_url:
+            check_service(rewards, services)
+        # NCCL connects no two processes on one GPU.
+        how = {"device": device, "backend": "gloo" if shares_gpus else None, "timeout": arguments.sync_timeout}
+        transfer = stack.enter_context(closing(Transfer(urls, key, **how)))
+        reward_server = None if arguments.reward_url else running[-1]
+        yield Engines(rollouts, rewards, transfer, policies, reward_server, shares_gpus)
+
+
+def check_service(rewards: Rewards, urls: Sequence[str]) -> None:
+    """Raise InputError where nobody answers at a reward service. What it says of this record does not count."""
+    try:
+        rewards.score({"id": "check", "prompt": "Hello", "responses": ["Hello.", "Good day."]}, "a first request")
+    except FailuresListed as error:
+        raise InputError(f"`reward_url` {', '.join(urls)}: no answer: {error}") from None
 
 
 def server_gpus(arguments: OnlineArguments) -> list[list[str]]:

@@ -115,6 +115,14 @@ class Learner:
         self.seconds += time.perf_counter() - begun
         return {**self._sums(metrics), "grad_norm": norm}
 
+    def move_optimizer(self, device: torch.device | str) -> None:
+        """Move the optimizer's states, to leave a GPU's memory to others; under DeepSpeed they stay."""
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            for state in self.optimizer.state.values():
+                state.update({name: value.to(device) for name, value in state.items() if torch.is_tensor(value)})
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     def taken(self) -> tuple[float, float]:
         """Operations of all processes and seconds of this one since the last call."""
         flops, seconds = self._sums({"flops": self.flops})["flops"], self.seconds

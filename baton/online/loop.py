@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerState
 
 from baton import program
+from baton.errors import FailuresListed
 from baton.jsonl import Record
 from baton.online import checkpoints
 from baton.online.collect import TAKEN, Collector, rollouts_of
@@ -26,6 +27,7 @@ from baton.online.samples import Samples
 from baton.progress import Progress
 from baton.training.metrics import peak_flops
 from baton.training.metrics_file import MetricsFile
+from baton.training.sharding import is_sharded
 
 log = logging.getLogger("baton")
 
@@ -78,7 +80,7 @@ class Loop:
             ahead = self._collect(background, done + 1, taken, done) if done < self.total_steps else None
             for step in range(done + 1, self.total_steps + 1):
                 begun = time.monotonic()
-                metrics = self._waited(ahead)
+                metrics = self._collected(background, ahead, step, taken, step - 1)
                 records = rollouts_of(self.folder / "rollouts", step)
                 metrics["waited_seconds"] = time.monotonic() - begun
                 taken = records[-1][TAKEN]
@@ -86,14 +88,16 @@ class Loop:
                 if self.staleness and more:
                     ahead = self._collect(background, step + 1, taken, step - 1)
                 samples = Samples.of(records)
+                self.turn(to_servers=False)
                 training = time.monotonic()
                 metrics |= of_rollouts(records, samples, step) | self.algorithm.step(records, samples, step)
                 metrics["training_seconds"] = time.monotonic() - training
                 if self.staleness and more:
-                    metrics |= {f"next/{name}": value for name, value in self._waited(ahead).items()}
+                    ahead.result() if ahead else None  # on disk before the weights that sample it change
                 if step % self.save_steps == 0 or not more:
                     whole = {"taken": taken, "algorithm": self.algorithm.state()}
                     checkpoints.save(self.learner, self.folder, step, whole)
+                self.turn(to_servers=True)
                 evaluates = self.evaluate is not None and (step % self.eval_steps == 0 or not more)
                 if more or evaluates:
                     metrics["sync_seconds"] = self.send(step)
@@ -131,9 +135,31 @@ class Loop:
     def _collect(self, background: ThreadPoolExecutor, step: int, taken: int, version: int) -> Future | None:
         return self.collector and background.submit(self.collector.collect, step, taken, version)
 
-    @staticmethod
-    def _waited(ahead: Future | None) -> dict[str, float]:
-        return dict(ahead.result()) if ahead is not None else {}
+    def _collected(
+        self, background: ThreadPoolExecutor, ahead: Future | None, step: int, taken: int, version: int
+    ) -> dict[str, float]:
+        """What it took to collect a step. Where servers of ours have died, they start anew and get the weights again."""
+        while ahead is not None:
+            try:
+                return dict(ahead.result())
+            except FailuresListed:
+                # The weights that sample are those of this process now, and it has them whole.
+                if self.staleness or is_sharded(self.learner.models.actor) or not self.engines.restart_dead():
+                    raise
+                self.engines.take(weights_for_servers(self.learner.models.actor), version, last=True)
+                ahead = self._collect(background, step, taken, version)
+        return {}
+
+    def turn(self, to_servers: bool) -> None:
+        """Where trainer and servers share GPUs, give their memory to the one or the other."""
+        if self.engines is None or not self.engines.shares_gpus:
+            return
+        if to_servers:
+            self.learner.move_optimizer("cpu")
+            self.engines.wake()
+        else:
+            self.engines.sleep()
+            self.learner.move_optimizer(self.learner.accelerator.device)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Metrics of held-out prompts, logged too where no step's line has them."""

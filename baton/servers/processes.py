@@ -170,7 +170,11 @@ def engine_options(settings: Mapping[str, Any], gpus: int, servers: int) -> tupl
     """
     options = ["--disable-uvicorn-access-log"]
     for name, value in settings.items():
-        options += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            options += [f"--{flag}", str(value)]
     variables = {"VLLM_NO_USAGE_STATS": "1"}
     if gpus:
         return options, variables

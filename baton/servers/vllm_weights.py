@@ -105,8 +105,8 @@ class Engine(WeightTransferEngine[Meeting, Bucket]):
 def pack_heads(model: torch.nn.Module) -> None:
     """Have a CPU's LM heads use the weights that they have now.
 
-    vLLM multiplies with a packed copy of a head there, and after new weights makes another one of the layers that were loaded: a
-    head that is the embedding is none of them, and would go on with the old copy, whatever a checksum of the weights says.
+    vLLM multiplies with a packed copy of a head there, and after new weights packs those layers again that were loaded: a head
+    that is the embedding is none of them, and would go on with the old copy, whatever a checksum of the weights says.
     """
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):

@@ -63,13 +63,17 @@ class Link:
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The server's JSON answer. Raises Failure."""
+        return self.tell(method, path, body).json()
+
+    def tell(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """The server's answer, whatever it holds. Raises Failure."""
         try:
             response = self.http.request(method, f"{self.url}/{path}", json=body)
         except httpx.HTTPError as error:
             raise Failure(f"/{path}: {type(error).__name__} {error}".rstrip()) from None
         if response.status_code != 200:
             raise Failure(f"/{path}: HTTP {response.status_code}: {error_text(response)}")
-        return response.json()
+        return response
 
     def call_workers(self, method: str, **kwargs: str) -> list[Any]:
         """What each of the server's workers returns. Raises Failure."""
@@ -167,6 +171,20 @@ class Transfer:
         if failures:
             raise TransferFailed(failures)
         return time.monotonic() - began
+
+    def sleep(self) -> None:
+        """Have the servers leave their GPUs' memory to others until `wake`; they answer nothing. Raises TransferFailed."""
+        self._tell_each("sleep?level=1")
+
+    def wake(self) -> None:
+        """End `sleep`. Raises TransferFailed."""
+        self._tell_each("wake_up")
+
+    def _tell_each(self, path: str) -> None:
+        failures: dict[str, str] = {}
+        self._on_each(self.links, lambda link: link.tell("POST", path), failures)
+        if failures:
+            raise TransferFailed(failures)
 
     def checksums(self) -> dict[str, dict[str, str]]:
         """The checksum of each parameter as each server holds it, by the servers' addresses. Raises TransferFailed."""
