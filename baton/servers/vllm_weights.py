@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -80,6 +80,7 @@ class Engine(WeightTransferEngine[Meeting, Bucket]):
         if missing:
             raise ValueError(f"no weights, or not all, came for {len(missing)} parts of the model: {', '.join(missing[:5])}")
         finalize_layerwise_reload(self.model, self.model_config)
+        renew_shared_head(self.model)
         self.failed = False
 
     def _incomplete(self) -> Iterator[str]:
@@ -97,8 +98,26 @@ class Engine(WeightTransferEngine[Meeting, Bucket]):
         self.group, self.connection = None, ""
 
 
+def renew_shared_head(model: torch.nn.Module) -> None:
+    """Bring an output head that shares the embedding's weights up to date with them.
+
+    On a CPU vLLM multiplies by a packed copy of it, which it renews only for a head with weights of its own: log-probabilities
+    would be those of new layers under the old head.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    embeddings = {layer.weight.data_ptr() for layer in layers if not isinstance(layer, ParallelLMHead)}
+    for layer in layers:
+        if isinstance(layer, ParallelLMHead) and layer.weight.data_ptr() in embeddings:
+            layer.quant_method.process_weights_after_loading(layer)
+
+
 class Extension:
     """Methods that vLLM's workers get, for /collective_rpc."""
+
+    def reload_from(self, folder: str) -> None:
+        """Load the weights in a model's folder."""
+        self.reload_weights(weights_path=folder)
+        renew_shared_head(self.model_runner.get_model())
 
     def transfer_state(self) -> dict[str, str]:
         """To which `Transfer` this worker is connected ("" to none), and the dtype of its weights."""

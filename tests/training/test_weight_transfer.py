@@ -7,7 +7,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from baton.errors import FailuresListed
 from baton.servers import own, processes
@@ -23,7 +23,7 @@ TIMEOUT = 20.0
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("online")
-    policy = make_tiny_policy(folder / "policy")
+    policy = with_a_shared_head(make_tiny_policy(folder / "policy"))
     settings = {"dtype": "float32", "logprobs_mode": "processed_logprobs"}
     wanted = own.policy_servers(str(policy), [[]], settings, weights=True)
     with own.running(wanted, folder / "servers") as (server,), own.free_ports(1) as (port,):
@@ -32,6 +32,14 @@ def world(tmp_path_factory):
         with Rollouts([server.url, dead], server.api_key, patience=1.0) as rollouts:
             yield SimpleNamespace(folder=folder, policy=policy, server=server, dead=dead, transfer=transfer, rollouts=rollouts)
         transfer.close()
+
+
+def with_a_shared_head(policy):
+    """The model with its embedding as output head, as most small models have it: vLLM treats such a head in its own way."""
+    config = AutoConfig.from_pretrained(policy)
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(policy)
+    return policy
 
 
 def changed(world, seed):
