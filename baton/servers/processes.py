@@ -22,10 +22,12 @@ HERE = "127.0.0.1"
 SERVE = Path(__file__).with_name("serve.py")  # started with -P: its folder is no place to import from
 VLLM = ("-P", str(SERVE))
 
-# On a CPU each engine is one process: as two, the one would spin while the other works. Statistics, which bare vLLM does not
-# count either, would cost a tenth of the speed.
+# On a CPU statistics, which bare vLLM does not count either, would cost a tenth of the speed. Each engine is one process, where
+# one core is enough: as two, the one would spin while the other works.
 CPU_OPTIONS = ["--enforce-eager", "--disable-log-stats"]
 ONE_PROCESS = ["--distributed-executor-backend", "uni"]
+# vLLM 0.32 dies on a CPU of a prompt that is computed in parts whose request has a seed ("CPU Generator does not use offset").
+WHOLE_PROMPTS = ["--no-enable-chunked-prefill"]
 
 
 class Place(NamedTuple):
@@ -178,8 +180,10 @@ def engine_options(settings: Mapping[str, Any], gpus: int, servers: int) -> tupl
     variables = {"VLLM_NO_USAGE_STATS": "1"}
     if gpus:
         return options, variables
-    alone = ONE_PROCESS if (settings.get("tensor_parallel_size") or 1) == 1 else []
-    return options + CPU_OPTIONS + alone, variables | cpu_variables(servers)
+    options += CPU_OPTIONS
+    options += ONE_PROCESS if (settings.get("tensor_parallel_size") or 1) == 1 else []
+    options += [] if settings.get("max_num_batched_tokens") else WHOLE_PROMPTS  # which may be too few for a whole one
+    return options, variables | cpu_variables(servers)
 
 
 def cpu_variables(servers: int) -> dict[str, str]:

@@ -12,11 +12,7 @@ import torch
 import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -84,7 +80,7 @@ class Engine(WeightTransferEngine[Meeting, Bucket]):
         if missing:
             raise ValueError(f"no weights, or not all, came for {len(missing)} parts of the model: {', '.join(missing[:5])}")
         finalize_layerwise_reload(self.model, self.model_config)
-        pack_heads(self.model)
+        renew_shared_head(self.model)
         self.failed = False
 
     def _incomplete(self) -> Iterator[str]:
@@ -102,24 +98,26 @@ class Engine(WeightTransferEngine[Meeting, Bucket]):
         self.group, self.connection = None, ""
 
 
-def pack_heads(model: torch.nn.Module) -> None:
-    """Have a CPU's LM heads use the weights that they have now.
+def renew_shared_head(model: torch.nn.Module) -> None:
+    """Bring an output head that shares the embedding's weights up to date with them.
 
-    vLLM multiplies with a packed copy of a head there, and after new weights packs those layers again that were loaded: a head
-    that is the embedding is none of them, and would go on with the old copy, whatever a checksum of the weights says.
+    On a CPU vLLM multiplies by a packed copy of it, which it renews only for a head with weights of its own: log-probabilities
+    would be those of new layers under the old head.
     """
-    for layer in model.modules():
-        if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    embeddings = {layer.weight.data_ptr() for layer in layers if not isinstance(layer, ParallelLMHead)}
+    for layer in layers:
+        if isinstance(layer, ParallelLMHead) and layer.weight.data_ptr() in embeddings:
             layer.quant_method.process_weights_after_loading(layer)
 
 
 class Extension:
     """Methods that vLLM's workers get, for /collective_rpc."""
 
-    def reload_whole(self, path: str) -> None:
-        """vLLM's `reload_weights` from a folder, LM heads included."""
-        self.reload_weights(weights_path=path)
-        pack_heads(self.get_model())
+    def reload_from(self, folder: str) -> None:
+        """Load the weights in a model's folder."""
+        self.reload_weights(weights_path=folder)
+        renew_shared_head(self.model_runner.get_model())
 
     def transfer_state(self) -> dict[str, str]:
         """To which `Transfer` this worker is connected ("" to none), and the dtype of its weights."""

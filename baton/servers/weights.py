@@ -162,7 +162,7 @@ class Transfer:
 
         def load(link: Link) -> None:
             link.pause()
-            link.call_workers("reload_whole", path=str(Path(path).absolute()))
+            link.call_workers("reload_from", folder=str(Path(path).absolute()))
             link.ask("POST", "update_weight_version", {"new_version": str(version)})
             link.resume(version)
 
