@@ -41,6 +41,7 @@ class OnlineArguments(LoraArguments):
     top_k: int = option(-1, "sample from so many tokens; -1: from all")
     min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest", ge=0, lt=1)
     max_new_tokens: int = option(1024, "longest response, in tokens", ge=1)
+    min_new_tokens: int = option(0, "shortest response, in tokens", ge=0)
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
     dynamic_sampling: float = option(
         0.0,

@@ -134,7 +134,7 @@ def evaluate(collector: Collector, records: list[jsonl.Record], step: int) -> di
 def sampling(arguments: OnlineArguments) -> dict[str, Any]:
     """vLLM's settings of the sampling."""
     settings = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-    return {**settings, "max_tokens": arguments.max_new_tokens}
+    return {**settings, "min_tokens": arguments.min_new_tokens, "max_tokens": arguments.max_new_tokens}
 
 
 def tokenizer_of(arguments: OnlineArguments, critic: str | None) -> Any:

@@ -1,0 +1,288 @@
+"""Online RL: a step of ppo/run_ppo.py against its floor, and RLOO against TRL's trainer; samples a second.
+
+    python benchmarks/ppo.py --model_path runs/quickstart/sft --prompts_path runs/quickstart/data/prompts_round1.jsonl
+    python benchmarks/ppo.py --model_path … --prompts_path … --sides ours ours_stale floor        # no TRL
+    python benchmarks/ppo.py --model 1b --device cuda --rollouts --critic                          # one GPU, no vLLM
+
+All responses have `--max_new_tokens` tokens, whatever they say, so that all sides compute the same; the reward is a rule.
+`floor` is what nothing can do without: bare `vllm.LLM.generate` of the same prompts, and bare packed passes over such rows
+(reference, with --critic the critic's, then forward, backward and AdamW), without servers, files, rewards or transfers.
+`trl_rloo` is TRL's RLOOTrainer as its documentation starts it here: generation by Transformers in the trainer's process.
+
+Run it in the training environment; the inference environment must be there too. `--rollouts` times the training half alone, on
+made-up samples of a model of random weights, and reports MFU.
+"""
+
+import argparse
+import inspect
+import itertools
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # not this folder, whose ppo.py would hide the stage
+
+
+def even(prompts, responses, records):
+    """The share of letters that come early in the alphabet."""
+    return [sum("a" <= letter <= "m" for letter in text) / (len(text) + 1) for text in responses]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_path", help="the policy's folder")
+    parser.add_argument("--prompts_path", help="prompts, .jsonl")
+    parser.add_argument("--sides", nargs="+", default=["ours", "floor", "trl_rloo"])
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each side; the median counts")
+    parser.add_argument("--steps", type=int, default=4, help="of each turn; the first does not count")
+    parser.add_argument("--prompts", type=int, default=16, help="of a step")
+    parser.add_argument("--K", type=int, default=4)
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--critic", action="store_true", help="PPO instead of RLOO; not with TRL")
+    parser.add_argument("--model", choices=["tiny", "1b"], default="1b", help="shape for --rollouts")
+    parser.add_argument("--device", default="cpu", help="for --rollouts")
+    parser.add_argument("--rollouts", action="store_true", help="time the training on made-up samples")
+    parser.add_argument("--run_side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rollouts:
+        print(json.dumps(on_rollouts(args)))
+        return
+    if args.run_side:
+        print(json.dumps(SIDES[args.run_side](args, args.folder)))
+        return
+    if not (args.model_path and args.prompts_path):
+        parser.error("--model_path and --prompts_path are needed")
+    turns: dict[str, list[dict]] = {side: [] for side in args.sides}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rules.py").write_text(inspect.getsource(even))
+        for _ in range(args.repeats):
+            for side in args.sides:
+                command = [sys.executable, __file__, *sys.argv[1:], "--run_side", side, "--folder", folder]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                turns[side].append(json.loads(done.stdout.splitlines()[-1]))
+    report(args, turns)
+
+
+def report(args: argparse.Namespace, turns: dict[str, list[dict]]) -> None:
+    """A line for each side, and the ratios to the floor and to TRL's trainer."""
+    samples = args.prompts * args.K
+    seconds = {side: statistics.median(turn["seconds"] for turn in found) for side, found in turns.items()}
+    for side, found in turns.items():
+        rest = {name: round(statistics.median(turn[name] for turn in found), 2) for name in found[0] if name != "seconds"}
+        ratios = "".join(f", {seconds[other] / seconds[side]:.2f} x {other}" for other in seconds if other != side)
+        print(f"{side}: {seconds[side]:.2f} s a step, {samples / seconds[side]:.1f} samples/s{ratios} {rest or ''}")
+
+
+def ours(args: argparse.Namespace, folder: Path, staleness: int = 0) -> dict:
+    """The median step of run_ppo.py, by its own clock."""
+    output = Path(tempfile.mkdtemp(dir=folder)) / "policy"
+    settings = {
+        "advantage_estimator": "gae" if args.critic else "rloo",
+        "rollout_batch_size": args.prompts, "K": args.K, "max_new_tokens": args.max_new_tokens, "total_steps": args.steps,
+        "max_prompt_length": 256, "staleness": staleness, "save_steps": 10_000, "gradient_checkpointing": "false",
+        "server_dtype": "float32", "min_new_tokens": args.max_new_tokens, "learning_rate": 1e-6,
+    }  # fmt: skip
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    data = ["--model_name_or_path", args.model_path, "--dataset_name_or_path", args.prompts_path, "--output_dir", str(output)]
+    scorer = ["--scorer", f"function:{folder}/rules.py:even"]
+    subprocess.run([sys.executable, "ppo/run_ppo.py", *data, *flags, *scorer], check=True, cwd=ROOT, stdout=sys.stderr)
+    lines = [json.loads(line) for line in Path(f"{output}.metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line][1:-1]  # the last step sends no weights
+    names = ("seconds", "waited_seconds", "training_seconds", "sync_seconds")
+    return {name: statistics.median(step[name] for step in steps) for name in names}
+
+
+def floor(args: argparse.Namespace, folder: Path) -> dict:
+    """Bare generation and bare passes, the median of the steps."""
+    prompts = prompt_ids(args)
+    inference = str(Path(sys.executable).parents[2] / "inference/bin/python")
+    sizes = map(str, (args.K, args.max_new_tokens, args.steps))
+    bare = [inference, "-c", BARE_VLLM, args.model_path, json.dumps(prompts), *sizes]
+    done = subprocess.run(bare, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    generating = json.loads(done.stdout.splitlines()[-1])
+    training = statistics.median(bare_training(args, prompts))
+    return {"seconds": generating + training, "generating": generating, "training": training}
+
+
+BARE_VLLM = """
+import json, os, statistics, sys, time
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
+from vllm import LLM, SamplingParams
+model, prompts, n, tokens, steps = sys.argv[1], json.loads(sys.argv[2]), *map(int, sys.argv[3:])
+llm = LLM(model, enforce_eager=True, dtype="float32", max_model_len=512)
+params = SamplingParams(n=n, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
+took = []
+for _ in range(steps):
+    begun = time.perf_counter()
+    llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    took.append(time.perf_counter() - begun)
+print(json.dumps(statistics.median(took[1:])))
+"""
+
+
+def prompt_ids(args: argparse.Namespace) -> list[list[int]]:
+    """The token ids of the first prompts."""
+    from baton.models.templates import load_tokenizer, prompt_token_ids
+    from baton.prompts import PromptSet
+
+    tokenizer = load_tokenizer(args.model_path)
+    first = itertools.islice(PromptSet(args.prompts_path).shard(0, 1), args.prompts)
+    return [prompt_token_ids(tokenizer, messages, where) for _, where, _, messages in first]
+
+
+def bare_training(args: argparse.Namespace, prompts: list[list[int]]) -> list[float]:
+    """Seconds of each step's passes over packed rows, all of the models on one process; the first step is left out."""
+    from transformers import AutoModelForCausalLM
+
+    from baton.models import forward
+    from baton.models.attention import NAME
+    from baton.models.trees import pack
+    from baton.online.models import load_critic, values
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32, attn_implementation=NAME)
+
+    actor, reference = load(), load()
+    critic = load_critic(args.model_path, torch.float32, 0) if args.critic else None
+    trained = [*actor.parameters(), *(critic.parameters() if critic is not None else ())]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    sequences = [(ids, ids_of(args.max_new_tokens, seed)) for ids in prompts for seed in range(args.K)]
+    rows, _ = pack(sequences, 8192)
+    seconds = []
+    for _ in range(args.steps):
+        begun = time.perf_counter()
+        for row in rows:
+            forward.logps(reference, row)
+            if critic is not None:
+                with torch.no_grad():
+                    values(critic, row)
+        for row in rows:
+            loss = forward.row_scores(actor, row).log_probs.mean()
+            if critic is not None:
+                loss = loss + values(critic, row).square().mean()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - begun)
+    return seconds[1:]
+
+
+def ids_of(count: int, seed: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(10, 200) for _ in range(count)]
+
+
+def trl_rloo(args: argparse.Namespace, folder: Path) -> dict:
+    """The median step of TRL's RLOOTrainer."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    from baton.prompts import PromptSet
+
+    took: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            took.append(time.perf_counter())
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+    prompts = [{"prompt": messages} for *_, messages in PromptSet(args.prompts_path).shard(0, 1)]
+    samples = args.prompts * args.K
+    config = RLOOConfig(
+        str(folder / "trl"), per_device_train_batch_size=samples, num_generations=args.K, max_steps=args.steps,
+        max_completion_length=args.max_new_tokens, learning_rate=1e-6, bf16=False, use_cpu=True, report_to="none",
+        gradient_checkpointing=False, save_strategy="no", logging_steps=100, beta=0.01, disable_tqdm=True,
+        generation_kwargs={"min_new_tokens": args.max_new_tokens},
+    )  # fmt: skip
+
+    def reward(completions, **_):
+        return even(None, [completion[0]["content"] for completion in completions], None)
+
+    trainer = RLOOTrainer(
+        args.model_path, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer, callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    return {"seconds": statistics.median(after - before for before, after in itertools.pairwise(took))}
+
+
+def on_rollouts(args: argparse.Namespace) -> dict:
+    """Seconds, tokens a second and MFU of the training half on made-up samples."""
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    from baton.models.attention import NAME
+    from baton.online.learner import Learner, optimizer_of
+    from baton.online.models import Models
+    from baton.online.samples import Samples
+    from baton.training.metrics import peak_flops
+    from ppo.algorithm import Algorithm
+    from ppo.run_ppo import Arguments
+
+    sizes = {"tiny": (64, 2, 2, 1, 128, 1024), "1b": (2048, 16, 32, 8, 8192, 128256)}[args.model]
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
+    shape = LlamaConfig(
+        **dict(zip(names, sizes, strict=True)), tie_word_embeddings=True, attn_implementation=NAME, num_labels=1
+    )
+    shape.pad_token_id = 0
+    with torch.device(args.device):
+        actor, reference = (AutoModelForCausalLM.from_config(shape, dtype=torch.float32) for _ in range(2))
+        critic = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32) if args.critic else None
+    reference = reference.to(torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
+    models = Models(actor, critic)
+    for model in (actor, critic):
+        if model is not None and args.model == "1b":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    mixed = "bf16" if args.device == "cuda" else "no"
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=mixed)
+    learner = Learner(models, optimizer_of(models, 1e-6, 1e-6), accelerator, lambda *_: 1.0, 16384, 1.0)
+    how = {"K": args.K, "advantage_estimator": "gae" if args.critic else "rloo", "max_new_tokens": args.max_new_tokens}
+    algorithm = Algorithm(Arguments.model_construct(**how, whiten_advantages=True), learner, reference)
+    seconds, flops = [], []
+    for step in range(args.steps):
+        records = [made_up(number, args) for number in range(args.prompts)]
+        begun = time.perf_counter()
+        algorithm.step(records, Samples.of(records), step)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+        flops.append(learner.taken()[0])
+    median, tokens = statistics.median(seconds[1:]), args.prompts * args.K * args.max_new_tokens
+    peak = peak_flops(accelerator.device)
+    found = {"seconds": median, "response_tokens_per_second": tokens / median, "tflops": flops[-1] / median / 1e12}
+    return found | ({"mfu": flops[-1] / median / peak} if peak else {})
+
+
+def made_up(number: int, args: argparse.Namespace) -> dict:
+    ids = [ids_of(args.max_new_tokens, number * 100 + sample) for sample in range(args.K)]
+    return {
+        "id": str(number), "prompt_token_ids": ids_of(256, -1 - number), "responses": [""] * args.K, "response_token_ids": ids,
+        "response_logps": [[-3.0] * args.max_new_tokens] * args.K, "finish_reasons": ["stop"] * args.K,
+        "rewards": [random.Random(number + sample).random() for sample in range(args.K)],
+    }  # fmt: skip
+
+
+SIDES = {
+    "ours": ours, "floor": floor, "trl_rloo": trl_rloo, "ours_stale": lambda args, folder: ours(args, folder, staleness=1),
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
