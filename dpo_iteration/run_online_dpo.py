@@ -15,7 +15,7 @@ from baton import program
 from baton.arguments import option, parse
 from baton.errors import InputError
 from baton.launch.check import check_processes
-from baton.online.arguments import OnlineArguments, check_online, inputs_of
+from baton.online.arguments import OnlineArguments, check_online, inputs_of, scorer_settings
 from baton.pairs import ChooseType, PairSettings
 from baton.stage import Stage
 from baton.training.arguments import metrics_file
@@ -54,7 +54,7 @@ def main() -> None:
     arguments = parse(Arguments, __doc__)
     pairs = check(arguments)
     output = Path(arguments.output_dir)
-    stage = Stage.begin("online_dpo", arguments, output, inputs_of(arguments))
+    stage = Stage.begin("online_dpo", arguments, output, inputs_of(arguments), scorer_settings(arguments))
     if stage is None:
         return
     check_processes()

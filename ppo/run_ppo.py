@@ -12,7 +12,6 @@ OpenRLHF's names of settings are understood where they mean the same.
 """
 
 import logging
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +19,7 @@ from baton import program
 from baton.arguments import option, parse
 from baton.errors import InputError
 from baton.launch.check import check_processes
-from baton.online.arguments import OnlineArguments, check_online, inputs_of
+from baton.online.arguments import OnlineArguments, check_online, inputs_of, scorer_settings, scorers_of
 from baton.sampling import changes
 from baton.sources import check_start
 from baton.stage import Stage
@@ -134,8 +133,8 @@ def critic_of(arguments: Arguments) -> str | None:
     """The model that the critic starts from; None where there is no critic."""
     if arguments.advantage_estimator != WITH_CRITIC:
         return None
-    found = [re.fullmatch(r"(\w+=)?bt:(.+)", word) for word in arguments.scorer]
-    reward_model = found[0][2] if len(found) == 1 and found[0] else None
+    scorers = scorers_of(arguments)
+    reward_model = scorers[0].target if len(scorers) == 1 and scorers[0].kind == "bt" else None
     return arguments.critic_model or reward_model or arguments.model_name_or_path
 
 
@@ -157,7 +156,7 @@ def main() -> None:
         arguments.whiten_advantages = arguments.advantage_estimator in ("gae", "reinforce++")
     check(arguments)
     output, critic = Path(arguments.output_dir), critic_of(arguments)
-    stage = Stage.begin("ppo", arguments, output, all_inputs(arguments))
+    stage = Stage.begin("ppo", arguments, output, all_inputs(arguments), scorer_settings(arguments))
     if stage is None:
         return
     check_processes()

@@ -1,16 +1,18 @@
 """The arguments of every program that trains online. Nothing heavy is imported with this file."""
 
 import math
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import SecretStr
 
 from baton.arguments import option
 from baton.errors import InputError
 from baton.prompts import source_inputs
-from baton.sources import check_model_path, check_start, template_input
+from baton.sources import check_model_path, check_reward_model, check_start, template_input
 from baton.training.adapters import LoraArguments, check_lora
+from baton.training.reports import check_reports
 
 HERE = "their own are started on this machine, and end with the program"
 
@@ -53,7 +55,9 @@ class OnlineArguments(LoraArguments):
 
     # Rewards
     scorer: list[str] = option(
-        [], "[NAME=]KIND:TARGET of what scores responses, as in annotate_data/get_rewards.py; a server of it is started"
+        [],
+        "[NAME=]KIND:TARGET of what scores responses, as in annotate_data/get_rewards.py; a server of it is started",
+        changes_result=False,
     )
     weights: list[float] = option([], "weight of each scorer in the reward; default: 1")
     reward_url: list[str] = option([], "address of a reward service that runs already; several are equal", changes_result=False)
@@ -118,6 +122,10 @@ def check_online(arguments: OnlineArguments) -> None:
             "what scores the responses? Give --scorer KIND:TARGET, whose server is then started, or --reward_url of a service "
             "that runs" + (", not both" if arguments.scorer else "")
         )
+    for scorer in scorers_of(arguments):
+        if scorer.kind in ("bt", "vllm"):
+            check_reward_model(scorer.target)
+    check_reports({"report_to": arguments.report_to})
     if arguments.weights and len(arguments.weights) != len(arguments.scorer):
         raise InputError(f"`weights`: {len(arguments.weights)} numbers for {len(arguments.scorer)} scorers")
     if arguments.staleness and arguments.reproducible:
@@ -129,11 +137,52 @@ def check_online(arguments: OnlineArguments) -> None:
         raise InputError(f"`prompts_per_update`: {size} does not divide the {arguments.rollout_batch_size} prompts of a step")
 
 
+class Wanted(NamedTuple):
+    """A scorer as requested."""
+
+    name: str
+    kind: str
+    target: str
+
+
+def scorers_of(arguments: OnlineArguments) -> list[Wanted]:
+    """The scorers that the arguments name. Raises InputError for a word of another form."""
+    found = []
+    for word in arguments.scorer:
+        match = re.fullmatch(r"(?:(\w+)=)?(\w+):(.+)", word)
+        if not match:
+            raise InputError(
+                f"`scorer`: {word}: expected [NAME=]KIND:TARGET, such as bt:MODEL or brief=function:rules.py:brevity"
+            )
+        found.append(Wanted(match[1] or match[2], match[2], match[3]))
+    return found
+
+
+def scorer_settings(arguments: OnlineArguments) -> dict[str, list[str]]:
+    """What of the scorers decides the result beside the content of their models and files."""
+    named = [
+        f"{scorer.name}={scorer.kind}" + (f":{scorer.target.rpartition(':')[2]}" if scorer.kind == "function" else "")
+        for scorer in scorers_of(arguments)
+    ]
+    return {"scorers": named}
+
+
+def scorer_inputs(arguments: OnlineArguments) -> dict[str, str]:
+    """The scorers' models and files, by name; a service's address is none: it may change between a run and its resume."""
+    targets = {
+        scorer.name: scorer.target.rpartition(":")[0] if scorer.kind == "function" else scorer.target
+        for scorer in scorers_of(arguments)
+        if scorer.kind not in ("http", "judge")
+    }
+    return {f"scorer {name}": target for name, target in targets.items()}
+
+
 def inputs_of(arguments: OnlineArguments) -> dict[str, str | Path]:
     """What the run reads, by name, for the manifest."""
     inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path}
     inputs["reference"] = arguments.ref_model or arguments.model_name_or_path
     inputs |= source_inputs("prompts", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
+    inputs |= scorer_inputs(arguments)
     return inputs | ({"held-out prompts": arguments.eval_dataset} if arguments.eval_dataset else {})
 
 

@@ -31,7 +31,7 @@ PATIENCE = 10.0  # seconds without a server of our own that answers, until those
 class Engines:
     """`rollouts` and `rewards` to ask, and `take` to give weights to; `servers` are the policy's that the program owns.
 
-    `reward_server` is that of the rewards, where the program owns it. With `shares_gpus` trainer and servers take turns.
+    `reward_server` is that of the rewards, where the program owns it.
     """
 
     rollouts: Rollouts
@@ -39,7 +39,6 @@ class Engines:
     transfer: Transfer
     servers: Sequence[OwnServer]
     reward_server: OwnServer | None
-    shares_gpus: bool
 
     def take(self, weights: Iterable[tuple[str, Tensor]], version: int, last: bool) -> bool:
         """Send weights to all servers; False where one could not take them and has been started anew, to be sent them again.
@@ -71,14 +70,12 @@ class Engines:
         return bool(dead)
 
     def sleep(self) -> None:
-        """Have servers that share GPUs with the trainer leave them to it."""
-        if self.shares_gpus:
-            self.transfer.sleep()
+        """Have the servers leave the GPUs that they share with the trainer to it."""
+        self.transfer.sleep()
 
     def wake(self) -> None:
         """End `sleep`."""
-        if self.shares_gpus:
-            self.transfer.wake()
+        self.transfer.wake()
 
 
 @contextmanager
@@ -88,8 +85,8 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
     Raises InputError where there are too few GPUs, or a server serves another model.
     """
     groups = server_gpus(arguments)
-    shares_gpus = bool(groups[0]) and not arguments.server_gpus and not arguments.vllm_url
-    if shares_gpus and arguments.staleness:
+    shared = shares_gpus(arguments)
+    if shared and arguments.staleness:
         raise InputError("`staleness: 1` needs GPUs for the servers alone: name them with `server_gpus`")
     wanted = []
     if not arguments.vllm_url:
@@ -98,7 +95,7 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
             "gpu_memory_utilization": arguments.gpu_memory_utilization,
             "max_num_seqs": 1 if arguments.reproducible else arguments.max_num_seqs,
             "enable_prefix_caching": False if arguments.reproducible else None,
-            "enable_sleep_mode": True if shares_gpus else None,
+            "enable_sleep_mode": True if shared else None,
             "enforce_eager": True if arguments.enforce_eager and groups[0] else None,  # on a CPU it is always so
             "max_model_len": context,
             "dtype": arguments.server_dtype,
@@ -125,10 +122,15 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         if arguments.reward_url:
             check_service(rewards, services)
         # NCCL connects no two processes on one GPU.
-        how = {"device": device, "backend": "gloo" if shares_gpus else None, "timeout": arguments.sync_timeout}
+        how = {"device": device, "backend": "gloo" if shared else None, "timeout": arguments.sync_timeout}
         transfer = stack.enter_context(closing(Transfer(urls, key, **how)))
         reward_server = None if arguments.reward_url else running[-1]
-        yield Engines(rollouts, rewards, transfer, policies, reward_server, shares_gpus)
+        yield Engines(rollouts, rewards, transfer, policies, reward_server)
+
+
+def shares_gpus(arguments: OnlineArguments) -> bool:
+    """Whether servers of the program and the trainer share GPUs, and so take turns."""
+    return bool(gpus.visible()) and not arguments.server_gpus and not arguments.vllm_url
 
 
 def check_service(rewards: Rewards, urls: Sequence[str]) -> None:

@@ -62,6 +62,7 @@ class Loop:
     save_steps: int
     eval_steps: int
     staleness: int
+    shares_gpus: bool
     evaluate: Callable[[int], dict[str, float]] | None
     warn: Callable[[int, dict[str, float]], None]
 
@@ -152,13 +153,15 @@ class Loop:
 
     def turn(self, to_servers: bool) -> None:
         """Where trainer and servers share GPUs, give their memory to the one or the other."""
-        if self.engines is None or not self.engines.shares_gpus:
+        if not self.shares_gpus:
             return
         if to_servers:
             self.learner.move_optimizer("cpu")
-            self.engines.wake()
-        else:
-            self.engines.sleep()
+            self.learner.accelerator.wait_for_everyone()
+        if self.engines is not None:
+            self.engines.wake() if to_servers else self.engines.sleep()
+        if not to_servers:
+            self.learner.accelerator.wait_for_everyone()
             self.learner.move_optimizer(self.learner.accelerator.device)
 
     def _evaluate(self, step: int) -> dict[str, float]:

@@ -63,13 +63,16 @@ def accelerator_of(arguments: OnlineArguments, config: TrainingArguments, metric
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         plugin.deepspeed_config["gradient_accumulation_steps"] = 1
         plugin.deepspeed_config["gradient_clipping"] = arguments.max_grad_norm
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="bf16" if arguments.bf16 else "no",
         cpu=config.use_cpu or None,
         deepspeed_plugin=plugin,
         log_with=trackers,
         project_dir=metrics_folder,
     )
+    if trackers:
+        accelerator.init_trackers("baton")
+    return accelerator
 
 
 def learner_of(

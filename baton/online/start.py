@@ -14,7 +14,7 @@ from baton.models.templates import load_tokenizer, prompt_token_ids, response_to
 from baton.online import setup
 from baton.online.arguments import OnlineArguments, steps_of
 from baton.online.collect import Collector, HowToSample, step_file
-from baton.online.engines import Engines, engines
+from baton.online.engines import Engines, engines, shares_gpus
 from baton.online.learner import Learner
 from baton.online.loop import Algorithm, Loop
 from baton.online.models import same_tokens
@@ -98,6 +98,7 @@ class Start:
             save_steps=arguments.save_steps,
             eval_steps=arguments.eval_steps,
             staleness=arguments.staleness,
+            shares_gpus=shares_gpus(arguments),
             evaluate=self.evaluation(running),
             warn=warn,
         )
