@@ -103,6 +103,10 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nEVAL_SCORERS=(bt:other)\n", "EVAL_SCORERS is for evaluation, and HELDOUT_PROMPTS is empty"),
         ("REWARD_MODEL=reward\nRUN_DIR=elsewhere\n", "own.env: line 5: RUN_DIR: readonly variable"),
         ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
+        ("REWARD_MODEL=reward\nTRAINER=pp\n", "TRAINER is dpo, ppo or online_dpo, not 'pp'"),
+        ("REWARD_MODEL=reward\nTRAINER=ppo\n", "TRAINER=ppo needs its settings: TRAIN_CONFIG, a YAML file"),
+        ("REWARD_MODEL=reward\nTRAINER=ppo\nTRAIN_CONFIG=a.yaml\nPROMPT_ARGS=(--max_samples 4)\n", "PROMPT_ARGS is for"),
+        ("REWARD_MODEL=reward\nSERVER_GPUS=1\n", "SERVER_GPUS=1 of GPUS=0: none is left to train"),
         ("REWARD_MODEL=reward\nrun_dir=elsewhere\n", "own.env: line 5: run_dir: readonly variable"),
         ("REWARD_MODEL=reward\nNAME=another\n", "unknown variable NAME"),
         ("REWARD_MODEL=reward\nexport CUDA_VISIBLE_DEVICES=3\n", "sets CUDA_VISIBLE_DEVICES: set it before the command"),
@@ -156,6 +160,32 @@ GOLD_SCORER=quickstart/score_gold.py
     assert "judge_of_all" in lines["evaluate1-rewards"] and lines["evaluate1-rewards"].endswith("--weights 0.5 1 0")
     assert f"--model_name_or_path {folder}/run/round1/policy" in lines["round2-train"]
     assert "18 stages, 0 of them up to date" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("trainer", "program"), [("ppo", "ppo/run_ppo.py"), ("online_dpo", "dpo_iteration/run_online_dpo.py")]
+)
+def test_an_online_trainer_is_one_stage_of_a_round_and_is_evaluated_as_any_other(folder, trainer, program):
+    (folder / "online.yaml").write_text("rollout_batch_size: 4\n")
+    text = f"""
+TRAINER={trainer}
+TRAIN_CONFIG={folder}/online.yaml
+TRAIN_ARGS=(--learning_rate 1e-6)
+K=4
+ROUNDS=2
+REWARD_MODEL={folder}/reward
+REWARD_ARGS=(--dtype float32 --max_length 64)
+HELDOUT_PROMPTS={folder}/heldout.jsonl
+"""
+    done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    lines = commands(done.stdout)
+    assert [name for name in lines if name.startswith("round")] == ["round1-train", "round2-train"]
+    assert len([name for name in lines if name.startswith("evaluate")]) == 9
+    line = lines["round2-train"]
+    assert f"{program} {folder}/online.yaml --model_name_or_path {folder}/run/round1/policy" in line
+    assert f"--scorer bt:{folder}/reward --weights 1 '--reward_args=--dtype float32 --max_length 64'" in line
+    assert "--K 4" in line and line.endswith("--learning_rate 1e-6")
 
 
 def units_with_mistakes(folder: Path) -> list[Unit]:
