@@ -44,13 +44,16 @@ def as_messages(value: object, where: str, field: str) -> Messages:
         return _of_text(value, where, field)
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: `{field}` must be a string or a list of messages, got {short(value)}")
-    if all(_is_plain(message) for message in value):
-        return value
-    return [_as_message(message, where, field) for message in value]
+    for message in value:
+        if not _is_plain(message):
+            return [_as_message(message, where, field) for message in value]
+    return value
 
 
 def hh_turns(text: str) -> Messages | None:
     """The turns of HH-RLHF's text, at least two, or None for any other text."""
+    if "Assistant:" not in text:  # what is searched for fast
+        return None
     before, *parts = TURN.split(text)
     if before.strip() or len(parts) < 4:
         return None

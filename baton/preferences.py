@@ -57,7 +57,7 @@ def preferences_in(
     """
     if "responses" in record or has_completions(record):
         return _of_rewards(record, where, max_pairs_per_prompt or 1, score, drops)
-    if any(name in record for name in ANSWER_KEYS):
+    if not record.keys().isdisjoint(ANSWER_KEYS):
         return _of_answers(record, where, max_pairs_per_prompt)
     return [record | preference_of(record, where)]
 

@@ -1,4 +1,4 @@
-"""Which shape a record has, and which of Baton's records it becomes: prompts, demonstrations, preferences or labelled responses.
+"""Which shape a record has, and which of Baton's records it becomes: prompt, demonstration, preference or labelled response.
 
 Each kind has a module of its own that reads it: records.py, demonstrations.py, preferences.py, labels.py.
 """
@@ -84,8 +84,10 @@ def baton_records(
         found = [checked_pair(pair, where) for pair in found]
     else:
         found = list(labelled_examples([(where, record)], LabelSettings(), drops, Counter(), score))
-    source = {name for name in prompt_keys(record) if name != "prompt"} - set(COLUMNS[kind])
-    return [_without(each, source if "id" in record else source | {"id"}) for each in found]
+    read = [name for name in prompt_keys(record) if name not in COLUMNS[kind]]
+    if "id" not in record:
+        read.append("id")
+    return [_without(each, read) for each in found]
 
 
 def parts_of(record: Record, kind: Kind) -> tuple[Messages, tuple[str, ...]]:
@@ -103,6 +105,8 @@ def parts_of(record: Record, kind: Kind) -> tuple[Messages, tuple[str, ...]]:
 
 
 def _without(record: Record, keys: Any) -> Record:
+    if record.keys().isdisjoint(keys):
+        return record
     return {name: value for name, value in record.items() if name not in keys}
 
 

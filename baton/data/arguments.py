@@ -44,9 +44,7 @@ class ConvertArguments(DataArguments):
     """What `convert` adds."""
 
     output_dir: Path = option(..., "OUT: the output FILE, such as data/pairs.jsonl", changes_result=False)
-    dedup: Literal["exact", "near"] | None = option(
-        None, "leave out records that say the same, or nearly the same, as earlier ones"
-    )
+    dedup: Literal["exact", "near"] | None = option(None, "leave out records that say (nearly) the same as earlier ones")
     near_threshold: float = option(0.8, "near: least Jaccard similarity of the words' 3-grams of duplicates", gt=0, lt=1)
     min_prompt_characters: int = option(0, "least length of a prompt", ge=0)
     max_prompt_characters: int | None = option(None, "greatest length of a prompt", ge=1)

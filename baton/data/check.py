@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from baton.data.arguments import CheckArguments
@@ -21,12 +22,11 @@ def check(arguments: CheckArguments) -> None:
     print(f"{harmless(arguments.dataset_name_or_path)}: {source.kind}, read from {source.shape.name}")
     survey, tally, examples = Survey(source.kind), Tally(), []
     tokens = Tokens(tokenizer, source.kind, None if arguments.all else TOKENISED)
-    understood = 0
     for where, records in source.read(tally):
-        understood += 1
         for record in records:
             survey.add(record)
-            tokens.add(record, where, tally)
+            if tokenizer is not None:
+                tokens.add(record, where, tally)
             if len(examples) < arguments.show:
                 examples.append((where, record))
     failures = refused(tally.counts)
@@ -46,7 +46,7 @@ class Tokens:
 
     def add(self, record: Record, where: str, tally: Tally) -> None:
         """Count those of one of Baton's records; one that the chat template refuses goes to `tally`."""
-        if self.tokenizer is None or (self.most is not None and self.seen >= self.most):
+        if self.most is not None and self.seen >= self.most:
             return
         from baton.data.tokens import pieces_of
 
@@ -76,7 +76,7 @@ def report(source: Source, survey: Survey, tally: Tally, tokens: Tokens) -> Iter
     if tokens.most is not None and tokens.seen == tokens.most:
         yield f"tokens: of the first {tokens.most:,}; --all counts all"
     same, prompts = survey.repeated()
-    yield f"exact duplicates: {same:,}; records with the prompt of an earlier one: {prompts:,}; with an empty response: {survey.empty:,}"
+    yield f"exact duplicates: {same:,}; repeated prompts: {prompts:,}; empty responses: {survey.empty:,}"
 
 
 def _tokenizer(arguments: CheckArguments) -> Any:
@@ -85,8 +85,9 @@ def _tokenizer(arguments: CheckArguments) -> Any:
     from baton.models.templates import load_tokenizer
     from baton.sources import check_hub, check_model_path
 
-    check_model_path(arguments.tokenizer)
-    check_hub(arguments.tokenizer, weights=False)
+    if not Path(arguments.tokenizer).is_dir():  # a folder needs no model beside the tokenizer
+        check_model_path(arguments.tokenizer)
+        check_hub(arguments.tokenizer, weights=False)
     return load_tokenizer(arguments.tokenizer, arguments.chat_template)
 
 

@@ -22,6 +22,7 @@ from baton.launch.check import check_processes
 from baton.prompts import ordinals, source_inputs
 from baton.records import prompt_id
 from baton.shapes import parts_of
+from baton.sources import refuse_input
 from baton.stage import Stage
 
 log = logging.getLogger("baton")
@@ -34,8 +35,11 @@ def convert(arguments: ConvertArguments) -> None:
     check_processes()
     output = arguments.output_dir
     held_out = held_out_path(output)
+    inputs = source_inputs("dataset", arguments.dataset_name_or_path)
+    if arguments.split:
+        refuse_input(held_out, inputs, "OUT", output)
     source = Source(arguments)
-    stage = Stage.begin("data", arguments, output, source_inputs("dataset", arguments.dataset_name_or_path))
+    stage = Stage.begin("data", arguments, output, inputs)
     if stage is None:
         return
     log.info("%s: %s, read from %s", arguments.dataset_name_or_path, source.kind, source.shape.name)
@@ -59,11 +63,11 @@ def kept_records(source: Source, arguments: ConvertArguments) -> tuple[np.ndarra
     contents, prompts, new = array("Q"), array("Q"), array("b")
     near = NearDuplicates(arguments.near_threshold) if arguments.dedup == "near" else None
     for _, record in fitting(source, arguments, Tally()):
-        content, prompt = hashes_of(record, source.kind)
+        messages, responses = parts_of(record, source.kind)
+        content, prompt = hashes_of(messages, responses, record.get("label") if source.kind == "labelled" else None)
         contents.append(content)
         prompts.append(prompt)
         if near is not None:
-            messages, responses = parts_of(record, source.kind)
             new.append(near.is_new("\n".join([*(m["content"] for m in messages), *responses])))
     hashes = np.frombuffer(prompts, dtype=np.uint64)
     kept = np.ones(len(hashes), dtype=np.bool_)

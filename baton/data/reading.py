@@ -104,7 +104,7 @@ class Source:
         if arguments.kind:
             return Shape("a shape of its own", arguments.kind)
         raise InputError(
-            f"{arguments.dataset_name_or_path}: none of its first {LOOKED_AT} records has a shape that is known (docs/data.md); "
+            f"{arguments.dataset_name_or_path}: none of its first {LOOKED_AT} records has a known shape (docs/data.md); "
             "name its keys with --dataset_key, --output_key, --chosen_key, …, and say with --as what it holds"
         )
 

@@ -6,10 +6,8 @@ import numpy as np
 import xxhash
 
 from baton.jsonl import Record, dump
-from baton.records import prompt_hash
+from baton.records import Messages, prompt_hash
 from baton.shapes import COLUMNS, Kind, parts_of
-
-MOST = 2**32 - 1
 
 
 class Survey:
@@ -19,6 +17,7 @@ class Survey:
         self.kind = kind
         self.contents, self.prompts = array("Q"), array("Q")
         self.lengths = {name: array("I") for name in COLUMNS[kind]}
+        self.columns = tuple(self.lengths.values())
         self.empty = 0
 
     def __len__(self) -> int:
@@ -27,12 +26,13 @@ class Survey:
     def add(self, record: Record) -> None:
         """Remember one of Baton's records."""
         prompt, responses = parts_of(record, self.kind)
-        content, opening = hashes_of(record, self.kind)
+        content, opening = hashes_of(prompt, responses, record.get("label") if self.kind == "labelled" else None)
         self.contents.append(content)
         self.prompts.append(opening)
-        for column, length in zip(self.lengths.values(), characters(prompt, responses), strict=True):
-            column.append(min(length, MOST))
-        self.empty += any(not response.strip() for response in responses)
+        for column, length in zip(self.columns, characters(prompt, responses), strict=True):
+            column.append(length)
+        for response in responses:
+            self.empty += not response or response.isspace()
 
     def repeated(self) -> tuple[int, int]:
         """How many records say the same as an earlier one, and how many have its prompt. The order of `self` is lost."""
@@ -43,17 +43,19 @@ class Survey:
         return {name: statistics(column) for name, column in self.lengths.items() if len(column)}
 
 
-def hashes_of(record: Record, kind: Kind) -> tuple[int, int]:
+def hashes_of(prompt: Messages, responses: tuple[str, ...], label: bool | None) -> tuple[int, int]:
     """64-bit hashes of all that a record says, and of its prompt; where it has none the former is both."""
-    prompt, responses = parts_of(record, kind)
     opening = prompt_hash(prompt)
-    content = xxhash.xxh3_64_intdigest(dump([f"{opening:x}", *responses, record.get("label") if kind == "labelled" else None]))
+    content = xxhash.xxh3_64_intdigest(dump([opening, *responses, label]))
     return content, opening if prompt else content
 
 
-def characters(prompt: list[dict[str, str]], responses: tuple[str, ...]) -> list[int]:
+def characters(prompt: Messages, responses: tuple[str, ...]) -> list[int]:
     """The lengths of the prompt, all its messages together, and of each response."""
-    return [sum(len(message["content"]) for message in prompt), *map(len, responses)]
+    total = 0
+    for message in prompt:
+        total += len(message["content"])
+    return [total, *map(len, responses)]
 
 
 def statistics(column: array) -> tuple[float, int, int, int]:

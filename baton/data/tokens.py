@@ -30,11 +30,11 @@ def pieces_of(tokenizer: Any, record: Record, kind: Kind, where: str) -> dict[st
 
 def shown_with_tokens(tokenizer: Any, pieces: dict[str, Pieces]) -> list[str]:
     """The parts as lines of text, what is learnt between marks."""
-    return [
-        f"{name}: "
-        + "".join(_marked(tokenizer.decode(ids, clean_up_tokenization_spaces=False), learnt) for ids, learnt in part)
-        for name, part in pieces.items()
-    ]
+
+    def text_of(ids: list[int]) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    return [f"{name}: " + "".join(_marked(text_of(ids), learnt) for ids, learnt in part) for name, part in pieces.items()]
 
 
 def shown(record: Record, kind: Kind) -> list[str]:
