@@ -17,6 +17,7 @@ import xxhash
 from baton.conversations import Messages, as_messages, hh_turns, shared_beginning, short, without_answer
 from baton.errors import InputError
 from baton.jsonl import Record, dump
+from baton.program import harmless
 
 # Where a prompt stands: the first of these that a record has.
 PROMPT_KEYS = ("prompt", "context_messages")
@@ -68,7 +69,7 @@ def prompt_keys(record: Record, key: str | None = None) -> tuple[str, ...]:
 
 def named(record: Record) -> str:
     """The keys of a record, for an error."""
-    return ", ".join(f"`{name}`" for name in record) or "no keys"
+    return ", ".join(f"`{harmless(name)}`" for name in record) or "no keys"
 
 
 def _with_system(messages: Messages, record: Record) -> Messages:

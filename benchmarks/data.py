@@ -33,11 +33,12 @@ def main() -> None:
             commands["convert --dedup near"] = ["convert", "--dedup", "near"]
         for title, (command, *flags) in commands.items():
             outputs = [[f"{path}.out.jsonl"] if command == "convert" else [] for path in (part, whole)]
-            _, before = timed([command, part, *outputs[0], *flags])
-            seconds, peak = timed([command, whole, *outputs[1], *flags])
+            *_, before = timed([command, part, *outputs[0], *flags])
+            seconds, on_cpu, peak = timed([command, whole, *outputs[1], *flags])
             added = (peak - before) / (args.records - args.records // 10)
             print(
                 f"{title}: {args.records:,} records, {whole.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s, "
+                f"{on_cpu:.1f} s of one CPU core, "
                 f"{args.records / seconds:,.0f} records/s, {added:.0f} bytes of memory a record, peak {peak / 1e6:.0f} MB"
             )
 
@@ -56,8 +57,8 @@ def write_pairs(path: Path, count: int) -> Path:
     return path
 
 
-def timed(words: list[object]) -> tuple[float, int]:
-    """Run `python -m baton.data WORDS …`; returns its seconds and its peak memory in bytes."""
+def timed(words: list[object]) -> tuple[float, float, int]:
+    """Run `python -m baton.data WORDS …`; returns its seconds, those on a CPU core, and its peak memory in bytes."""
     start = time.monotonic()
     command = [sys.executable, "-m", "baton.data", *map(str, words)]
     with tempfile.TemporaryFile() as log:
@@ -66,7 +67,7 @@ def timed(words: list[object]) -> tuple[float, int]:
         if status:
             log.seek(0)
             raise SystemExit(log.read().decode())
-    return time.monotonic() - start, usage.ru_maxrss * 1024
+    return time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def python_path() -> str:

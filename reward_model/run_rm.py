@@ -141,15 +141,15 @@ def config_class() -> type:
     return RewardConfig
 
 
-def count_pairs(arguments: Arguments) -> int:
-    """How many pairs the training file holds. Raises InputError where they are too few."""
+def count_pairs(arguments: Arguments) -> tuple[int, Drops]:
+    """How many pairs the training files hold, and what of them makes no pair. Raises InputError where there are too few."""
     drops = Drops()
     count = sum(1 for _ in all_pairs(arguments, drops))
     if count < 2:
         raise InputError(f"{arguments.dataset_name_or_path}: holds {count} pairs, at least 2 are needed; dropped: {drops}")
     if drops.counts:
-        log.info("%s: %d pairs; responses that make none: %s", arguments.dataset_name_or_path, count, drops)
-    return count
+        log.info("%s: %d pairs; what makes none: %s", arguments.dataset_name_or_path, count, drops)
+    return count, drops
 
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
@@ -191,7 +191,7 @@ def main() -> None:
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
-    count = count_pairs(arguments)
+    count, no_pairs = count_pairs(arguments)
     config = checked(stage)
 
     from transformers import set_seed
@@ -224,7 +224,7 @@ def main() -> None:
         log_quality(quality)
         held_out_facts = quality | {"pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}
         counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}
-        stage.finish(**counts, held_out=held_out_facts, metrics=metrics, scratch=SCRATCH)
+        stage.finish(**counts, no_pairs=dict(no_pairs.counts), held_out=held_out_facts, metrics=metrics, scratch=SCRATCH)
 
 
 if __name__ == "__main__":

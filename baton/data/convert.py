@@ -38,10 +38,10 @@ def convert(arguments: ConvertArguments) -> None:
     inputs = source_inputs("dataset", arguments.dataset_name_or_path)
     if arguments.split:
         refuse_input(held_out, inputs, "OUT", output)
-    source = Source(arguments)
     stage = Stage.begin("data", arguments, output, inputs)
     if stage is None:
         return
+    source = Source(arguments)
     log.info("%s: %s, read from %s", arguments.dataset_name_or_path, source.kind, source.shape.name)
     kept, prompts = kept_records(source, arguments)
     drops = Drops()

@@ -20,7 +20,10 @@ from baton.prompts import PromptSet
 from baton.records import prompt_of
 from baton.scored import with_rows_merged
 from baton.shapes import baton_records, shape_of
+from dpo_iteration import run_dpo, run_kto
 from dpo_iteration.choose import choose_pairs
+from reward_model import run_rm
+from sft import run_sft
 from tests.programs import write_jsonl
 
 
@@ -292,6 +295,31 @@ def test_fields_have_the_names_that_flags_give():
     assert found == {"prompt": "Hello", "chosen": "Yes.", "rejected": "No.", "kept": 1}
     with pytest.raises(InputError, match=r"file:1: the record has no `best` \(--chosen_key\), it has `q`, `good`"):
         list(with_usual_keys([("file:1", record)], {"chosen": "best"}))
+
+
+def test_training_programs_take_several_files_with_rates_and_names_of_fields(tmp_path):
+    files = [
+        str(
+            write_jsonl(
+                tmp_path / f"{name}.jsonl", [{"q": f"{name} {i}", "good": "Yes.", "bad": "No.", "ok": 1} for i in range(9)]
+            )
+        )
+        for name in "ab"
+    ]
+    given = {"model_name_or_path": "", "output_dir": "", "dataset_name_or_path": ",".join(files), "dataset_key": "q"}
+    given |= {"dataset_probs": "0.7,0.3", "max_samples": 6}
+    sides = {"chosen_key": "good", "rejected_key": "bad"}
+    pairs = [pair for _, pair in run_rm.all_pairs(run_rm.Arguments(**given, **sides))]
+    kto = run_kto.Arguments(**given, output_key="good", label_key="ok")
+    examples = list(labelled_examples(run_kto.records_of(kto), LabelSettings(), Drops(), Counter()))
+    shown = [each.messages for each in run_sft.demonstrations(run_sft.Arguments(**given, output_key="good"))]
+    dpo = run_dpo.Arguments(**{name: value for name, value in given.items() if name != "max_samples"}, **sides)
+    every = [record["prompt"] for _, record in run_dpo.records_of(dpo)]
+    prompts = [pair["prompt"][0]["content"] for pair in pairs]
+    assert len(prompts) == 6 and {prompt[0] for prompt in prompts} == {"a", "b"}
+    assert [e["prompt"][0]["content"] for e in examples] == [m[0]["content"] for m in shown] == prompts
+    assert set(prompts) <= set(every)
+    assert (pairs[0]["chosen"], examples[0]["completion"], shown[0][-1]["content"]) == ("Yes.",) * 3
 
 
 def test_what_a_policy_sampled_is_taken_as_it_stands_though_it_looks_like_turns():
