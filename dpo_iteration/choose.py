@@ -12,8 +12,10 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.pairs import PairSettings, candidates, checked_pair, pairs_of, why_left_out
-from baton.preferences import preference_of, preference_records
+from baton.preferences import ANSWER_KEYS, preference_records, preferences_in
 from baton.prompts import with_ids
+from baton.records import named
+from baton.scored import ALONE, annotated_of, has_completions, with_rows_merged
 from dpo_iteration.account import IN, Account
 
 log = logging.getLogger("baton")
@@ -24,14 +26,19 @@ BEYOND = "beyond max_training_samples"
 
 
 def write_pairs(
-    path: Path, records: Iterable[tuple[str, Record]], source: str, settings: PairSettings, most: int = -1
+    path: Path,
+    records: Iterable[tuple[str, Record]],
+    source: str,
+    settings: PairSettings,
+    most: int = -1,
+    score: str | None = None,
 ) -> Account:
     """Write the pairs of the records of `source` to `path`, the first `most` of them, all if that is below 1.
 
     Returns what became of the records. Raises as `at_least_one`.
     """
     account = Account()
-    pairs = choose_pairs(records, settings, account.drops, account.counted)
+    pairs = choose_pairs(records, settings, account.drops, account.counted, score)
     jsonl.write(path, at_least_one(first_pairs(pairs, most, account.drops), source, account.drops))
     return account
 
@@ -46,14 +53,19 @@ def first_pairs(pairs: Iterable[Record], most: int, drops: Drops) -> Iterator[Re
 
 
 def choose_pairs(
-    records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, counted: Counter[str]
+    records: Iterable[tuple[str, Record]],
+    settings: PairSettings,
+    drops: Drops,
+    counted: Counter[str],
+    score: str | None = None,
 ) -> Iterator[Record]:
     """Yield the pairs of ("file:line", record): chosen among annotated responses, or as a preference file gives them.
 
     What a pair holds beside its texts (token ids, rewards, margin, finish reasons) stays. When all are read, `counted["in"]`
-    is the number of pairs that the records could give: pairs and drops together.
+    is the number of pairs that the records could give: pairs and drops together. `score` is the key of scores that have an
+    unusual name.
     """
-    for where, record in with_ids(_readable(records)):
+    for where, record in with_ids(_readable(records, score, drops, counted)):
         if "responses" in record:
             pairs = list(pairs_of([(where, record)], settings, drops))  # this checks the record
             counted[IN] += candidates(len(record["responses"]), settings)
@@ -68,15 +80,23 @@ def choose_pairs(
             yield pair
 
 
-def _readable(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
-    """Yield annotated records as they are and preferences in one shape. Raises InputError for what is neither."""
-    for where, record in records:
-        if "responses" in record:
-            yield where, record
-        elif "chosen" in record or "rejected" in record:
-            yield where, record | preference_of(record, where)
+def _readable(
+    records: Iterable[tuple[str, Record]], score: str | None, drops: Drops, counted: Counter[str]
+) -> Iterator[tuple[str, Record]]:
+    """Yield responses with scores as annotated records, and preferences in one shape. Raises InputError for what is neither.
+
+    Data sets with scores have prompts with one response alone, which are dropped.
+    """
+    for where, record in with_rows_merged(records, score):
+        if has_completions(record) and len(record["completions"]) < 2:
+            counted[IN] += 1
+            drops.add(ALONE, where)
+        elif "responses" in record or has_completions(record):
+            yield where, annotated_of(record, where, score)
+        elif any(name in record for name in ("chosen", "rejected", *ANSWER_KEYS)):
+            yield from ((where, pair) for pair in preferences_in(record, where))
         else:
-            found = ", ".join(f"`{name}`" for name in record) or "no keys"
+            found = named(record)
             raise InputError(f"{where}: needs `responses` and `rewards`, or `chosen` and `rejected`; the record has {found}")
 
 

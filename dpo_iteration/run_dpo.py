@@ -23,6 +23,7 @@ from baton.ahead import check_there, note_adapter
 from baton.arguments import option
 from baton.errors import InputError
 from baton.jsonl import Record
+from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
 from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
@@ -60,6 +61,10 @@ class Arguments(LoraArguments):
     )
     dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
+    dataset_key: str | None = option(None, "key of the prompt, if it is an unusual one (docs/data.md)")
+    chosen_key: str | None = option(None, "key of the better response, if it is not `chosen`")
+    rejected_key: str | None = option(None, "key of the worse response, if it is not `rejected`")
+    score_key: str | None = option(None, "key of the score of a response in data sets such as UltraFeedback (docs/data.md)")
     history: int = option(0, "train also on the pairs of so many earlier rounds; needs folders round1, round2, …", ge=0)
     eval_dir: str | None = option(
         None,
@@ -143,7 +148,13 @@ def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
 
 def records_of(arguments: Arguments) -> Iterator[tuple[str, Record]]:
     """("file:line", record) of every dataset, mixed at their rates."""
-    return mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, dataset_probs(arguments), arguments.seed)
+    split, probs = arguments.dataset_split, dataset_probs(arguments)
+    return with_usual_keys(mixed_records(arguments.dataset_name_or_path, split, probs, arguments.seed), keys_of(arguments))
+
+
+def keys_of(arguments: Arguments) -> dict[str, str | None]:
+    """The names that the data gives to what is read of it."""
+    return {"prompt": arguments.dataset_key, "chosen": arguments.chosen_key, "rejected": arguments.rejected_key}
 
 
 def inputs_of(
@@ -207,8 +218,8 @@ def held_out_rows(arguments: Arguments, source: str, tokenizer: Any, config: Any
 
     def token_ids():
         settings = PairSettings(choose_type="random", seed=arguments.seed)
-        records = read_records(source, arguments.dataset_split)
-        pairs = choose_pairs(records, settings, account.drops, account.counted)
+        records = with_usual_keys(read_records(source, arguments.dataset_split), keys_of(arguments))
+        pairs = choose_pairs(records, settings, account.drops, account.counted, arguments.score_key)
         first = ((source, pair) for pair in islice(pairs, HELD_OUT_PAIRS))
         return at_least_one(make(first, account.drops, account.counted), source, account.drops)
 
@@ -320,7 +331,8 @@ def main() -> None:
     chosen = Account()
     if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
         data, most = arguments.dataset_name_or_path, arguments.max_training_samples
-        chosen = write_pairs(pairs_path, records_of(arguments), data, pair_settings(arguments), most)
+        how = pair_settings(arguments)
+        chosen = write_pairs(pairs_path, records_of(arguments), data, how, most, arguments.score_key)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     dataset, account = rows_of(arguments, pairs_path, earlier, chosen, tokenizer, config)
     held_out, held_out_account = held_out_rows(arguments, source, tokenizer, config) if source else (None, Account())
