@@ -1,6 +1,6 @@
-"""Gold score against KL of several methods' runs, one plot: does what was learnt help, and how far from the start was it found?
+"""Gold score against KL of several methods' runs, one plot: does what was learnt help, and how far from the start is it?
 
-    python benchmarks/methods.py --output benchmarks/methods.png DPO=runs/dpo0,runs/dpo1,runs/dpo2 PPO=runs/ppo0,runs/ppo1,runs/ppo2
+    python benchmarks/methods.py --output benchmarks/methods.png DPO=runs/dpo0,runs/dpo1 PPO=runs/ppo0,runs/ppo1
 
 Each run is one of scripts/run_loop.sh on the quickstart's task, evaluated: summary.json has the numbers. A line is a run, a point one
 of its rounds, with the gold score's 95 % interval over prompts. Also prints the last round of each run.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from report.plot import BLUE, GREEN, GREY, ORANGE, RED, save, style
 
