@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py --output benchmarks/methods.png DPO=runs/dpo0,runs/dpo1 PPO=runs/ppo0,runs/ppo1
 
-Each run is one of scripts/run_loop.sh on the quickstart's task, evaluated: summary.json has the numbers. A line is a run, a point one
-of its rounds, with the gold score's 95 % interval over prompts. Also prints the last round of each run.
+Each run is one of scripts/run_loop.sh on the quickstart's task, evaluated: summary.json has the numbers. A line is a run, a
+point one of its rounds, with the gold score's 95 % interval over prompts. Also prints the last round of each run.
 """
 
 import argparse
