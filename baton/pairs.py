@@ -125,7 +125,7 @@ def why_dropped(chosen: str, rejected: str, margin: float, settings: PairSetting
 def far_apart(pairs: Iterable[Record], least: float, drops: Drops) -> Iterator[Record]:
     """Yield the pairs whose texts differ by `least` of the longer one's characters, from 0 to 1; `drops` gets the others.
 
-    DPO makes a chosen response less likely where the rejected one is nearly the same (arXiv 2402.13228, section 3).
+    DPO makes a chosen response less likely where the rejected one is nearly the same (arXiv 2402.13228).
     """
     for pair in pairs:
         chosen, rejected = pair["chosen"], pair["rejected"]

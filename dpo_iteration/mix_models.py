@@ -3,7 +3,7 @@
     python dpo_iteration/mix_models.py --models NEW OLD --weights 0.6 0.4 --output_dir MIXED
 
 - TR-DPO's soft update of the reference (arXiv 2404.09656): `--models POLICY REFERENCE --weights 0.6 0.4`.
-- ExPO's extrapolation of an alignment (arXiv 2404.16792, equation 1): `--models TRAINED START --weights 1.3 -0.3`.
+- ExPO's extrapolation of an alignment (arXiv 2404.16792): `--models TRAINED START --weights 1.3 -0.3`.
 - A merge of rounds: `--models ROUND1 ROUND2 ROUND3 --weights 0.3 0.3 0.4`.
 
 The weights sum to 1. Sums are made in float32, a tensor at a time, so memory holds one file of weights (2 GiB) and no model.

@@ -40,7 +40,7 @@ class Pairs(NamedTuple):
 def simpo(pairs: Pairs, beta: float, numbers: LossNumbers) -> Tensor:
     """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - simpo_gamma), without a reference.
 
-    SimPO (arXiv 2405.14734, equation 6).
+    SimPO (arXiv 2405.14734).
     """
     return -F.logsigmoid(beta * (pairs.chosen_mean - pairs.rejected_mean) - numbers.simpo_gamma)
 
@@ -48,7 +48,7 @@ def simpo(pairs: Pairs, beta: float, numbers: LossNumbers) -> Tensor:
 def orpo(pairs: Pairs, beta: float, numbers: LossNumbers) -> Tensor:
     """-mean log p(chosen) - orpo_lambda log sigmoid(log odds(chosen) - log odds(rejected)), without a reference and `beta`.
 
-    The odds are p / (1 - p) of p = exp(mean log p). ORPO (arXiv 2403.07691, equations 3, 6 and 7).
+    The odds are p / (1 - p) of p = exp(mean log p). ORPO (arXiv 2403.07691).
     """
     difference = _log_odds(pairs.chosen_mean) - _log_odds(pairs.rejected_mean)
     return -pairs.chosen_mean - numbers.orpo_lambda * F.logsigmoid(difference)
@@ -57,7 +57,7 @@ def orpo(pairs: Pairs, beta: float, numbers: LossNumbers) -> Tensor:
 def dpop(pairs: Pairs, beta: float, numbers: LossNumbers) -> Tensor:
     """-log sigmoid(beta (chosen - rejected - dpop_lambda max(0, -chosen))), of log-ratios.
 
-    So the chosen response may not become less likely than under the reference. DPO-Positive (arXiv 2402.13228, equation 3).
+    So the chosen response may not become less likely than under the reference. DPO-Positive (arXiv 2402.13228).
     """
     return -F.logsigmoid(beta * (pairs.chosen - pairs.rejected - numbers.dpop_lambda * F.relu(-pairs.chosen)))
 
@@ -65,7 +65,7 @@ def dpop(pairs: Pairs, beta: float, numbers: LossNumbers) -> Tensor:
 def rebel(pairs: Pairs, beta: float, numbers: LossNumbers) -> Tensor:
     """((chosen - rejected) / rebel_eta - margin)^2, of log-ratios to the policy that the round starts from, without `beta`.
 
-    REBEL (arXiv 2404.16767, equation 1), whose reference is that policy.
+    REBEL (arXiv 2404.16767), whose reference is that policy.
     """
     return ((pairs.chosen - pairs.rejected) / numbers.rebel_eta - pairs.margin) ** 2
 
@@ -90,7 +90,7 @@ def offset_difference(pairs: Pairs, beta: float, margin_scale: float, length_alp
     """What an offset adds to the `sigmoid` loss of each pair, whose -log sigmoid(beta d) becomes -log sigmoid(beta d - offset).
 
     d is the difference of log-ratios. The offset is margin_scale * margin (DPO with an offset, arXiv 2402.10571), less
-    length_alpha * (chosen_length - rejected_length) (length-regularised DPO, arXiv 2403.19159, equation 9): a preference that
+    length_alpha * (chosen_length - rejected_length) (length-regularised DPO, arXiv 2403.19159): a preference that
     length explains then teaches less.
     """
     scaled = beta * (pairs.chosen - pairs.rejected)

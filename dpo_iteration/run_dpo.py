@@ -36,7 +36,7 @@ from baton.training.arguments import Compile, compile_option, metrics_file, pars
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, extra_responses, pairs_again, write_pairs
-from dpo_iteration.losses import OF_MARGINS, LossNumbers, check_loss_types, is_reference_free, split_that_decides
+from dpo_iteration.losses import OF_MARGINS, LossNumbers, check_loss_types, is_reference_free, loss_types, split_that_decides
 from dpo_iteration.online_rlhf import own_names
 from dpo_iteration.rows import log_rows, rows_of_pairs
 
@@ -167,11 +167,15 @@ def records_of(arguments: Arguments) -> Iterator[tuple[str, Record]]:
 
 
 def inputs_of(
-    arguments: Arguments, held_out: str | None, pairs_path: Path, metrics_path: Path, earlier: list[Path]
+    arguments: Arguments, held_out: str | None, pairs_path: Path, metrics_path: Path, earlier: list[Path], free: bool
 ) -> dict[str, str | Path]:
-    """What the run reads, by name, for the manifest. Raises InputError where a file that it writes would replace one."""
+    """What the run reads, by name, for the manifest, `free` of a reference or not.
+
+    Raises InputError where a file that it writes would replace one.
+    """
     _, reference = models_of(arguments)
-    inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path, "reference": reference}
+    inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path}
+    inputs |= {} if free else {"reference": reference}
     inputs |= source_inputs("data", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
     inputs |= {"held-out data": held_out} if held_out else {}
     inputs |= {"extra responses": arguments.extra_responses} if arguments.extra_responses else {}
@@ -331,7 +335,8 @@ def main() -> None:
     metrics_path = metrics_file(output, arguments.metrics_path)
     earlier = earlier_pairs(pairs_path, arguments.history)
     source = held_out_source(arguments, settings)
-    inputs = inputs_of(arguments, source, pairs_path, metrics_path, earlier)
+    free = is_reference_free(map(str, loss_types(settings)))
+    inputs = inputs_of(arguments, source, pairs_path, metrics_path, earlier, free)
     checked = partial(checked_config, arguments, settings)
     if arguments.use_peft and not arguments.merge_adapter:
         note_adapter(output)

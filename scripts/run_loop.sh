@@ -69,7 +69,8 @@ list_words |
 for variable in INITIAL_POLICY PROMPTS; do
   [[ -n ${!variable:-} ]] || die "$recipe: sets no $variable"
 done
-[[ $REFERENCE =~ ^(initial|previous)$ ]] || die "$recipe: REFERENCE is initial or previous, not '$REFERENCE'"
+[[ $REFERENCE =~ ^(initial|previous|mix:0?\.[0-9]*[1-9][0-9]*)$ ]] ||
+  die "$recipe: REFERENCE is initial, previous or mix:ALPHA, with ALPHA between 0 and 1 such as 0.6, not '$REFERENCE'"
 [[ $TRAINER =~ ^(dpo|ppo|online_dpo)$ ]] || die "$recipe: TRAINER is dpo, ppo or online_dpo, not '$TRAINER'"
 [[ $TRAINER == dpo || -n $TRAIN_CONFIG ]] || die "$recipe: TRAINER=$TRAINER needs its settings: TRAIN_CONFIG, a YAML file"
 [[ $TRAINER != dpo || -z $TRAIN_CONFIG ]] || die "$recipe: the configuration of TRAINER=dpo is DPO_CONFIG, not TRAIN_CONFIG"
@@ -215,18 +216,30 @@ online_round() {
     "${of_servers[@]}" "${template_args[@]}" "${TRAIN_ARGS[@]}"
 }
 
+# Mixes the reference of round $1: ALPHA of its starting policy $2 and the rest of the reference before it, $3.
+mix_reference() {
+  local alpha=${REFERENCE#mix:} rest
+  rest=$(LC_ALL=C awk -v alpha="$alpha" 'BEGIN { printf "%.10g", 1 - alpha }')
+  step "round$1-reference" training dpo_iteration/mix_models.py --models "$2" "$3" --weights "$alpha" "$rest" \
+    --output_dir "$run_dir/round$1/reference"
+}
+
 # All rounds, one stage after another; `policy` is then the last round's. What samples follows each other, and what scores:
 # so libraries are imported, and a model is loaded, once for both.
 relay() {
-  local round prompts reference
+  local round prompts reference=$INITIAL_POLICY
   policy=$INITIAL_POLICY
   for ((round = 1; round <= ROUNDS; round++)); do
     prompts=${PROMPTS[$((round - 1))]:-${PROMPTS[0]}}
     sample_heldout "$((round - 1))" "$policy"
 
-    # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step.
-    reference=$INITIAL_POLICY
+    # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step. `mix`
+    # lies between them: the reference follows the policy by a share of the way.
     if [[ $REFERENCE == previous ]]; then reference=$policy; fi
+    if [[ $REFERENCE == mix:* ]] && ((round > 1)); then
+      mix_reference "$round" "$policy" "$reference"
+      reference=$run_dir/round$round/reference
+    fi
     if [[ $TRAINER == dpo ]]; then
       dpo_round "$round" "$policy" "$prompts" "$reference"
     else

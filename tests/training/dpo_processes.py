@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node N dpo_processes.py {ddp,fully_shard,agreement} FOLDER
 
-FOLDER holds `model/`, `tokenizer/` and `rows.json`; `losses.json`, where it is there, names other losses than sigmoid. `ddp` trains in rows of a few pairs, and process 0 writes the numbers of
-each step to `steps-N.json` and what its evaluations say to `evaluated-N.json`; `fully_shard` ends with an error where a
-sharded gradient differs from the unsharded one; `agreement` checks a sharded model's packing, then again with an attention
-that is wrong in process 1 alone, and writes each process's exit code to `code-RANK`.
+FOLDER holds `model/`, `tokenizer/` and `rows.json`; `losses.json`, where it is there, names other losses than sigmoid. `ddp`
+trains in rows of a few pairs, and process 0 writes the numbers of each step to `steps-N.json` and what its evaluations say to
+`evaluated-N.json`; `fully_shard` ends with an error where a sharded gradient differs from the unsharded one; `agreement` checks
+a sharded model's packing, then again with an attention that is wrong in process 1 alone, and writes each process's exit code to
+`code-RANK`.
 """
 
 import copy
