@@ -426,6 +426,12 @@ def test_two_processes_train_and_evaluate_as_one(run_folder):
     one, two = (json.loads((run_folder / f"evaluated-{count}.json").read_text()) for count in (1, 2))
     assert [line[0] for line in one] == [3, 4]  # at `eval_steps`, and at the end
     assert two == pytest.approx(np.array(one), rel=1e-3, abs=1e-5)
+    one, two = (json.loads((run_folder / f"own-steps-{count}.json").read_text()) for count in (1, 2))
+    for alone, divided in zip(one, two, strict=True):  # with the losses that are not TRL's
+        for name in ("loss", "grad_norm", "rewards/margins"):
+            assert divided[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5)
+    one, two = (json.loads((run_folder / f"own-evaluated-{count}.json").read_text()) for count in (1, 2))
+    assert two == pytest.approx(np.array(one), rel=1e-3, abs=1e-5)
 
 
 def test_sharded_gradients_are_those_of_the_whole_model(run_folder):

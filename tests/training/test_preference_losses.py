@@ -1,4 +1,4 @@
-"""Losses that TRL's DPO trainer does not have are those of their papers, packed or not, with LoRA, in several processes."""
+"""Losses that TRL's DPO trainer does not have are those of their papers, packed or not, with LoRA or without."""
 
 import json
 from types import SimpleNamespace
@@ -16,8 +16,7 @@ from dpo_iteration.losses import OWN_LOSSES, LossNumbers, check_loss_types
 from dpo_iteration.own_losses import LEAST, LOSSES, Pairs
 from tests.models.tiny_models import model_of, one_thread, pairs_of, random_pairs
 from tests.programs import read_jsonl, run_program, write_jsonl
-from tests.training.dpo_processes import ddp
-from tests.training.test_dpo_core import loss_and_gradients, run_processes, tokenizer, trainer_of, with_reference
+from tests.training.test_dpo_core import loss_and_gradients, tokenizer, trainer_of, with_reference
 
 __all__ = ["one_thread", "tokenizer"]  # fixtures
 
@@ -164,22 +163,6 @@ def test_a_loss_without_a_reference_trains_without_one_and_logs_what_it_compares
     assert "kl_on_pairs" not in lines[0]
 
 
-def test_two_processes_train_as_one(tokenizer, tmp_path, monkeypatch):
-    model = model_of("llama-tied")
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "rows.json").write_text(json.dumps(with_reference(random_pairs(13), model)))
-    (tmp_path / "losses.json").write_text(json.dumps([*OWN_LOSSES, "sft"]))
-    run_processes("ddp", 2, tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    ddp(tmp_path, model, json.loads((tmp_path / "rows.json").read_text()))
-    one, two = (json.loads((tmp_path / f"steps-{count}.json").read_text()) for count in (1, 2))
-    assert len(one) == 4
-    for alone, divided in zip(one, two, strict=True):
-        for name in ("loss", "grad_norm", "rewards/margins"):
-            assert divided[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5)
-
-
 def test_a_run_without_a_reference_scores_none_and_takes_extra_responses(task, annotated, tmp_path):
     best = "A tale of wonder, with a cast to remember."
     extra = [{"prompt": record["prompt"], "responses": [best], "rewards": [9.0]} for record in read_jsonl(annotated)[:20]]
@@ -188,13 +171,14 @@ def test_a_run_without_a_reference_scores_none_and_takes_extra_responses(task, a
         "--output_dir", tmp_path / "policy", "--loss_type", "simpo", "--beta", 2.0, "--simpo_gamma", 1.0, "--max_steps", 2,
         "--extra_responses", write_jsonl(tmp_path / "extra.jsonl", extra), "--min_edit_distance", 0.8,
         "--max_length", 128, "--max_prompt_length", 64, "--use_cpu", "true", "--bf16", "false", "--logging_steps", 1,
-        "--learning_rate", 1e-3,
+        "--learning_rate", 1e-3, "--eval_dir", annotated,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "loss_type simpo: no reference is loaded" in done.stderr and not list(tmp_path.glob("reference-logps*"))
     manifest = json.loads((tmp_path / "policy.manifest.json").read_text())
     assert manifest["pairs"]["prompts with extra responses"] == 20
-    assert manifest["inputs"].keys() == {"model", "data", "extra responses"}
+    assert manifest["inputs"].keys() == {"model", "data", "extra responses", "held-out data"}
+    assert 0 < manifest["metrics"]["eval_loss"] < 3 and "eval_kl_on_pairs" not in manifest["metrics"]
     pairs = read_jsonl(tmp_path / "policy.pairs.jsonl")
     far = [pair for pair in pairs if edit_distance(pair["chosen"], pair["rejected"]) >= 0.8 * len(pair["chosen"])]
     assert manifest["counts"]["dropped"] == {"texts closer than min_edit_distance": 48 - len(pairs)}
