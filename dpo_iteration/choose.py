@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from baton import jsonl
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
-from baton.pairs import PairSettings, candidates, checked_pair, pairs_of, why_left_out
+from baton.pairs import PER_RESPONSE_KEYS, PairSettings, candidates, checked_pair, far_apart, pairs_of, why_left_out
 from baton.preferences import ANSWER_KEYS, preference_records, preferences_in
-from baton.prompts import with_ids
-from baton.records import named
+from baton.prompts import read_records, with_ids
+from baton.records import named, rewards_of
 from baton.scored import ALONE, annotated_of, has_completions, with_rows_merged
 from dpo_iteration.account import IN, Account
 
@@ -22,6 +22,7 @@ log = logging.getLogger("baton")
 
 NO_MARGIN = "pairs without a margin"
 EARLIER = "pairs of earlier rounds"
+EXTRA = "prompts with extra responses"
 BEYOND = "beyond max_training_samples"
 
 
@@ -32,13 +33,18 @@ def write_pairs(
     settings: PairSettings,
     most: int = -1,
     score: str | None = None,
+    min_edit_distance: float = 0.0,
+    extra: Mapping[str, Record] | None = None,
 ) -> Account:
     """Write the pairs of the records of `source` to `path`, the first `most` of them, all if that is below 1.
 
-    Returns what became of the records. Raises as `at_least_one`.
+    Returns what became of the records. `min_edit_distance` is that of `far_apart`, `extra` that of `pairs_of`. Raises as
+    `at_least_one`, and InputError where no record has a prompt of `extra`.
     """
     account = Account()
-    pairs = choose_pairs(records, settings, account.drops, account.counted, score)
+    pairs = choose_pairs(records, settings, account.drops, account.counted, score, extra)
+    if min_edit_distance:
+        pairs = far_apart(pairs, min_edit_distance, account.drops)
     jsonl.write(path, at_least_one(first_pairs(pairs, most, account.drops), source, account.drops))
     return account
 
@@ -52,12 +58,29 @@ def first_pairs(pairs: Iterable[Record], most: int, drops: Drops) -> Iterator[Re
             yield pair
 
 
+def extra_responses(source: str | None, split: str) -> dict[str, Record] | None:
+    """The annotated responses of a file, held in memory by the id of their prompt; None without a file.
+
+    Raises InputError for a record without valid responses and rewards, and for one id on two records.
+    """
+    if source is None:
+        return None
+    kept: dict[str, Record] = {}
+    for where, record in with_ids(read_records(source, split)):
+        rewards_of(record, where)
+        if record["id"] in kept:
+            raise InputError(f"{where}: the id {record['id']} has come before; leave one of the records out")
+        kept[record["id"]] = {name: record[name] for name in PER_RESPONSE_KEYS if record.get(name)}
+    return kept
+
+
 def choose_pairs(
     records: Iterable[tuple[str, Record]],
     settings: PairSettings,
     drops: Drops,
     counted: Counter[str],
     score: str | None = None,
+    extra: Mapping[str, Record] | None = None,
 ) -> Iterator[Record]:
     """Yield the pairs of ("file:line", record): chosen among annotated responses, or as a preference file gives them.
 
@@ -67,8 +90,11 @@ def choose_pairs(
     """
     for where, record in with_ids(_readable(records, score, drops, counted)):
         if "responses" in record:
-            pairs = list(pairs_of([(where, record)], settings, drops))  # this checks the record
-            counted[IN] += candidates(len(record["responses"]), settings)
+            pairs = list(pairs_of([(where, record)], settings, drops, extra))  # this checks the record
+            more = () if extra is None else extra.get(record["id"], {}).get("responses", ())
+            counted[IN] += candidates(len(record["responses"]) + len(more), settings)
+            if more:
+                counted[EXTRA] += 1
             yield from pairs
             continue
         pair = checked_pair(record, where)
@@ -78,6 +104,8 @@ def choose_pairs(
         else:
             counted[NO_MARGIN] += pair.get("margin") is None
             yield pair
+    if extra is not None and not counted[EXTRA]:
+        raise InputError("`extra_responses`: no prompt is one of the data's; `id` joins them, which a prompt's text gives")
 
 
 def _readable(
