@@ -103,7 +103,7 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nEVAL_SCORERS=(bt:other)\n", "EVAL_SCORERS is for evaluation, and HELDOUT_PROMPTS is empty"),
         ("REWARD_MODEL=reward\nRUN_DIR=elsewhere\n", "own.env: line 5: RUN_DIR: readonly variable"),
         ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
-        ("REWARD_MODEL=reward\nTRAINER=pp\n", "TRAINER is dpo, kto, raft, conditional_sft, ppo or online_dpo, not 'pp'"),
+        ("REWARD_MODEL=reward\nTRAINER=pp\n", "raft, conditional_sft, ppo or online_dpo, not 'pp'"),
         ("REWARD_MODEL=reward\nTRAINER=ppo\n", "TRAINER=ppo needs its settings: TRAIN_CONFIG, a YAML file"),
         ("REWARD_MODEL=reward\nTRAINER=ppo\nTRAIN_CONFIG=a.yaml\nPROMPT_ARGS=(--max_samples 4)\n", "PROMPT_ARGS is not for TRAINER=ppo"),
         ("REWARD_MODEL=reward\nSERVER_GPUS=1\n", "SERVER_GPUS=1 of GPUS=0: none is left to train"),
@@ -198,7 +198,8 @@ HELDOUT_PROMPTS={folder}/heldout.jsonl
 )
 def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data):
     config = "configs/kto.yaml" if trainer == "kto" else "configs/sft.yaml"
-    text = f"TRAINER={trainer}\nTRAIN_CONFIG={config}\nTRAIN_ARGS=(--learning_rate 1e-6)\nREWARD_MODEL={folder}/reward\nROUNDS=2\n"
+    settings = f"TRAIN_CONFIG={config}\nTRAIN_ARGS=(--learning_rate 1e-6)\nREWARD_MODEL={folder}/reward\nROUNDS=2\n"
+    text = f"TRAINER={trainer}\n{settings}"
     done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
     assert done.returncode == 0, done.stderr
     lines = commands(done.stdout)
