@@ -1,6 +1,7 @@
 """Mixed models are the weighted sum of their weights, with the first one's configuration and tokenizer; others are refused."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from baton.training import export
 from tests.models.tiny_models import model_of
-from tests.programs import run_program
+from tests.programs import ROOT, run_program
 from tests.training.test_dpo_core import tokenizer
 
 __all__ = ["tokenizer"]  # a fixture
@@ -68,6 +69,30 @@ def test_a_mix_in_files_of_the_first_models_dtype_is_loaded_whole(models, tmp_pa
     parts = [weights_of(models / name) for name in ("0", "1")]
     for name, value in weights_of(tmp_path / "mixed").items():
         torch.testing.assert_close(value, (0.6 * parts[0][name] + 0.4 * parts[1][name]).bfloat16().float())
+
+
+def test_a_recipes_reference_follows_the_policy_from_round_2_on(tmp_path):
+    for name, config in (("policy", {}), ("reward", {"architectures": ["X"], "num_labels": 1})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    recipe, run = tmp_path / "own.env", tmp_path / "run"
+    text = f"INITIAL_POLICY={tmp_path}/policy\nREWARD_MODEL={tmp_path}/reward\nPROMPTS=({tmp_path}/prompts.jsonl)\nGPUS=0\n"
+    outcomes = []
+    for alpha in (".6", "1.5"):
+        recipe.write_text(text + f"ROUNDS=3\nREFERENCE=mix:{alpha}\n")
+        command = ["bash", "scripts/run_loop.sh", recipe, "--run_dir", run, "--plan"]
+        outcomes.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
+    planned, refused = outcomes
+    assert planned.returncode == 0, planned.stderr
+    mixed = [line.split("--models ")[1] for line in planned.stdout.splitlines() if "mix_models.py" in line]
+    assert mixed == [
+        f"{run}/round1/policy {tmp_path}/policy --weights .6 0.4 --output_dir {run}/round2/reference",
+        f"{run}/round2/policy {run}/round2/reference --weights .6 0.4 --output_dir {run}/round3/reference",
+    ]
+    references = [line.split("--ref_model ")[1].split()[0] for line in planned.stdout.splitlines() if "run_dpo.py" in line]
+    assert references == [f"{tmp_path}/policy", f"{run}/round2/reference", f"{run}/round3/reference"]
+    assert refused.returncode == 2 and "ALPHA between 0 and 1" in refused.stderr
 
 
 @pytest.mark.parametrize(
