@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -104,9 +105,8 @@ def run_side(args: argparse.Namespace) -> dict:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    import distillation.trainer
-    import trl.experimental.gkd  # noqa: F401  both before the clock starts
-
+    for module in ("distillation.trainer", "trl.experimental.gkd"):  # before the clock starts
+        import_module(module)
     rows = Dataset.from_list(json.loads((args.folder / "rows.json").read_text()))
     tokenizer = AutoTokenizer.from_pretrained(args.folder / "tokenizer")
     student = AutoModelForCausalLM.from_pretrained(args.folder / "student", dtype="float32")
