@@ -260,6 +260,8 @@ def main() -> None:
     check_tokenizers(tokenizer, teacher_tokenizer(teacher), (student, teacher))
     rows, count, drops, counted = rows_of(arguments, arguments.dataset_name_or_path, tokenizer, config, "examples")
     held_out = arguments.eval_dataset and rows_of(arguments, arguments.eval_dataset, tokenizer, config, "held_out")[0]
+    if held_out is not None and arguments.eval_dataset == arguments.dataset_name_or_path:
+        log.warning("`eval_dataset` is the data that is trained on, so what is evaluated is not held out")
     warning = template_warning(counted, tokenizer)
     if warning:
         log.warning("%s", warning)

@@ -240,6 +240,11 @@ def _score_missing(
             if check:
                 _check_row(model, row, [cuts[member] for member in members], ids, logps, check)
                 check = None
+        if not np.isfinite(scored["logps"]).all():
+            raise InputError(
+                "the teacher's log-probabilities are not all numbers: its weights are damaged, or fp16 is too small "
+                "for them; try `bf16: true`, or neither"
+            )
         if own and writes:
             _write(kept.path(number), scored)
         if own:
