@@ -4,7 +4,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,14 +57,25 @@ def _not_finite(line: bytes) -> str | None:
     return None
 
 
-def read(path: Path) -> Iterator[tuple[str, Record]]:
-    """Yield ("file:line", record) for each line that is not blank; memory does not grow with the file."""
+def read(path: Path, refused: Callable[[str, InputError], None] | None = None) -> Iterator[tuple[str, Record]]:
+    """Yield ("file:line", record) for each line that is not blank; memory does not grow with the file.
+
+    `refused` gets ("file:line", error) of each line that is no JSON object; without it the first such error is raised.
+    """
     with open_lines(path) as lines:
         try:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, parse(line, where)
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    record = parse(line, where)
+                except InputError as error:
+                    if refused is None:
+                        raise
+                    refused(where, error)
+                    continue
+                yield where, record
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{path}: broken gzip file: {error}") from None
 

@@ -4,14 +4,16 @@
 | --- | --- | --- |
 | `random`     | the better of two random responses | the other |
 | `max_random` | the best | a random other |
-| `max_min`    | the best | the worst |
+| `max_min`    | the best | the worst; `west_of_n` is the same (West-of-N, arXiv 2401.12086) |
 | `max_max`    | the best | the second best |
 | `max_min_p`  | the best | the worst, both after `len_penalty` per character is subtracted from the reward |
+| `sweet_spot` | the best | the one whose reward is nearest to two standard deviations below the mean (arXiv 2502.16825) |
 """
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,7 +23,7 @@ from baton.jsonl import Record
 from baton.prompts import with_ids
 from baton.records import check_finite, check_token_ids, how_sampled, prompt_of, rewards_of
 
-ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p"]
+ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p", "west_of_n", "sweet_spot"]
 
 # What holds one entry for each response, and so says nothing about a pair; every other key passes through.
 PER_RESPONSE_KEYS = (
@@ -39,6 +41,9 @@ TIE = "tied rewards"
 TRUNCATED = "fewer than two responses that were not cut off by length"
 SMALL_MARGIN = "margin below min_margin"
 UNEQUAL_LENGTHS = "lengths further apart than max_length_ratio"
+TOO_CLOSE = "texts closer than min_edit_distance"
+
+DEVIATIONS_BELOW = 2  # of `sweet_spot`
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ def scores(responses: Sequence[str], rewards: Sequence[float], settings: PairSet
 def choose_pair(scores: Sequence[float], choose_type: ChooseType, generator: random.Random) -> tuple[int, int]:
     """The indices (chosen, rejected) of one pair among at least two responses, the higher score first.
 
-    Of equal scores the earlier response counts as the better one.
+    Of equal scores the earlier response counts as the better one. With up to 5 responses `sweet_spot` is `max_min`, since no
+    score lies further than sqrt(K - 1) standard deviations below the mean.
     """
     ranked = sorted(range(len(scores)), key=lambda index: -scores[index])
     if choose_type == "random":
@@ -95,6 +101,9 @@ def choose_pair(scores: Sequence[float], choose_type: ChooseType, generator: ran
         return ranked[0], generator.choice(ranked[1:])
     if choose_type == "max_max":
         return ranked[0], ranked[1]
+    if choose_type == "sweet_spot":
+        goal = statistics.fmean(scores) - DEVIATIONS_BELOW * statistics.pstdev(scores)
+        return ranked[0], min(reversed(ranked[1:]), key=lambda index: abs(scores[index] - goal))
     return ranked[0], ranked[-1]
 
 
@@ -111,6 +120,44 @@ def why_dropped(chosen: str, rejected: str, margin: float, settings: PairSetting
         if longer > settings.max_length_ratio * shorter:
             return UNEQUAL_LENGTHS
     return None
+
+
+def far_apart(pairs: Iterable[Record], least: float, drops: Drops) -> Iterator[Record]:
+    """Yield the pairs whose texts differ by `least` of the longer one's characters, from 0 to 1; `drops` gets the others.
+
+    DPO makes a chosen response less likely where the rejected one is nearly the same (arXiv 2402.13228).
+    """
+    for pair in pairs:
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        wanted = least * max(len(chosen), len(rejected))
+        # The difference of lengths is a lower bound.
+        if abs(len(chosen) - len(rejected)) >= wanted or edit_distance(chosen, rejected) >= wanted:
+            yield pair
+        else:
+            drops.add(TOO_CLOSE, pair["id"])
+
+
+def edit_distance(first: str, second: str) -> int:
+    """The fewest characters to insert, delete or replace to get from one text to the other.
+
+    A column of the usual table is two integers of a bit for each character of `first`, which say where the next row is one
+    more or one less (Hyyrö, "A bit-vector algorithm for computing Levenshtein and Damerau edit distances", 2003).
+    """
+    if not first:
+        return len(second)
+    places: dict[str, int] = {}
+    for number, character in enumerate(first):
+        places[character] = places.get(character, 0) | 1 << number
+    every, last = (1 << len(first)) - 1, 1 << (len(first) - 1)
+    more, less, distance = every, 0, len(first)
+    for character in second:
+        equal = places.get(character, 0)
+        diagonal = (((equal & more) + more) ^ more) | equal | less
+        right_more, right_less = less | (every & ~(diagonal | more)), diagonal & more
+        distance += bool(right_more & last) - bool(right_less & last)
+        right_more, right_less = right_more << 1 | 1, right_less << 1
+        more, less = every & (right_less | ~(diagonal | right_more)), every & right_more & diagonal
+    return distance
 
 
 def why_left_out(pair: Record, settings: PairSettings) -> str | None:
@@ -138,19 +185,34 @@ def checked_pair(pair: Record, where: str) -> Record:
     return pair
 
 
-def pairs_of(records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops) -> Iterator[Record]:
+def pairs_of(
+    records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, extra: Mapping[str, Record] | None = None
+) -> Iterator[Record]:
     """Yield the pair records of annotated records, given as ("file:line", record); `drops` gets the others.
 
     Each prompt gives `candidates(K, settings)` pairs or drops, so pairs + drops is that number summed over
     the records. `margin` is the difference of the `scores` that the pair was chosen by; `chosen_reward` and
     `rejected_reward` are the rewards as annotated. Random choices derive from the seed and the prompt's id,
-    whatever the order of the records. Raises InputError for records without valid responses and rewards, and
-    for K = 1.
+    whatever the order of the records. `extra` holds further annotated responses by the id of their prompt, which stand
+    beside the record's own; K counts both. Raises InputError for records without valid responses and rewards, and for K = 1.
     """
     for where, record in with_ids(iter(records)):
-        if len(rewards_of(record, where)) < 2:
+        rewards_of(record, where)
+        whole = joined({**record, "prompt": prompt_of(record, where)}, (extra or {}).get(record["id"]))
+        if len(whole["responses"]) < 2:
             raise InputError(f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more")
-        yield from _pairs_of_record({**record, "prompt": prompt_of(record, where)}, settings, drops)
+        yield from _pairs_of_record(whole, settings, drops)
+
+
+def joined(record: Record, extra: Record | None) -> Record:
+    """An annotated record with another one's responses after its own; what one of them does not know of its own is None."""
+    if extra is None:
+        return record
+    both = {name: value for name, value in record.items() if name not in PER_RESPONSE_KEYS}
+    for name in ("responses", "rewards", "response_token_ids", "finish_reasons"):
+        if record.get(name) or extra.get(name):
+            both[name] = [value for part in (record, extra) for value in part.get(name) or [None] * len(part["responses"])]
+    return both
 
 
 def _pairs_of_record(record: Record, settings: PairSettings, drops: Drops) -> Iterator[Record]:
@@ -178,6 +240,7 @@ def pair_record(record: Record, chosen: int, rejected: int, margin: float) -> Re
     pair = {name: value for name, value in record.items() if name not in PER_RESPONSE_KEYS}
     for side, index in (("chosen", chosen), ("rejected", rejected)):
         pair[side] = record["responses"][index]
-        pair |= how_sampled(record, index, f"{side}_token_ids", f"{side}_finish_reason")
+        known = how_sampled(record, index, f"{side}_token_ids", f"{side}_finish_reason")
+        pair |= {name: value for name, value in known.items() if value is not None}
         pair[f"{side}_reward"] = record["rewards"][index]
     return {**pair, "margin": margin}

@@ -3,8 +3,8 @@
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,30 +12,33 @@ import numpy as np
 import orjson
 
 from baton import jsonl
+from baton.conversations import is_answered, without_answer
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.mixing import Selection, select_rows
 from baton.partial import shard_range
-from baton.records import Messages, prompt_hash, prompt_id, prompt_of
+from baton.records import Messages, prompt_as_written, prompt_hash, prompt_id, prompt_of
 
 log = logging.getLogger("baton")
 
 LOCAL_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
-def read_records(source: str, split: str = "train") -> Iterator[tuple[str, Record]]:
+def read_records(
+    source: str, split: str = "train", refused: Callable[[str, InputError], None] | None = None
+) -> Iterator[tuple[str, Record]]:
     """Yield ("where", record) of a local .jsonl, .jsonl.gz, .json or .parquet file or a Hugging Face dataset.
 
     All but `.json` are streamed. A `.json` file holds a list, {"instances": list}, or, as some toolkits write
-    it, JSON Lines.
+    it, JSON Lines. `refused` gets ("where", error) of each line that is no JSON object; without it the first is raised.
     """
     path = Path(source)
     if source.endswith(".parquet"):
         yield from _read_parquet(path)
     elif source.endswith(".json"):
-        yield from _read_json(path)
+        yield from _read_json(path, refused)
     elif source.endswith(LOCAL_ENDINGS):
-        yield from jsonl.read(path)
+        yield from jsonl.read(path, refused)
     elif path.exists():
         raise InputError(f"{source}: expected a file ending in {', '.join(LOCAL_ENDINGS)}")
     else:
@@ -47,7 +50,8 @@ class PromptSet:
 
     Making it reads the sources once. It holds 20 bytes a prompt; the records themselves are streamed again for
     each shard. Several sources are named with commas between; `selection` says which of their prompts to take.
-    A `system_prompt` is put before every conversation that has none.
+    A `system_prompt` is put before every conversation that has none. A conversation that ends with the assistant is a prompt
+    without these last turns; `answered` is how many there were among all prompts of the sources.
     """
 
     def __init__(
@@ -59,17 +63,21 @@ class PromptSet:
         system_prompt: str | None = None,
     ):
         self.sources, self.key, self.split, self.system_prompt = split_sources(source), key, split, system_prompt
-        hashes, lengths = array("Q"), []
+        hashes, lengths, self.answered = array("Q"), [], 0
         for name in self.sources:
             before = len(hashes)
             for where, record in read_records(name, split):
-                hashes.append(prompt_hash(self._messages(record, where)))
+                messages, answered = self._messages(record, where)
+                hashes.append(prompt_hash(messages))
+                self.answered += answered
             if len(hashes) == before:
                 _no_records(name)
             lengths.append(len(hashes) - before)
         self.rows = select_rows(lengths, selection or Selection())
         self.hashes = np.frombuffer(hashes, dtype=np.uint64)[self.rows]
         self.ordinals = ordinals(self.hashes)
+        if self.answered:
+            log.warning("%s: %d prompts end with the assistant; that turn is left out", source, self.answered)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,15 +91,19 @@ class PromptSet:
         span = shard_range(len(self), index, count)
         records = _records_at(self.rows[span.start : span.stop], self.sources, self.split)
         for position, (where, record) in zip(span, records, strict=True):
-            messages = self._messages(record, where)
+            messages, _ = self._messages(record, where)
             numbered_record = {**record, "id": self.id(position), "prompt": messages}
             yield position, where, numbered_record, messages
 
-    def _messages(self, record: Record, where: str) -> Messages:
-        messages = prompt_of(record, where, self.key)
+    def _messages(self, record: Record, where: str) -> tuple[Messages, bool]:
+        """The messages of a prompt, and whether it was answered already."""
+        messages, keys = prompt_as_written(record, where, self.key)
+        answered = is_answered(messages)
+        if answered:
+            messages = without_answer(messages, where, keys[0])
         if self.system_prompt is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self.system_prompt}, *messages]
+            return messages, answered
+        return [{"role": "system", "content": self.system_prompt}, *messages], answered
 
 
 def split_sources(source: str) -> list[str]:
@@ -104,33 +116,50 @@ def source_inputs(name: str, source: str) -> dict[str, str]:
     return {name if i == 0 else f"{name}{i + 1}": each for i, each in enumerate(split_sources(source))}
 
 
-def mixed_records(source: str, split: str, probs: tuple[float, ...] | None, seed: int) -> Iterator[tuple[str, Record]]:
+def mixed_records(
+    source: str,
+    split: str,
+    probs: tuple[float, ...] | None,
+    seed: int = Selection.seed,
+    max_samples: int | None = None,
+    refused: Callable[[str, InputError], None] | None = None,
+) -> Iterator[tuple[str, Record]]:
     """Yield ("where", record) of all sources named in `A,B`, one after another; with `probs`, drawn at these rates.
 
-    Drawn as `select_rows` says: until one source is used up. Raises InputError for a source without records.
+    Drawn as `select_rows` says: until one source is used up; at most `max_samples`. `refused` gets the lines that are no JSON
+    objects, as `read_records` says. Raises InputError for a source without records.
     """
     sources = split_sources(source)
     if probs is None:
-        for name in sources:
-            records = read_records(name, split)
-            yield next(records, None) or _no_records(name)
-            yield from records
+        yield from islice(_one_after_another(sources, split, refused), max_samples)
         return
-    lengths = [sum(1 for _ in read_records(name, split)) or _no_records(name) for name in sources]
-    rows = select_rows(lengths, Selection(probs=probs, seed=seed))
+    skipped = refused and (lambda where, error: None)
+    lengths = [sum(1 for _ in read_records(name, split, skipped)) or _no_records(name) for name in sources]
+    rows = select_rows(lengths, Selection(probs=probs, max_samples=max_samples, seed=seed))
     ends = np.cumsum(lengths)
     for name, length, end in zip(sources, lengths, ends, strict=True):
         log.info("%s: %d of %d records taken", name, np.count_nonzero((end - length <= rows) & (rows < end)), length)
-    yield from _records_at(rows, sources, split)
+    yield from _records_at(rows, sources, split, refused)
+
+
+def _one_after_another(
+    sources: list[str], split: str, refused: Callable[[str, InputError], None] | None
+) -> Iterator[tuple[str, Record]]:
+    for name in sources:
+        records = read_records(name, split, refused)
+        yield next(records, None) or _no_records(name)
+        yield from records
 
 
 def _no_records(name: str) -> NoReturn:
     raise InputError(f"{name}: holds no records")
 
 
-def _records_at(rows: Iterable[int], sources: list[str], split: str) -> Iterator[tuple[str, Record]]:
+def _records_at(
+    rows: Iterable[int], sources: list[str], split: str, refused: Callable[[str, InputError], None] | None = None
+) -> Iterator[tuple[str, Record]]:
     """Yield the records at `rows`, ascending and counted on from source to source; a row may come several times."""
-    numbered = enumerate(chain.from_iterable(read_records(name, split) for name in sources))
+    numbered = enumerate(chain.from_iterable(read_records(name, split, refused) for name in sources))
     at, found = -1, ("", {})
     for row in rows:
         while at < row:
@@ -161,14 +190,14 @@ def with_ids(records: Iterator[tuple[str, Record]], key: str | None = None) -> I
             yield where, record
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
+def _read_json(path: Path, refused: Callable[[str, InputError], None] | None) -> Iterator[tuple[str, Record]]:
     with jsonl.open_lines(path) as file:
         text = file.read()
     try:
         content = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         if text.lstrip().startswith(b"{"):
-            yield from jsonl.read(path)
+            yield from jsonl.read(path, refused)
             return
         raise InputError(f"{path}: not JSON: {error}") from None
     if isinstance(content, dict):

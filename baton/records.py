@@ -14,56 +14,99 @@ from array import array
 
 import xxhash
 
+from baton.conversations import Messages, as_messages, hh_turns, shared_beginning, short, without_answer
 from baton.errors import InputError
 from baton.jsonl import Record, dump
+from baton.program import harmless
 
-Messages = list[dict[str, str]]
-
+# Where a prompt stands: the first of these that a record has.
 PROMPT_KEYS = ("prompt", "context_messages")
-
-# How chat templates of wide use open a response.
-OPENINGS = (
-    "<|start_header_id|>assistant<|end_header_id|>",
-    "<|im_start|>assistant",
-    "<start_of_turn>model",
-    "<|assistant|>",
-    "[/INST]",
-    "Correct Assistant:",
-)
-
-
-def as_messages(value: object, where: str, field: str) -> Messages:
-    """A conversation as a list of {"role", "content"}; a plain string is one user turn.
-
-    Raises InputError naming `where` and `field` for anything else, and for a text that a chat template has written.
-    """
-    if isinstance(value, str):
-        if not value.strip():
-            raise InputError(f"{where}: `{field}` is empty")
-        if value.rstrip().endswith(OPENINGS):
-            raise InputError(
-                f"{where}: `{field}` is a text that a chat template has written already, which would be written into another "
-                "turn; give the messages that it was made from"
-            )
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: `{field}` must be a string or a list of messages, got {_short(value)}")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"{where}: `{field}`: a message needs `role` and `content`, got {_short(message)}")
-        if not isinstance(message.get("content"), str):
-            raise InputError(f"{where}: `{field}`: `content` must be a string, got {_short(message)}")
-    return value
+CONVERSATION_KEYS = ("messages", "conversations")
+# Alpaca's: what to do, with what, and what was said before, pairs of the user's and the assistant's turn.
+ALPACA_KEYS = ("instruction", "input", "system", "history")
+# Two whole conversations, which begin with it.
+SIDE_KEYS = ("chosen", "rejected")
 
 
 def prompt_of(record: Record, where: str, key: str | None = None) -> Messages:
-    """The prompt of a record as messages, from `key`, or from the first known key that it has."""
-    for name in (key,) if key else PROMPT_KEYS:
-        if name in record:
-            return as_messages(record[name], where, name)
+    """The prompt of a record as messages, from `key`, or from the first known key that it has.
+
+    Of a whole conversation (`messages`, `conversations`), the assistant's turns at its end are left out. Raises InputError.
+    """
+    messages, keys = prompt_as_written(record, where, key)
+    return without_answer(messages, where, keys[0]) if keys[0] in CONVERSATION_KEYS else messages
+
+
+def prompt_as_written(record: Record, where: str, key: str | None = None) -> tuple[Messages, tuple[str, ...]]:
+    """The prompt of a record as messages, with the answer that may stand at its end, and the keys that it was read from."""
+    keys = prompt_keys(record, key)
+    if keys == ALPACA_KEYS:
+        return _alpaca_prompt(record, where), keys
+    messages = _prompt_of_sides(record, where) if keys == SIDE_KEYS else None
+    if keys and keys != SIDE_KEYS:
+        messages = as_messages(record[keys[0]], where, keys[0])
+    if messages:
+        return _with_system(messages, record) if keys[0] == "conversations" else messages, keys
     wanted = f"`{key}`" if key else " or ".join(f"`{name}`" for name in PROMPT_KEYS)
-    found = ", ".join(f"`{name}`" for name in record) or "no keys"
-    raise InputError(f"{where}: the record has no {wanted}, it has {found}; name the key of the prompt with --dataset_key")
+    raise InputError(
+        f"{where}: the record has no {wanted}, it has {named(record)}; name the key of the prompt with --dataset_key"
+    )
+
+
+def prompt_keys(record: Record, key: str | None = None) -> tuple[str, ...]:
+    """The keys that a record's prompt is read from, the first known ones that it has; empty if it has none."""
+    for name in (key,) if key else (*PROMPT_KEYS, *CONVERSATION_KEYS):
+        if record.get(name) is not None:
+            return (name, "system") if name == "conversations" else (name,)
+    if key:
+        return ()
+    if record.get("instruction") is not None:
+        return ALPACA_KEYS
+    if "chosen" not in record or "rejected" not in record:
+        return ()
+    return ("context",) if record.get("context") is not None else SIDE_KEYS  # the former is ColossalChat's
+
+
+def named(record: Record) -> str:
+    """The keys of a record, for an error."""
+    return ", ".join(f"`{harmless(name)}`" for name in record) or "no keys"
+
+
+def _with_system(messages: Messages, record: Record) -> Messages:
+    """ShareGPT's turns after its `system`, where there is one and the turns have none."""
+    system = record.get("system")
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _alpaca_prompt(record: Record, where: str) -> Messages:
+    """Alpaca's prompt: the instruction, its input on the next line; before them `system` and `history`."""
+    texts = {name: record.get(name) or "" for name in ("instruction", "input", "system")}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise InputError(f"{where}: `{name}` must be a text, got {short(text)}")
+    request = "\n".join(text for text in (texts["instruction"], texts["input"]) if text.strip())
+    if not request:
+        raise InputError(f"{where}: `instruction` is empty")
+    before = []
+    for turn in record.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise InputError(f"{where}: `history` must hold pairs of texts, the user's and the assistant's; got {short(turn)}")
+        before += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return _with_system([*before, {"role": "user", "content": request}], record)
+
+
+def _prompt_of_sides(record: Record, where: str) -> Messages | None:
+    """The beginning that `chosen` and `rejected`, two whole conversations, have in common."""
+    sides = []
+    for name in ("chosen", "rejected"):
+        value = record.get(name)
+        turns = hh_turns(value) if isinstance(value, str) else value
+        if not isinstance(turns, list) or len(turns) < 2:
+            return None
+        sides.append(as_messages(turns, where, name))
+    return shared_beginning(*sides)
 
 
 def prompt_hash(messages: Messages) -> int:
@@ -84,7 +127,7 @@ def responses_of(record: Record, where: str) -> list[str]:
     """
     responses = record.get("responses")
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
-        raise InputError(f"{where}: `responses` must be a list of at least one string, got {_short(responses)}")
+        raise InputError(f"{where}: `responses` must be a list of at least one string, got {short(responses)}")
     for name in ("response_token_ids", "finish_reasons", "response_logps"):
         values = record.get(name)
         if values is not None and (not isinstance(values, list) or len(values) != len(responses)):
@@ -106,7 +149,7 @@ def rewards_of(record: Record, where: str) -> list[float]:
     """The K rewards of an annotated record, a finite number for each response. Raises InputError if not."""
     count, rewards = len(responses_of(record, where)), record.get("rewards")
     if not isinstance(rewards, list):
-        raise InputError(f"{where}: `rewards` must be a list of numbers, got {_short(rewards)}; annotate the file first")
+        raise InputError(f"{where}: `rewards` must be a list of numbers, got {short(rewards)}; annotate the file first")
     if len(rewards) != count:
         raise InputError(f"{where}: {len(rewards)} `rewards` for {count} `responses`")
     for reward in rewards:
@@ -118,7 +161,7 @@ def check_finite(value: object, where: str, field: str) -> None:
     """Raise InputError, naming `where` and `field`, unless `value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(
-            f"{where}: `{field}` holds {_short(value)}, which is not a finite number; correct it or leave the record out"
+            f"{where}: `{field}` holds {short(value)}, which is not a finite number; correct it or leave the record out"
         )
 
 
@@ -129,7 +172,7 @@ def check_token_ids(value: object, where: str, field: str) -> None:
             return
     except (TypeError, OverflowError):
         pass
-    raise InputError(f"{where}: `{field}` must be a list of token ids, integers from 0 on, or be absent; got {_short(value)}")
+    raise InputError(f"{where}: `{field}` must be a list of token ids, integers from 0 on, or be absent; got {short(value)}")
 
 
 def _check_logps(record: Record, where: str) -> None:
@@ -140,7 +183,7 @@ def _check_logps(record: Record, where: str) -> None:
         if not isinstance(logps, list) or len(logps) != len(ids):
             raise InputError(
                 f"{where}: `response_logps` of response {number} must be a list of {len(ids)} numbers, one for each of its "
-                f"token ids; got {_short(logps)}"
+                f"token ids; got {short(logps)}"
             )
         try:
             array("d", logps)
@@ -148,9 +191,4 @@ def _check_logps(record: Record, where: str) -> None:
         except (TypeError, OverflowError):
             finite = False
         if not finite:
-            raise InputError(f"{where}: `response_logps` of response {number} must hold finite numbers, got {_short(logps)}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+            raise InputError(f"{where}: `response_logps` of response {number} must hold finite numbers, got {short(logps)}")

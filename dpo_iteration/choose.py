@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,40 @@ from baton import jsonl
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
-from baton.pairs import PairSettings, candidates, checked_pair, pairs_of, why_left_out
-from baton.preferences import preference_of, preference_records
-from baton.prompts import with_ids
+from baton.pairs import PER_RESPONSE_KEYS, PairSettings, candidates, checked_pair, far_apart, pairs_of, why_left_out
+from baton.preferences import ANSWER_KEYS, preference_records, preferences_in
+from baton.prompts import read_records, with_ids
+from baton.records import named, rewards_of
+from baton.scored import ALONE, annotated_of, has_completions, with_rows_merged
 from dpo_iteration.account import IN, Account
 
 log = logging.getLogger("baton")
 
 NO_MARGIN = "pairs without a margin"
 EARLIER = "pairs of earlier rounds"
+EXTRA = "prompts with extra responses"
 BEYOND = "beyond max_training_samples"
 
 
 def write_pairs(
-    path: Path, records: Iterable[tuple[str, Record]], source: str, settings: PairSettings, most: int = -1
+    path: Path,
+    records: Iterable[tuple[str, Record]],
+    source: str,
+    settings: PairSettings,
+    most: int = -1,
+    score: str | None = None,
+    min_edit_distance: float = 0.0,
+    extra: Mapping[str, Record] | None = None,
 ) -> Account:
     """Write the pairs of the records of `source` to `path`, the first `most` of them, all if that is below 1.
 
-    Returns what became of the records. Raises as `at_least_one`.
+    Returns what became of the records. `min_edit_distance` is that of `far_apart`, `extra` that of `pairs_of`. Raises as
+    `at_least_one`, and InputError where no record has a prompt of `extra`.
     """
     account = Account()
-    pairs = choose_pairs(records, settings, account.drops, account.counted)
+    pairs = choose_pairs(records, settings, account.drops, account.counted, score, extra)
+    if min_edit_distance:
+        pairs = far_apart(pairs, min_edit_distance, account.drops)
     jsonl.write(path, at_least_one(first_pairs(pairs, most, account.drops), source, account.drops))
     return account
 
@@ -45,18 +58,43 @@ def first_pairs(pairs: Iterable[Record], most: int, drops: Drops) -> Iterator[Re
             yield pair
 
 
+def extra_responses(source: str | None, split: str) -> dict[str, Record] | None:
+    """The annotated responses of a file, held in memory by the id of their prompt; None without a file.
+
+    Raises InputError for a record without valid responses and rewards, and for one id on two records.
+    """
+    if source is None:
+        return None
+    kept: dict[str, Record] = {}
+    for where, record in with_ids(read_records(source, split)):
+        rewards_of(record, where)
+        if record["id"] in kept:
+            raise InputError(f"{where}: the id {record['id']} has come before; leave one of the records out")
+        kept[record["id"]] = {name: record[name] for name in PER_RESPONSE_KEYS if record.get(name)}
+    return kept
+
+
 def choose_pairs(
-    records: Iterable[tuple[str, Record]], settings: PairSettings, drops: Drops, counted: Counter[str]
+    records: Iterable[tuple[str, Record]],
+    settings: PairSettings,
+    drops: Drops,
+    counted: Counter[str],
+    score: str | None = None,
+    extra: Mapping[str, Record] | None = None,
 ) -> Iterator[Record]:
     """Yield the pairs of ("file:line", record): chosen among annotated responses, or as a preference file gives them.
 
     What a pair holds beside its texts (token ids, rewards, margin, finish reasons) stays. When all are read, `counted["in"]`
-    is the number of pairs that the records could give: pairs and drops together.
+    is the number of pairs that the records could give: pairs and drops together. `score` is the key of scores that have an
+    unusual name.
     """
-    for where, record in with_ids(_readable(records)):
+    for where, record in with_ids(_readable(records, score, drops, counted)):
         if "responses" in record:
-            pairs = list(pairs_of([(where, record)], settings, drops))  # this checks the record
-            counted[IN] += candidates(len(record["responses"]), settings)
+            pairs = list(pairs_of([(where, record)], settings, drops, extra))  # this checks the record
+            more = () if extra is None else extra.get(record["id"], {}).get("responses", ())
+            counted[IN] += candidates(len(record["responses"]) + len(more), settings)
+            if more:
+                counted[EXTRA] += 1
             yield from pairs
             continue
         pair = checked_pair(record, where)
@@ -66,17 +104,27 @@ def choose_pairs(
         else:
             counted[NO_MARGIN] += pair.get("margin") is None
             yield pair
+    if extra is not None and not counted[EXTRA]:
+        raise InputError("`extra_responses`: no prompt is one of the data's; `id` joins them, which a prompt's text gives")
 
 
-def _readable(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
-    """Yield annotated records as they are and preferences in one shape. Raises InputError for what is neither."""
-    for where, record in records:
-        if "responses" in record:
-            yield where, record
-        elif "chosen" in record or "rejected" in record:
-            yield where, record | preference_of(record, where)
+def _readable(
+    records: Iterable[tuple[str, Record]], score: str | None, drops: Drops, counted: Counter[str]
+) -> Iterator[tuple[str, Record]]:
+    """Yield responses with scores as annotated records, and preferences in one shape. Raises InputError for what is neither.
+
+    Data sets with scores have prompts with one response alone, which are dropped.
+    """
+    for where, record in with_rows_merged(records, score):
+        if has_completions(record) and len(record["completions"]) < 2:
+            counted[IN] += 1
+            drops.add(ALONE, where)
+        elif "responses" in record or has_completions(record):
+            yield where, annotated_of(record, where, score)
+        elif any(name in record for name in ("chosen", "rejected", *ANSWER_KEYS)):
+            yield from ((where, pair) for pair in preferences_in(record, where))
         else:
-            found = ", ".join(f"`{name}`" for name in record) or "no keys"
+            found = named(record)
             raise InputError(f"{where}: needs `responses` and `rewards`, or `chosen` and `rejected`; the record has {found}")
 
 

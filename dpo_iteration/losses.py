@@ -1,6 +1,7 @@
-"""TRL's DPO losses: which there are, and which are more than a mean over pairs. Nothing heavy is imported with this file."""
+"""The losses of pairs that there are, and which are more than a mean over pairs. Nothing heavy is imported with this file."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 from baton.errors import InputError
@@ -11,9 +12,27 @@ LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+# Beside TRL's own: `own_losses.py`. All are means over pairs.
+OWN_LOSSES = ("simpo", "orpo", "dpop", "rebel", "sppo")
 
 SORTED = {"aot", "aot_unpaired"}  # they sort the pairs of a batch
 OVER_TOKENS = "sft"  # a mean over the tokens of the chosen responses
+REFERENCE_FREE = {"simpo", "orpo"}
+OF_MARGINS = {"rebel", "sppo"}
+
+
+@dataclass(frozen=True)
+class LossNumbers:
+    """What the losses of `own_losses.py` are set by beside `beta`, each named after its loss; `length_alpha` is for `sigmoid`.
+
+    Their meanings stand with the losses' formulas.
+    """
+
+    length_alpha: float = 0.0
+    simpo_gamma: float = 0.5
+    orpo_lambda: float = 0.1
+    dpop_lambda: float = 50.0
+    rebel_eta: float = 1.0
 
 
 def loss_types(settings: dict[str, Any]) -> list[Any]:
@@ -22,11 +41,22 @@ def loss_types(settings: dict[str, Any]) -> list[Any]:
     return named if isinstance(named, list) else [named]
 
 
-def check_loss_types(settings: dict[str, Any]) -> None:
-    """Raise InputError for a loss that TRL does not have."""
-    for name in loss_types(settings):
-        if name not in LOSS_TYPES:
-            raise InputError(f"`loss_type`: {name!r} is not one of TRL's {', '.join(LOSS_TYPES)}")
+def check_loss_types(settings: dict[str, Any], numbers: LossNumbers) -> None:
+    """Raise InputError for a loss that there is not, and for a number of a loss that is not trained."""
+    named = loss_types(settings)
+    for name in named:
+        if name not in LOSS_TYPES + OWN_LOSSES:
+            raise InputError(f"`loss_type`: {name!r} is not one of TRL's {', '.join(LOSS_TYPES)} or of {', '.join(OWN_LOSSES)}")
+    for field in fields(numbers):
+        loss = field.name.partition("_")[0]
+        if loss in OWN_LOSSES and loss not in named and getattr(numbers, field.name) != field.default:
+            raise InputError(f"`{field.name}` acts with loss_type {loss} only, not with {', '.join(map(str, named))}")
+
+
+def is_reference_free(names: Iterable[str]) -> bool:
+    """Whether these losses, together, read nothing of a reference. TRL's `sft` alone keeps TRL's metrics, which do."""
+    names = set(names)
+    return bool(names & REFERENCE_FREE) and names <= REFERENCE_FREE | {OVER_TOKENS}
 
 
 def over_a_batch(names: Iterable[str], weighted: bool) -> list[str]:

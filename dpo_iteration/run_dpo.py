@@ -23,6 +23,7 @@ from baton.ahead import check_there, note_adapter
 from baton.arguments import option
 from baton.errors import InputError
 from baton.jsonl import Record
+from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
 from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
@@ -35,8 +36,8 @@ from baton.training.adapters import LoraArguments, adapter_config, check_lora, m
 from baton.training.arguments import Compile, compile_option, metrics_file, parse_training
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
-from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, pairs_again, write_pairs
-from dpo_iteration.losses import check_loss_types, split_that_decides
+from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, extra_responses, pairs_again, write_pairs
+from dpo_iteration.losses import OF_MARGINS, LossNumbers, check_loss_types, is_reference_free, loss_types, split_that_decides
 from dpo_iteration.online_rlhf import own_names
 from dpo_iteration.rows import log_rows, rows_of_pairs
 
@@ -60,6 +61,10 @@ class Arguments(LoraArguments):
     )
     dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
+    dataset_key: str | None = option(None, "key of the prompt, if it is an unusual one (docs/data.md)")
+    chosen_key: str | None = option(None, "key of the better response, if it is not `chosen`")
+    rejected_key: str | None = option(None, "key of the worse response, if it is not `rejected`")
+    score_key: str | None = option(None, "key of the score of a response in data sets such as UltraFeedback (docs/data.md)")
     history: int = option(0, "train also on the pairs of so many earlier rounds; needs folders round1, round2, …", ge=0)
     eval_dir: str | None = option(
         None,
@@ -78,7 +83,21 @@ class Arguments(LoraArguments):
     min_margin: float = option(0.0, "smallest difference of rewards that makes a pair", ge=0)
     max_length_ratio: float | None = option(None, "longest over shortest response of a pair, in characters", ge=1)
     drop_truncated: bool = option(False, "leave out responses that were cut off by length")
+    min_edit_distance: float = option(
+        0.0, "least edit distance of a pair's texts, as a share of the longer one's characters", ge=0, le=1
+    )
+    extra_responses: str | None = option(
+        None,
+        "annotated responses of another model, or the data set's own, to the same prompts (joined by `id`): pairs are chosen "
+        "among them and those of the data",
+        changes_result=False,
+    )
     margin_scale: float = option(0.0, "weight of the reward margin as an offset in the sigmoid loss", ge=0)
+    length_alpha: float = option(0.0, "what a token of difference in length counts in the sigmoid loss, in nats", ge=0)
+    simpo_gamma: float = option(0.5, "loss_type simpo: margin that chosen keeps from rejected, in nats, after beta", ge=0)
+    orpo_lambda: float = option(0.1, "loss_type orpo: weight of the odds ratio beside the likelihood of the chosen", ge=0)
+    dpop_lambda: float = option(50.0, "loss_type dpop: weight of what the chosen lost against the reference", ge=0)
+    rebel_eta: float = option(1.0, "loss_type rebel: nats of log-ratio that a unit of reward comes to", gt=0)
     max_length: int = option(2048, "longest prompt and response together, in tokens; responses are cut to fit", ge=2)
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
@@ -100,6 +119,10 @@ def pair_settings(arguments: Arguments) -> PairSettings:
     return PairSettings(**{name: getattr(arguments, name) for name in names})
 
 
+def loss_numbers(arguments: Arguments) -> LossNumbers:
+    return LossNumbers(**{name: getattr(arguments, name) for name in LossNumbers.__dataclass_fields__})
+
+
 def config_class() -> type:
     from trl import DPOConfig
 
@@ -109,7 +132,7 @@ def config_class() -> type:
 def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     """Raise InputError for what can be refused before anything is read or imported."""
     pair_settings(arguments)
-    check_loss_types(settings)
+    check_loss_types(settings, loss_numbers(arguments))
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     check_lora(arguments)
@@ -124,6 +147,8 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
         raise InputError("`eval_strategy` asks for what `do_eval: false` leaves out: leave one of them out")
     if source:
         check_there(source, "held-out data")
+    if arguments.extra_responses:
+        check_there(arguments.extra_responses, "extra responses")
 
 
 def models_of(arguments: Arguments) -> tuple[str, str]:
@@ -143,17 +168,28 @@ def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
 
 def records_of(arguments: Arguments) -> Iterator[tuple[str, Record]]:
     """("file:line", record) of every dataset, mixed at their rates."""
-    return mixed_records(arguments.dataset_name_or_path, arguments.dataset_split, dataset_probs(arguments), arguments.seed)
+    split, probs = arguments.dataset_split, dataset_probs(arguments)
+    return with_usual_keys(mixed_records(arguments.dataset_name_or_path, split, probs, arguments.seed), keys_of(arguments))
+
+
+def keys_of(arguments: Arguments) -> dict[str, str | None]:
+    """The names that the data gives to what is read of it."""
+    return {"prompt": arguments.dataset_key, "chosen": arguments.chosen_key, "rejected": arguments.rejected_key}
 
 
 def inputs_of(
-    arguments: Arguments, held_out: str | None, pairs_path: Path, metrics_path: Path, earlier: list[Path]
+    arguments: Arguments, held_out: str | None, pairs_path: Path, metrics_path: Path, earlier: list[Path], free: bool
 ) -> dict[str, str | Path]:
-    """What the run reads, by name, for the manifest. Raises InputError where a file that it writes would replace one."""
+    """What the run reads, by name, for the manifest, `free` of a reference or not.
+
+    Raises InputError where a file that it writes would replace one.
+    """
     _, reference = models_of(arguments)
-    inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path, "reference": reference}
+    inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path}
+    inputs |= {} if free else {"reference": reference}
     inputs |= source_inputs("data", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
     inputs |= {"held-out data": held_out} if held_out else {}
+    inputs |= {"extra responses": arguments.extra_responses} if arguments.extra_responses else {}
     refuse_input(pairs_path, inputs, "--pairs_path", arguments.output_dir)
     refuse_input(metrics_path, inputs | {"pairs_path": pairs_path}, "--metrics_path", arguments.output_dir)
     return inputs | {f"pairs of {path.parent.name}": path for path in earlier}
@@ -165,12 +201,15 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
     from dpo_iteration.checks import check_training
-    from dpo_iteration.margin import check_margin
+    from dpo_iteration.margin import check_offset
+    from dpo_iteration.own_losses import check_own_losses
 
     settings = settings | {"max_length": arguments.max_length, "seed": arguments.seed}
     config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
     check_training(arguments, config, sharding_of(config))
-    check_margin(config, arguments.margin_scale)
+    for name in ("margin_scale", "length_alpha"):
+        check_offset(config, name, getattr(arguments, name))
+    check_own_losses(config, loss_numbers(arguments))
     return config
 
 
@@ -207,8 +246,8 @@ def held_out_rows(arguments: Arguments, source: str, tokenizer: Any, config: Any
 
     def token_ids():
         settings = PairSettings(choose_type="random", seed=arguments.seed)
-        records = read_records(source, arguments.dataset_split)
-        pairs = choose_pairs(records, settings, account.drops, account.counted)
+        records = with_usual_keys(read_records(source, arguments.dataset_split), keys_of(arguments))
+        pairs = choose_pairs(records, settings, account.drops, account.counted, arguments.score_key)
         first = ((source, pair) for pair in islice(pairs, HELD_OUT_PAIRS))
         return at_least_one(make(first, account.drops, account.counted), source, account.drops)
 
@@ -227,12 +266,13 @@ def pair_features() -> Any:
     return Features({**token_ids, "margin": Value("float64")})
 
 
-def check_margins(without: int, margin_scale: float) -> None:
-    """Raise InputError where the loss needs margins and so many pairs are `without` one."""
-    if margin_scale and without:
+def check_margins(without: int, margin_scale: float, losses: list[str]) -> None:
+    """Raise InputError where a loss needs margins and so many pairs are `without` one."""
+    needs = "`margin_scale`" if margin_scale else ", ".join(name for name in losses if name in OF_MARGINS)
+    if needs and without:
         raise InputError(
-            f"`margin_scale` needs the margin of every pair, but {without} pairs have neither "
-            "`margin` nor `chosen_reward` and `rejected_reward`; leave them out, or set margin_scale to 0"
+            f"{needs} needs the margin of every pair, but {without} pairs have neither `margin` nor `chosen_reward` and "
+            "`rejected_reward`; leave them out, or choose another loss"
         )
 
 
@@ -250,18 +290,20 @@ def make_trainer(
     from dpo_iteration.checks import check_pairs
     from dpo_iteration.trainer import REMEDY, PackedDPOTrainer, needs_whole_batches, why_padded
 
-    packed = arguments.forward == "packed"
+    packed, free = arguments.forward == "packed", is_reference_free(config.loss_type)
+    if free:
+        log.info("loss_type %s: no reference is loaded", ", ".join(config.loss_type))
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
     # With an adapter, TRL's own forward pass gets the reference by switching the adapter off.
-    in_memory = not packed and not (adapter and reference == arguments.model_name_or_path)
+    in_memory = not packed and not free and not (adapter and reference == arguments.model_name_or_path)
     outlined, in_4_bit = outline(arguments.model_name_or_path, adapter), quantization is not None
     by_rows = packed and not why_padded(outlined) and not needs_whole_batches(outlined, config)
     check_pairs(len(dataset), config, by_rows)
     tokens = largest_batch(dataset, config, packed, arguments.tokens_per_row if by_rows else None)
     needs = estimate(outlined, config, sharding_of(config), tokens, in_4_bit=in_4_bit, reference=in_memory)
-    first = estimate_reference(outlined, config, sharding_of(config), in_4_bit=in_4_bit) if packed else None
+    first = estimate_reference(outlined, config, sharding_of(config), in_4_bit=in_4_bit) if packed and not free else None
     check_memory(needs, config, first)
-    if packed:
+    if packed and not free:
         columns = ("chosen_ids", "rejected_ids")
         every = dataset if held_out is None else concatenate_datasets([dataset, held_out])
         logps = dataset_reference_logps(every, columns, reference, config, folder, quantization, remedy=REMEDY)
@@ -278,6 +320,7 @@ def make_trainer(
         processing_class=tokenizer,
         packed=packed,
         margin_scale=arguments.margin_scale,
+        numbers=loss_numbers(arguments),
         tokens_per_row=arguments.tokens_per_row,
         compile_layers=arguments.compile,
     )
@@ -303,7 +346,8 @@ def main() -> None:
     metrics_path = metrics_file(output, arguments.metrics_path)
     earlier = earlier_pairs(pairs_path, arguments.history)
     source = held_out_source(arguments, settings)
-    inputs = inputs_of(arguments, source, pairs_path, metrics_path, earlier)
+    free = is_reference_free(map(str, loss_types(settings)))
+    inputs = inputs_of(arguments, source, pairs_path, metrics_path, earlier, free)
     checked = partial(checked_config, arguments, settings)
     if arguments.use_peft and not arguments.merge_adapter:
         note_adapter(output)
@@ -320,13 +364,16 @@ def main() -> None:
     chosen = Account()
     if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
         data, most = arguments.dataset_name_or_path, arguments.max_training_samples
-        chosen = write_pairs(pairs_path, records_of(arguments), data, pair_settings(arguments), most)
+        extra = extra_responses(arguments.extra_responses, arguments.dataset_split)
+        how, least, score = pair_settings(arguments), arguments.min_edit_distance, arguments.score_key
+        chosen = write_pairs(pairs_path, records_of(arguments), data, how, most, score, least, extra)
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     dataset, account = rows_of(arguments, pairs_path, earlier, chosen, tokenizer, config)
     held_out, held_out_account = held_out_rows(arguments, source, tokenizer, config) if source else (None, Account())
     if program.rank() == 0:
         log_rows(dataset, tokenizer, account.drops, account.counted)
-        check_margins(account.counted[NO_MARGIN] + held_out_account.counted[NO_MARGIN], arguments.margin_scale)
+        without = account.counted[NO_MARGIN] + held_out_account.counted[NO_MARGIN]
+        check_margins(without, arguments.margin_scale, config.loss_type)
     place_reports(settings, metrics_path)
     model, reference = models_of(arguments)
     with loading(model, reference):

@@ -14,6 +14,7 @@ is loaded, and kept beside the output.
 import copy
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from typing import Any
 from baton import jsonl, program
 from baton.arguments import option
 from baton.errors import InputError
+from baton.jsonl import Record
+from baton.keys import with_usual_keys
 from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.launch.check import check_processes
+from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
-from baton.prompts import read_records
+from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import batch_together
@@ -42,10 +46,20 @@ class Arguments(TrainingProgramArguments):
     model_name_or_path: str = option(..., "the policy to start from", changes_result=False)
     ref_model: str | None = option(None, "the reference policy; default: the starting policy", changes_result=False)
     dataset_name_or_path: str = option(
-        ..., "labelled (`completion`, `label`), annotated (`responses`, `rewards`) or paired (`chosen`, `rejected`) responses",
+        ...,
+        "labelled (`completion`, `label`), annotated (`responses`, `rewards`) or paired (`chosen`, `rejected`) responses; "
+        "several files or datasets with commas between",
         changes_result=False,
-    )  # fmt: skip
+    )
+    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
+    dataset_key: str | None = option(None, "key of the prompt, if it is an unusual one (docs/data.md)")
+    output_key: str | None = option(None, "key of the labelled response, if it is not `completion`")
+    label_key: str | None = option(None, "key of the label, if it is not `label`")
+    chosen_key: str | None = option(None, "key of a pair's better response, if it is not `chosen`")
+    rejected_key: str | None = option(None, "key of a pair's worse response, if it is not `rejected`")
+    score_key: str | None = option(None, "key of the score of a response in data sets such as UltraFeedback (docs/data.md)")
+    max_samples: int | None = option(None, "use only the first N records", ge=1)
     output_dir: str = option(
         ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
     )
@@ -86,6 +100,7 @@ def label_settings(arguments: Arguments) -> LabelSettings:
 def check(arguments: Arguments) -> None:
     """Raise InputError for what can be refused before anything is read or imported."""
     label_settings(arguments)
+    dataset_probs(arguments)
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     for model in models_of(arguments):
@@ -97,11 +112,25 @@ def models_of(arguments: Arguments) -> tuple[str, str]:
     return arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path
 
 
+def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
+    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
+    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
+
+
+def records_of(arguments: Arguments) -> Iterator[tuple[str, Record]]:
+    """("file:line", record) of every dataset, mixed at their rates, the fields under their usual names."""
+    split, probs, most = arguments.dataset_split, dataset_probs(arguments), arguments.max_samples
+    records = mixed_records(arguments.dataset_name_or_path, split, probs, arguments.seed, most)
+    names = ("dataset_key", "output_key", "label_key", "chosen_key", "rejected_key")
+    usual = ("prompt", "completion", "label", "chosen", "rejected")
+    return with_usual_keys(records, {key: getattr(arguments, name) for key, name in zip(usual, names, strict=True)})
+
+
 def write_examples(path: Path, arguments: Arguments) -> Account:
     """Write the labelled examples to `path`; returns what became of the records. Raises InputError without both kinds."""
     account, source = Account(), arguments.dataset_name_or_path
-    records = read_records(source, arguments.dataset_split)
-    jsonl.write(path, labelled_examples(records, label_settings(arguments), account.drops, account.counted))
+    settings, score = label_settings(arguments), arguments.score_key
+    jsonl.write(path, labelled_examples(records_of(arguments), settings, account.drops, account.counted, score))
     # Taken out of the account, since some are dropped below for their length: the rows are counted by kind instead.
     check_both_kinds(account.counted.pop("desirable", 0), account.counted.pop("undesirable", 0), source, account.drops)
     return account
@@ -165,7 +194,7 @@ def main() -> None:
     arguments, settings = parse_training("dpo_iteration/run_kto.py", Arguments, __doc__, config_class)
     check(arguments)
     model, reference = models_of(arguments)
-    inputs = {"model": model, "reference": reference, "data": arguments.dataset_name_or_path}
+    inputs = {"model": model, "reference": reference, **source_inputs("data", arguments.dataset_name_or_path)}
     inputs |= template_input(arguments.chat_template)
     output = Path(arguments.output_dir)
     examples_path = Path(arguments.examples_path or f"{output}.examples.jsonl")

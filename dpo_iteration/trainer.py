@@ -2,7 +2,8 @@
 
 Configuration, losses, metrics, callbacks and checkpoints are TRL's own code; `forward.share_prefixes`
 replaces only what `model(…, fused_lm_head=True)` computes, so every loss type sees the numbers it would have
-seen. What processes and rows a step's pairs are divided among is `steps.py`'s.
+seen. Further losses (`own_losses.py`) are added to TRL's, from the same forward pass. What processes and rows a
+step's pairs are divided among is `steps.py`'s.
 """
 
 import logging
@@ -30,8 +31,9 @@ from baton.training.memory import sharding_of
 from baton.training.metrics import EvaluateAtEnd, LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 from baton.training.sharding import KeepsFloat32
 from baton.training.steps import TrainsRowByRow
-from dpo_iteration.losses import OVER_TOKENS, over_a_batch
-from dpo_iteration.margin import check_margin, offset_term, with_margin
+from dpo_iteration.losses import OF_MARGINS, OVER_TOKENS, OWN_LOSSES, LossNumbers, is_reference_free, over_a_batch
+from dpo_iteration.margin import check_offset, with_margin
+from dpo_iteration.own_losses import LOSSES, Pairs, check_own_losses, mean_loss, offset_difference, pairs_said
 
 logger = logging.getLogger(__name__)
 
@@ -57,20 +59,21 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
     Takes what `trl.DPOTrainer` takes, and rows that are already tokenised: `prompt_ids`, `chosen_ids`,
     `rejected_ids` (lists of token ids, used as they are), optionally `ref_chosen_logps` and
     `ref_rejected_logps` (summed log-probabilities in nats; then no reference model is loaded) and `margin`
-    (chosen reward minus rejected reward).
+    (chosen reward minus rejected reward). Where the loss has no reference, no such columns are needed.
 
     Args:
         tokens_per_row: most tokens of one packed row, but for a pair that alone is longer; None: one row for the whole
             batch of a process.
         margin_scale: the `sigmoid` loss becomes -log sigmoid(beta * logratio difference - margin_scale *
             margin).
+        numbers: of the losses that are not TRL's, and `length_alpha` (`own_losses.py`).
         packed: False for TRL's own forward pass on the same rows, for comparison.
         compile_layers: whether the layers of packed rows are compiled (`compiling.py`).
         check_first_batch: compare the first batch's packed log-probabilities with those of the model's own forward
             pass; None: on a GPU, whose kernels no test has seen.
     Raises:
-        InputError: `margin_scale` with a loss that has no such offset, or without margins; `train()`: the first batch's
-            log-probabilities differ.
+        InputError: `margin_scale` or `length_alpha` with a loss that has no such offset; settings that one of the losses does
+            not go with; no margins where they are needed; `train()`: the first batch's log-probabilities differ.
     """
 
     mean_over = "pairs"
@@ -85,26 +88,34 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         train_dataset: Dataset,
         tokens_per_row: int | None = TOKENS_PER_ROW,
         margin_scale: float = 0.0,
+        numbers: LossNumbers | None = None,
         packed: bool = True,
         compile_layers: Compile = "off",
         check_first_batch: bool | None = None,
         **kwargs,
     ):
         self._tokens_per_row = tokens_per_row
-        self._margin_scale = margin_scale
+        numbers = numbers or LossNumbers()
+        self._margin_scale, self._numbers = margin_scale, numbers
         self._packed = packed
         self._forward_replaced = False
         self._token_counts = None
-        if margin_scale or set(train_dataset.column_names or ()) >= REFERENCE_COLUMNS:
+        check_offset(args, "margin_scale", margin_scale)
+        check_offset(args, "length_alpha", numbers.length_alpha)
+        check_own_losses(args, numbers)
+        self._reads_margin = bool(margin_scale) or not OF_MARGINS.isdisjoint(args.loss_type)
+        self._has_terms = bool(margin_scale or numbers.length_alpha) or not set(OWN_LOSSES).isdisjoint(args.loss_type)
+        self._reference_free = is_reference_free(args.loss_type)
+        if self._has_terms or set(train_dataset.column_names or ()) >= REFERENCE_COLUMNS:
             # TRL's name for: the reference's log-probabilities stand in the rows. It computes those that do not yet.
             args.precompute_ref_log_probs = True
-        check_margin(args, margin_scale)
-        if margin_scale and "margin" not in train_dataset.column_names:
-            raise InputError("margin_scale needs a `margin` in every row: chosen reward minus rejected reward")
+        if self._reads_margin and "margin" not in train_dataset.column_names:
+            needs = "margin_scale" if margin_scale else f"loss_type {', '.join(args.loss_type)}"
+            raise InputError(f"{needs} needs a `margin` in every row: chosen reward minus rejected reward")
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if kwargs.get("quantization_config") is not None:
             train_in_float32(self.model)  # TRL makes QLoRA's adapters bfloat16, and keeps no float32 copy of them
-        if margin_scale:
+        if self._reads_margin:
             self.data_collator = with_margin(self.data_collator)
         self._replace_forward()
         wanted = self.accelerator.device.type == "cuda" if check_first_batch is None else check_first_batch
@@ -122,10 +133,11 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
                 in_4_bit = kwargs.get("quantization_config") is not None
                 compile_where_it_pays(self.model, compile_layers, flops, self.args, sharding_of(self.args), in_4_bit)
             self._divide_steps(costs, *lengths)
-        plain = self.loss_types == ["sigmoid"] and not margin_scale and not self.use_weighting
+        plain = self.loss_types == ["sigmoid"] and not self._has_terms and not self.use_weighting
         if self.eval_dataset is not None:
             self.add_callback(EvaluateAtEnd())
-        self.add_callback(WarnOfTrouble(self.beta, starts_at_ln_2=plain and self.loss_weights == [1.0]))
+        if not self._reference_free:  # batches differ more in their responses than a policy changes
+            self.add_callback(WarnOfTrouble(self.beta, starts_at_ln_2=plain and self.loss_weights == [1.0]))
 
     def _replace_forward(self) -> None:
         """Pack the forward passes of policy and in-memory reference, where the architecture allows it."""
@@ -183,6 +195,9 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if set(dataset.column_names) >= REFERENCE_COLUMNS:
             return dataset
+        if self._reference_free:
+            zeros = np.zeros(len(dataset), dtype=np.float32)  # TRL subtracts them; nothing that is logged is made of them
+            return dataset.add_column("ref_chosen_logps", zeros).add_column("ref_rejected_logps", zeros)
         self._replace_forward()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
@@ -225,12 +240,12 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         return loss
 
     def _compute_loss(self, model, inputs, return_outputs):
-        if self._margin_scale:
-            result = self._loss_with_margin(model, inputs, return_outputs)
+        if self._has_terms:
+            result = self._loss_with_terms(model, inputs, return_outputs)
         else:
             result = super()._compute_loss(model, inputs, return_outputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        if self.beta:
+        if self.beta and not self._reference_free:
             kl = kl_on_pairs(metrics["rewards/chosen"][-1], metrics["rewards/rejected"][-1], self.beta)
             metrics["kl_on_pairs"].append(kl)
         if self.model.training:
@@ -241,26 +256,42 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
                 self._line.add(inputs["completion_mask"], needed, computed)
         return result
 
-    def _loss_with_margin(self, model, inputs, return_outputs):
-        """TRL's loss and metrics, and the margins' `offset_term` from the same forward pass added to the loss."""
-        margin = inputs.pop("margin")
+    def _loss_with_terms(self, model, inputs, return_outputs):
+        """TRL's losses and metrics, and what `own_losses.py` adds from the same forward pass."""
+        margin = inputs.pop("margin", None)
         outputs = []
 
         def policy(**batch):
             outputs.append(model(**batch))
             return outputs[-1]
 
+        types, weights = self.loss_types, self.loss_weights
+        every = list(zip(types, weights, strict=True))
+        of_trl = [(name, weight) for name, weight in every if name not in LOSSES] or [("sigmoid", 0.0)]
+        self.loss_types, self.loss_weights = zip(*of_trl, strict=True)
         result = super()._compute_loss(policy, inputs, return_outputs)
-        term = offset_term(
-            outputs[0],
-            inputs,
-            self._margin_scale * margin,
-            beta=self.beta,
-            ld_alpha=self.ld_alpha,
-            weighted=self.use_weighting,
-        )
-        term = self.loss_weights[self.loss_types.index("sigmoid")] * term
-        return (result[0] + term, *result[1:]) if return_outputs else result + term
+        self.loss_types, self.loss_weights = types, weights
+        pairs = pairs_said(outputs[0], inputs, margin, self.ld_alpha, self.use_weighting)
+        loss = result[0] if return_outputs else result
+        for name, weight in every:
+            if name in LOSSES:
+                loss = loss + weight * mean_loss(LOSSES[name](pairs, self.beta, self._numbers), pairs)
+            elif name == "sigmoid" and (self._margin_scale or self._numbers.length_alpha):
+                added = offset_difference(pairs, self.beta, self._margin_scale, self._numbers.length_alpha)
+                loss = loss + weight * mean_loss(added, pairs)
+        if self._reference_free:
+            self._replace_rewards(pairs)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _replace_rewards(self, pairs: Pairs) -> None:
+        """Make TRL's metrics of rewards `beta` times what a loss without a reference compares: log-probabilities per token."""
+        chosen, rejected = self.beta * pairs.chosen_mean.detach(), self.beta * pairs.rejected_mean.detach()
+        better = (pairs.chosen_mean > pairs.rejected_mean).float()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in (
+            ("chosen", chosen), ("rejected", rejected), ("accuracies", better), ("margins", chosen - rejected),
+        ):  # fmt: skip
+            metrics[f"rewards/{name}"][-1] = self.accelerator.gather(value).mean().item()
 
     def _tokens_of(self, inputs) -> tuple[int, int]:
         """Tokens of a batch that had to be computed, and that were."""

@@ -17,11 +17,14 @@ FILES = ("metrics.jsonl", "policy.metrics.jsonl")
 # What may be drawn: the keys of which a training has one, heading, what it is. The first six that there are.
 PANELS = (
     (("loss",), "Loss", "of a step's batch"),
-    (("rewards/accuracies",), "Accuracy", "share of pairs in the right order"),
-    (("rewards/margins",), "Margin", "reward of chosen less rejected"),
+    (("reward",), "Reward", "mean of a step's samples, before they are trained on"),
+    (("rewards/accuracies", "accuracy"), "Accuracy", "share of pairs in the right order"),
+    (("rewards/margins", "margin"), "Margin", "reward of chosen less rejected"),
     (("learning_rate",), "Learning rate", ""),
+    (("explained_variance",), "Critic", "explained variance of the returns; 0 is a constant"),
     (("grad_norm",), "Gradient norm", "before clipping"),
     (("kl_on_pairs", "kl"), "KL on the training batches", "an estimate, nats per response"),
+    (("entropy",), "Entropy", "nats per token"),
 )
 
 

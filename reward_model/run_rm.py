@@ -20,10 +20,12 @@ from baton.arguments import option
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
+from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
+from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
 from baton.preferences import preference_records
-from baton.prompts import read_records
+from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.training.arguments import TrainingProgramArguments, metrics_file, parse_training
@@ -41,8 +43,19 @@ class Arguments(TrainingProgramArguments):
     """What this program adds to RewardConfig."""
 
     model_name_or_path: str = option(..., "the model to start from: a folder or a Hugging Face name", changes_result=False)
-    dataset_name_or_path: str = option(..., "preference pairs to train on", changes_result=False)
+    dataset_name_or_path: str = option(
+        ..., "preference pairs to train on; several files or datasets with commas between", changes_result=False
+    )
+    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
+    dataset_key: str | None = option(None, "key of the prompt, if it is an unusual one (docs/data.md)")
+    chosen_key: str | None = option(None, "key of the better response, if it is not `chosen`")
+    rejected_key: str | None = option(None, "key of the worse response, if it is not `rejected`")
+    score_key: str | None = option(None, "key of the score of a response in data sets such as UltraFeedback (docs/data.md)")
+    max_samples: int | None = option(None, "use only the first N records of the training pairs", ge=1)
+    max_pairs_per_prompt: int | None = option(
+        None, "most pairs of a record with several answers; default: all of ReaL's, one of scored responses", ge=1
+    )
     eval_dataset_name_or_path: str | None = option(
         None, "held-out pairs; default: one in `eval_every` of the training pairs", changes_result=False
     )
@@ -59,7 +72,7 @@ class Arguments(TrainingProgramArguments):
 
 def training_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
     """Yield ("where", pair) of each pair that is trained on, of a file of `count` pairs."""
-    for number, pair in enumerate(_preferences(arguments.dataset_name_or_path, arguments.dataset_split)):
+    for number, pair in enumerate(all_pairs(arguments)):
         if arguments.eval_dataset_name_or_path or not _is_held_out(number, arguments, count):
             yield pair
 
@@ -67,15 +80,32 @@ def training_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Reco
 def held_out_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
     """Yield ("where", pair) of each held-out pair: all of the held-out file, else some of the `count` of the training file."""
     if arguments.eval_dataset_name_or_path:
-        yield from _preferences(arguments.eval_dataset_name_or_path, arguments.eval_dataset_split)
+        records = mixed_records(arguments.eval_dataset_name_or_path, arguments.eval_dataset_split, None)
+        yield from _preferences(records, arguments)
         return
-    for number, pair in enumerate(_preferences(arguments.dataset_name_or_path, arguments.dataset_split)):
+    for number, pair in enumerate(all_pairs(arguments)):
         if _is_held_out(number, arguments, count):
             yield pair
 
 
-def _preferences(source: str, split: str) -> Iterator[tuple[str, Record]]:
-    return preference_records(read_records(source, split))
+def all_pairs(arguments: Arguments, drops: Drops | None = None) -> Iterator[tuple[str, Record]]:
+    """Yield ("where", pair) of the training files; `drops` gets what makes no pair."""
+    split, probs, most = arguments.dataset_split, dataset_probs(arguments), arguments.max_samples
+    records = mixed_records(arguments.dataset_name_or_path, split, probs, max_samples=most)
+    return _preferences(records, arguments, drops)
+
+
+def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
+    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
+    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
+
+
+def _preferences(
+    records: Iterable[tuple[str, Record]], arguments: Arguments, drops: Drops | None = None
+) -> Iterator[tuple[str, Record]]:
+    keys = {"prompt": arguments.dataset_key, "chosen": arguments.chosen_key, "rejected": arguments.rejected_key}
+    most, score = arguments.max_pairs_per_prompt, arguments.score_key
+    return preference_records(with_usual_keys(records, keys), most, score, drops)
 
 
 def _is_held_out(number: int, arguments: Arguments, count: int) -> bool:
@@ -111,13 +141,15 @@ def config_class() -> type:
     return RewardConfig
 
 
-def count_pairs(arguments: Arguments) -> int:
-    """How many pairs the training file holds. Raises InputError where they are too few."""
-    source = arguments.dataset_name_or_path
-    count = sum(1 for _ in _preferences(source, arguments.dataset_split))
+def count_pairs(arguments: Arguments) -> tuple[int, Drops]:
+    """How many pairs the training files hold, and what of them makes no pair. Raises InputError where there are too few."""
+    drops = Drops()
+    count = sum(1 for _ in all_pairs(arguments, drops))
     if count < 2:
-        raise InputError(f"{source}: holds {count} pairs, at least 2 are needed")
-    return count
+        raise InputError(f"{arguments.dataset_name_or_path}: holds {count} pairs, at least 2 are needed; dropped: {drops}")
+    if drops.counts:
+        log.info("%s: %d pairs; what makes none: %s", arguments.dataset_name_or_path, count, drops)
+    return count, drops
 
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
@@ -147,8 +179,10 @@ def log_quality(quality: dict[str, float]) -> None:
 def main() -> None:
     arguments, settings = parse_training("reward_model/run_rm.py", Arguments, __doc__, config_class)
     check_start(arguments.model_name_or_path)
-    source, held_out = arguments.dataset_name_or_path, arguments.eval_dataset_name_or_path
-    inputs = {"model": arguments.model_name_or_path, "pairs": source} | ({"held-out pairs": held_out} if held_out else {})
+    dataset_probs(arguments)
+    held_out = arguments.eval_dataset_name_or_path
+    inputs = {"model": arguments.model_name_or_path, **source_inputs("pairs", arguments.dataset_name_or_path)}
+    inputs |= source_inputs("held-out pairs", held_out) if held_out else {}
     inputs |= template_input(arguments.chat_template)
     metrics_path = metrics_file(arguments.output_dir, arguments.metrics_path)
     refuse_input(metrics_path, inputs, "--metrics_path", arguments.output_dir)
@@ -157,7 +191,7 @@ def main() -> None:
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
-    count = count_pairs(arguments)
+    count, no_pairs = count_pairs(arguments)
     config = checked(stage)
 
     from transformers import set_seed
@@ -190,7 +224,7 @@ def main() -> None:
         log_quality(quality)
         held_out_facts = quality | {"pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}
         counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}
-        stage.finish(**counts, held_out=held_out_facts, metrics=metrics, scratch=SCRATCH)
+        stage.finish(**counts, no_pairs=dict(no_pairs.counts), held_out=held_out_facts, metrics=metrics, scratch=SCRATCH)
 
 
 if __name__ == "__main__":

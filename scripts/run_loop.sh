@@ -69,8 +69,13 @@ list_words |
 for variable in INITIAL_POLICY PROMPTS; do
   [[ -n ${!variable:-} ]] || die "$recipe: sets no $variable"
 done
-[[ $REFERENCE =~ ^(initial|previous)$ ]] || die "$recipe: REFERENCE is initial or previous, not '$REFERENCE'"
-[[ $TRAINER =~ ^(dpo|ppo|online_dpo)$ ]] || die "$recipe: TRAINER is dpo, ppo or online_dpo, not '$TRAINER'"
+[[ $REFERENCE =~ ^(initial|previous|mix:0?\.[0-9]*[1-9][0-9]*)$ ]] ||
+  die "$recipe: REFERENCE is initial, previous or mix:ALPHA, with ALPHA between 0 and 1 such as 0.6, not '$REFERENCE'"
+[[ $TRAINER =~ ^(dpo|kto|raft|conditional_sft|ppo|online_dpo)$ ]] ||
+  die "$recipe: TRAINER is dpo, kto, raft, conditional_sft, ppo or online_dpo, not '$TRAINER'"
+# ppo and online_dpo sample themselves, on warm servers.
+online=""
+[[ ! $TRAINER =~ ^(ppo|online_dpo)$ ]] || online=yes
 [[ $TRAINER == dpo || -n $TRAIN_CONFIG ]] || die "$recipe: TRAINER=$TRAINER needs its settings: TRAIN_CONFIG, a YAML file"
 [[ $TRAINER != dpo || -z $TRAIN_CONFIG ]] || die "$recipe: the configuration of TRAINER=dpo is DPO_CONFIG, not TRAIN_CONFIG"
 [[ $GENERATE_WITH =~ ^(shards|servers)$ ]] || die "$recipe: GENERATE_WITH is shards or servers, not '$GENERATE_WITH'"
@@ -81,10 +86,10 @@ done
 [[ $GPUS =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: GPUS is a whole number, not '$GPUS'"
 [[ $SEED =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SEED is a whole number, not '$SEED'"
 ((SERVER_GPUS == 0 || SERVER_GPUS < GPUS)) || die "$recipe: SERVER_GPUS=$SERVER_GPUS of GPUS=$GPUS: none is left to train"
-[[ $TRAINER != dpo || $SERVER_GPUS == 0 ]] || die "$recipe: SERVER_GPUS is for TRAINER=ppo and online_dpo, whose servers stay"
+[[ -n $online || $SERVER_GPUS == 0 ]] || die "$recipe: SERVER_GPUS is for TRAINER=ppo and online_dpo, whose servers stay"
 for variable in ROLLOUT_BATCH_SIZE PROMPT_ARGS; do
-  [[ $TRAINER == dpo || -z ${!variable:-} ]] ||
-    die "$recipe: $variable is for TRAINER=dpo: $TRAIN_CONFIG says which prompts a step takes"
+  [[ -z $online || -z ${!variable:-} ]] ||
+    die "$recipe: $variable is not for TRAINER=$TRAINER: $TRAIN_CONFIG says which prompts a step takes"
 done
 ((K > 1)) || [[ $TRAINER == ppo ]] || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
 if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
@@ -183,9 +188,9 @@ run_round() {
   run_stages || exit
 }
 
-# Samples, scores, picks pairs and trains in three stages: dpo_round ROUND POLICY PROMPTS REFERENCE
-dpo_round() {
-  local folder=$run_dir/round$1 window
+# Samples, scores and trains in stages that hand each other files: round_of_stages ROUND POLICY PROMPTS REFERENCE
+round_of_stages() {
+  local folder=$run_dir/round$1 window how=rs
   # Windows of one prompt set follow each other in one shuffle of it, so its seed is the same in all rounds.
   window=(--data_seed "$SEED" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --iter "$(($1 - 1))")
   [[ -n $ROLLOUT_BATCH_SIZE ]] || window=()
@@ -195,10 +200,26 @@ dpo_round() {
     --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
   score_heldout "$(($1 - 1))"
 
-  train "round$1-train" dpo_iteration/run_dpo.py "$DPO_CONFIG" --model_name_or_path "$2" --ref_model "$4" \
-    --dataset_name_or_path "$folder/data_with_rewards.jsonl" --pairs_path "$folder/pairs.jsonl" \
-    --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + $1))" \
-    "${template_args[@]}" "${DPO_ARGS[@]}"
+  case $TRAINER in
+    dpo)
+      train_on "$1" "$2" dpo_iteration/run_dpo.py "$DPO_CONFIG" "$folder/data_with_rewards.jsonl" --ref_model "$4" \
+        --pairs_path "$folder/pairs.jsonl" "${DPO_ARGS[@]}" ;;
+    kto)
+      train_on "$1" "$2" dpo_iteration/run_kto.py "$TRAIN_CONFIG" "$folder/data_with_rewards.jsonl" --ref_model "$4" \
+        --examples_path "$folder/examples.jsonl" "${TRAIN_ARGS[@]}" ;;
+    raft | conditional_sft)  # on the best response of each prompt, or on all of them with what each is worth
+      [[ $TRAINER == raft ]] || how=ca
+      step "round$1-demonstrations" inference --group scoring annotate_data/post_process.py --post_processor "$how" \
+        --dataset_name_or_path "$folder/data_with_rewards.jsonl" --output_dir "$folder/demonstrations.jsonl"
+      train_on "$1" "$2" sft/run_sft.py "$TRAIN_CONFIG" "$folder/demonstrations.jsonl" "${TRAIN_ARGS[@]}" ;;
+  esac
+}
+
+# The training stage of a round of stages: train_on ROUND POLICY PROGRAM CONFIG DATA [ARGUMENT ...]
+train_on() {
+  local folder=$run_dir/round$1
+  train "round$1-train" "$3" "$4" --model_name_or_path "$2" --dataset_name_or_path "$5" --metrics_path "$folder/metrics.jsonl" \
+    --output_dir "$folder/policy" --seed "$((SEED + $1))" "${template_args[@]}" "${@:6}"
 }
 
 # Trains on warm servers, which sample, and a reward server, in one stage: online_round ROUND POLICY PROMPTS REFERENCE
@@ -215,22 +236,34 @@ online_round() {
     "${of_servers[@]}" "${template_args[@]}" "${TRAIN_ARGS[@]}"
 }
 
+# Mixes the reference of round $1: ALPHA of its starting policy $2 and the rest of the reference before it, $3.
+mix_reference() {
+  local alpha=${REFERENCE#mix:} rest
+  rest=$(LC_ALL=C awk -v alpha="$alpha" 'BEGIN { printf "%.10g", 1 - alpha }')
+  step "round$1-reference" training dpo_iteration/mix_models.py --models "$2" "$3" --weights "$alpha" "$rest" \
+    --output_dir "$run_dir/round$1/reference"
+}
+
 # All rounds, one stage after another; `policy` is then the last round's. What samples follows each other, and what scores:
 # so libraries are imported, and a model is loaded, once for both.
 relay() {
-  local round prompts reference
+  local round prompts reference=$INITIAL_POLICY
   policy=$INITIAL_POLICY
   for ((round = 1; round <= ROUNDS; round++)); do
     prompts=${PROMPTS[$((round - 1))]:-${PROMPTS[0]}}
     sample_heldout "$((round - 1))" "$policy"
 
-    # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step.
-    reference=$INITIAL_POLICY
+    # `initial` keeps the search in one KL ball around the SFT model; `previous` makes each round a mirror-descent step. `mix`
+    # lies between them: the reference follows the policy by a share of the way.
     if [[ $REFERENCE == previous ]]; then reference=$policy; fi
-    if [[ $TRAINER == dpo ]]; then
-      dpo_round "$round" "$policy" "$prompts" "$reference"
-    else
+    if [[ $REFERENCE == mix:* ]] && ((round > 1)); then
+      mix_reference "$round" "$policy" "$reference"
+      reference=$run_dir/round$round/reference
+    fi
+    if [[ -n $online ]]; then
       online_round "$round" "$policy" "$prompts" "$reference"
+    else
+      round_of_stages "$round" "$policy" "$prompts" "$reference"
     fi
     run_round "$((round - 1))"
     policy=$run_dir/round$round/policy

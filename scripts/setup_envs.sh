@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage() {
   cat <<EOF
-usage: bash scripts/setup_envs.sh [--manager conda|venv] [--device cpu|cuda] [--prefix DIR]
+usage: bash scripts/setup_envs.sh [--manager conda|venv] [--device cpu|cuda] [--prefix DIR] [--only NAME]
 
 Makes DIR/inference and DIR/training from the pins in configs/envs/. A second call has nothing to do.
 
@@ -15,6 +15,7 @@ Makes DIR/inference and DIR/training from the pins in configs/envs/. A second ca
   --device   cpu or cuda: which lock to install (default: what the environments that are there were made for; else cuda where
              nvidia-smi answers, else cpu)
   --prefix   the folder of both environments (default: \$BATON_ENVS if set, else .envs in the project)
+  --only     inference or training: make that one alone, as an image of its own needs it
   --help     this text
 
 With another --prefix than the default, export BATON_ENVS=DIR so that the other scripts find the environments. An environment
@@ -23,15 +24,16 @@ EOF
 }
 
 TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu
-manager="" device=""
+manager="" device="" wanted=(inference training)
 while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
-    --manager | --device | --prefix) (($# > 1)) || die "$1 needs a value" ;;&
+    --manager | --device | --prefix | --only) (($# > 1)) || die "$1 needs a value" ;;&
     --manager) manager=$2 ;;
     --device) device=$2 ;;
     --prefix) BATON_ENVS=$2 ;;
-    *) die "unknown argument '$1'; there are --manager, --device, --prefix and --help" ;;
+    --only) wanted=("$2"); [[ $2 =~ ^(inference|training)$ ]] || die "--only is inference or training, not '$2'" ;;
+    *) die "unknown argument '$1'; there are --manager, --device, --prefix, --only and --help" ;;
   esac
   shift 2
 done
@@ -204,7 +206,7 @@ interrupt() {
   exit 130
 }
 trap interrupt INT TERM
-for name in inference training; do
+for name in "${wanted[@]}"; do
   if up_to_date "$name"; then
     link_project "$name"
     continue

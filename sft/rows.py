@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from baton.demonstrations import text_token_ids
 from baton.drops import Drops
 from baton.models.templates import (
     FOREIGN,
@@ -18,15 +19,17 @@ from baton.models.templates import (
 )
 from baton.records import Messages
 
+PLAIN = "plain texts, learnt whole"
+
 
 class Demonstration(NamedTuple):
-    """A conversation that ends with the assistant.
+    """A conversation that ends with the assistant, or a text that is learnt whole.
 
     Of its last turn, where it was sampled, the token ids, the finish reason, and the hash of the chat template.
     """
 
     where: str
-    messages: Messages
+    messages: Messages | str
     token_ids: list[int] | None
     finish_reason: str | None
     template: str | None = None
@@ -56,6 +59,9 @@ def rows_of_demonstrations(
 def row_of(tokenizer: Any, demonstration: Demonstration) -> tuple[dict[str, list[int]], str]:
     """A row `input_ids`, `labels` (-100 where nothing is learnt), and where the last response's token ids come from."""
     where, messages, sampled, finish_reason, _ = demonstration
+    if isinstance(messages, str):
+        ids = text_token_ids(tokenizer, messages)
+        return {"input_ids": ids, "labels": ids}, PLAIN
     source = FOREIGN if sampled else FROM_TEXT
     if sampled and decodes_to(tokenizer, sampled, messages[-1]["content"]):
         pieces, source = [*_prompt_pieces(tokenizer, messages, where), (sampled, True)], SAMPLED

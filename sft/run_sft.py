@@ -3,8 +3,9 @@
     python sft/run_sft.py configs/sft.yaml                                                            # one process
     accelerate launch --config_file configs/zero2.yaml sft/run_sft.py configs/sft.yaml                # eight GPUs
 
-A demonstration is {"prompt", "response"}, or {"messages"} ending with the assistant; every assistant message is learnt,
-up to its end-of-turn token, and nothing else is. Where the last one was sampled, `response_token_ids` are learnt as they are if
+A demonstration is {"prompt", "response"}, or {"messages"} ending with the assistant, or of another common shape
+(baton/demonstrations.py); every assistant message is learnt, up to its end-of-turn token, and nothing else is. Of {"text"}, for
+continued pretraining, all is learnt. Where the last one was sampled, `response_token_ids` are learnt as they are if
 this tokenizer sampled them, and no end-of-turn token after a `finish_reason` other than `stop`. The finished policy's
 generation_config.json names the end-of-turn token. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
 """
@@ -18,12 +19,14 @@ from typing import Any
 
 from baton import program
 from baton.arguments import option
+from baton.demonstrations import demonstration_of
 from baton.drops import Drops
-from baton.errors import InputError
+from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
+from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
-from baton.prompts import read_records
-from baton.records import Messages, as_messages, check_token_ids, prompt_of
+from baton.prompts import mixed_records, source_inputs, split_sources
+from baton.records import check_token_ids
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.training.arguments import TrainingProgramArguments, metrics_file, parse_training
@@ -40,10 +43,17 @@ class Arguments(TrainingProgramArguments):
 
     model_name_or_path: str = option(..., "the model to start from: a folder or a Hugging Face name", changes_result=False)
     dataset_name_or_path: str = option(
-        ..., "demonstrations: .jsonl, .jsonl.gz, .json, .parquet or a Hugging Face dataset", changes_result=False
+        ...,
+        "demonstrations: .jsonl, .jsonl.gz, .json, .parquet or a Hugging Face dataset; several with commas between",
+        changes_result=False,
     )
+    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
-    response_key: str = option("response", "key of the demonstrated response beside the prompt")
+    dataset_key: str | None = option(None, "key of the prompt or the conversation, if it is an unusual one (docs/data.md)")
+    output_key: str | None = option(
+        None, "key of the demonstrated response, or of a whole conversation such as `chosen`, if it is an unusual one"
+    )
+    response_key: str = option("response", "an older name of `output_key`")
     max_samples: int | None = option(None, "use only the first N demonstrations", ge=1)
     output_dir: str = option(
         ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
@@ -52,30 +62,22 @@ class Arguments(TrainingProgramArguments):
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
 
 
-def conversation_of(record: dict[str, Any], where: str, response_key: str) -> Messages:
-    """A demonstration as a conversation that ends with the assistant. Raises InputError if it does not."""
-    if "messages" in record:
-        messages = as_messages(record["messages"], where, "messages")
-        if messages[-1]["role"] != "assistant":
-            raise InputError(f"{where}: `messages` must end with the assistant, this ends with {messages[-1]['role']!r}")
-        return messages
-    response = record.get(response_key)
-    # A policy that stopped at once said nothing in text, but something in tokens.
-    if not isinstance(response, str) or not (response.strip() or record.get("response_token_ids")):
-        raise InputError(f"{where}: `{response_key}` must be a text that is not empty (see --response_key), got {response!r}")
-    return [*prompt_of(record, where), {"role": "assistant", "content": response}]
+def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
+    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
+    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
 
 
 def demonstrations(arguments: Arguments) -> Iterator[Demonstration]:
     """Yield each demonstration. Raises InputError on the first bad one."""
-    for number, (where, record) in enumerate(read_records(arguments.dataset_name_or_path, arguments.dataset_split)):
-        if number == arguments.max_samples:
-            return
+    split, probs, most = arguments.dataset_split, dataset_probs(arguments), arguments.max_samples
+    records = mixed_records(arguments.dataset_name_or_path, split, probs, max_samples=most)
+    keys = {"prompt": arguments.dataset_key, "response": arguments.output_key or arguments.response_key}
+    for where, record in with_usual_keys(records, keys):
         sampled = record.get("response_token_ids")
         if sampled is not None:
             check_token_ids(sampled, where, "response_token_ids")
-        messages = conversation_of(record, where, arguments.response_key)
-        yield Demonstration(where, messages, sampled, record.get("finish_reason"), record.get("chat_template_hash"))
+        said = demonstration_of(record, where)
+        yield Demonstration(where, said, sampled, record.get("finish_reason"), record.get("chat_template_hash"))
 
 
 def rows_of(arguments: Arguments, count: int, tokenizer: Any, config: Any) -> tuple[Any, Drops, Counter[str]]:
@@ -120,7 +122,8 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
 def main() -> None:
     arguments, settings = parse_training("sft/run_sft.py", Arguments, __doc__, config_class)
     check_start(arguments.model_name_or_path)
-    inputs = {"model": arguments.model_name_or_path, "demonstrations": arguments.dataset_name_or_path}
+    dataset_probs(arguments)
+    inputs = {"model": arguments.model_name_or_path, **source_inputs("demonstrations", arguments.dataset_name_or_path)}
     inputs |= template_input(arguments.chat_template)
     metrics_path = metrics_file(arguments.output_dir, arguments.metrics_path)
     refuse_input(metrics_path, inputs, "--metrics_path", arguments.output_dir)
@@ -130,8 +133,6 @@ def main() -> None:
         return
     check_processes(settings.get("use_cpu"))
     count = sum(1 for _ in demonstrations(arguments))
-    if count == 0:
-        raise InputError(f"{arguments.dataset_name_or_path}: holds no demonstrations")
     config = checked(stage)
 
     from trl import SFTTrainer
@@ -151,8 +152,8 @@ def main() -> None:
     counts = {"in": count, "out": len(rows), "dropped": dict(drops.counts)}
     metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
     if program.rank() == 0:
-        first = next(demonstrations(arguments))
-        stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
+        if first := next((each for each in demonstrations(arguments) if not isinstance(each.messages, str)), None):
+            stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
         stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics, scratch=SCRATCH)
         if warning:
             log.warning("%s", warning)

@@ -93,7 +93,7 @@ class Collector:
         with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
             scored: list[tuple[int, Future[Record]]] = []
             ids = [record["prompt_token_ids"] for record in records]
-            for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds):
+            for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds, version):
                 record = with_samples(records[index], sampled, version)
                 scored.append((places[index], pool.submit(self._with_rewards, record)))
                 while scored and scored[0][1].done():

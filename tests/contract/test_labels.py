@@ -88,10 +88,13 @@ def test_an_example_carries_what_was_sampled_its_reward_and_unknown_keys():
 
 @pytest.mark.parametrize("prompt", ["Hello", OPENING])
 @pytest.mark.parametrize("completion", ["Good.", [said("Good.")]])
-@pytest.mark.parametrize("label", [True, False])
-def test_texts_and_messages_read_the_same(prompt, completion, label):
-    (example,), _, _ = labelled([{"prompt": prompt, "completion": completion, "label": label}])
-    assert {**example, "id": ""} == {"id": "", "prompt": OPENING, "completion": "Good.", "label": label}
+@pytest.mark.parametrize("key", ["completion", "response"])
+@pytest.mark.parametrize(
+    ("label", "good"), [(True, True), (False, False), (1, True), (0.0, False), ("true", True), ("False", False)]
+)
+def test_texts_and_messages_read_the_same(prompt, completion, key, label, good):
+    (example,), _, _ = labelled([{"prompt": prompt, key: completion, "label": label}])
+    assert {**example, "id": ""} == {"id": "", "prompt": OPENING, "completion": "Good.", "label": good}
 
 
 @pytest.mark.parametrize(
@@ -121,8 +124,8 @@ def test_a_pair_of_identical_responses_says_nothing():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "Hello", "completion": "Good.", "label": 1}, r"`label` must be true .* got 1"),
-        ({"prompt": "Hello", "completion": "Good.", "label": "true"}, r"`label` must be true .* got 'true'"),
+        ({"prompt": "Hello", "completion": "Good.", "label": 2}, r"`label` must be true .* got 2"),
+        ({"prompt": "Hello", "completion": "Good.", "label": "yes"}, r"`label` must be true .* got 'yes'"),
         ({"prompt": "Hello", "completion": "Good."}, r"`label` must be true .* got None"),
         ({"prompt": "Hello", "label": True}, "expected `prompt`, `completion` and `label`, or .* `prompt`, `label`"),
         ({"completion": "Good.", "label": True}, "no `prompt`"),

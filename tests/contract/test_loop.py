@@ -103,9 +103,9 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nEVAL_SCORERS=(bt:other)\n", "EVAL_SCORERS is for evaluation, and HELDOUT_PROMPTS is empty"),
         ("REWARD_MODEL=reward\nRUN_DIR=elsewhere\n", "own.env: line 5: RUN_DIR: readonly variable"),
         ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
-        ("REWARD_MODEL=reward\nTRAINER=pp\n", "TRAINER is dpo, ppo or online_dpo, not 'pp'"),
-        ("REWARD_MODEL=reward\nTRAINER=ppo\n", "TRAINER=ppo needs its settings: TRAIN_CONFIG, a YAML file"),
-        ("REWARD_MODEL=reward\nTRAINER=ppo\nTRAIN_CONFIG=a.yaml\nPROMPT_ARGS=(--max_samples 4)\n", "PROMPT_ARGS is for"),
+        ("REWARD_MODEL=reward\nTRAINER=pp\n", "raft, conditional_sft, ppo or online_dpo, not 'pp'"),
+        ("REWARD_MODEL=reward\nTRAINER=ppo\n", "TRAINER=ppo needs its settings: TRAIN_CONFIG"),
+        ("REWARD_MODEL=reward\nTRAINER=ppo\nTRAIN_CONFIG=a.yaml\nPROMPT_ARGS=(--x)\n", "PROMPT_ARGS is not for TRAINER=ppo"),
         ("REWARD_MODEL=reward\nSERVER_GPUS=1\n", "SERVER_GPUS=1 of GPUS=0: none is left to train"),
         ("REWARD_MODEL=reward\nrun_dir=elsewhere\n", "own.env: line 5: run_dir: readonly variable"),
         ("REWARD_MODEL=reward\nNAME=another\n", "unknown variable NAME"),
@@ -186,6 +186,29 @@ HELDOUT_PROMPTS={folder}/heldout.jsonl
     assert f"{program} {folder}/online.yaml --model_name_or_path {folder}/run/round1/policy" in line
     assert f"--scorer bt:{folder}/reward --weights 1 '--reward_args=--dtype float32 --max_length 64'" in line
     assert "--K 4" in line and line.endswith("--learning_rate 1e-6")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "program", "data"),
+    [
+        ("kto", "dpo_iteration/run_kto.py", "data_with_rewards.jsonl"),
+        ("raft", "sft/run_sft.py", "demonstrations.jsonl"),
+        ("conditional_sft", "sft/run_sft.py", "demonstrations.jsonl"),
+    ],
+)
+def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data):
+    config = "configs/kto.yaml" if trainer == "kto" else "configs/sft.yaml"
+    settings = f"TRAIN_CONFIG={config}\nTRAIN_ARGS=(--learning_rate 1e-6)\nREWARD_MODEL={folder}/reward\nROUNDS=2\n"
+    text = f"TRAINER={trainer}\n{settings}"
+    done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    lines = commands(done.stdout)
+    line = lines["round2-train"]
+    assert program in line and f"--dataset_name_or_path {folder}/run/round2/{data}" in line
+    assert f"--model_name_or_path {folder}/run/round1/policy" in line and line.endswith("--learning_rate 1e-6")
+    if trainer != "kto":
+        processor = "rs" if trainer == "raft" else "ca"
+        assert f"--post_processor {processor}" in lines["round2-demonstrations"]
 
 
 def units_with_mistakes(folder: Path) -> list[Unit]:

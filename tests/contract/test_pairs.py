@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from baton import pairs
 from baton.drops import Drops
 from baton.errors import InputError
-from baton.pairs import PairSettings, candidates, checked_pair, choose_pair, pairs_of, why_left_out
+from baton.pairs import PairSettings, candidates, checked_pair, choose_pair, edit_distance, far_apart, pairs_of, why_left_out
 
-CHOOSE_TYPES = ("random", "max_random", "max_min", "max_max", "max_min_p")
+CHOOSE_TYPES = ("random", "max_random", "max_min", "max_max", "west_of_n", "sweet_spot", "max_min_p")
 
 texts = st.text(alphabet="ab ", min_size=1, max_size=12)
 score = st.integers(-8, 8).map(lambda eighths: eighths / 8)  # few values, so that ties are frequent
@@ -34,7 +34,7 @@ def annotated(draw, least=2):
 
 settings = st.builds(
     PairSettings,
-    choose_type=st.sampled_from(CHOOSE_TYPES[:4]),
+    choose_type=st.sampled_from(CHOOSE_TYPES[:-1]),
     pairs_per_prompt=st.integers(1, 4),
     min_margin=st.sampled_from([0.0, 0.5]),
     max_length_ratio=st.sampled_from([None, 1.0, 2.5]),
@@ -92,7 +92,7 @@ def test_chosen_never_scores_below_rejected(scores, choose_type, seed):
     assert scores[chosen] >= scores[rejected]
     if choose_type != "random":
         assert scores[chosen] == max(scores)
-    if choose_type in ("max_min", "max_min_p"):
+    if choose_type in ("max_min", "max_min_p", "west_of_n"):
         assert scores[rejected] == min(scores)
     if choose_type == "max_max":
         assert scores[rejected] == sorted(scores)[-2]
@@ -103,6 +103,57 @@ def test_random_types_reach_every_other_response():
     drawn = {choose_pair(scores, "max_random", random.Random(seed)) for seed in range(60)}
     assert drawn == {(1, 0), (1, 2), (1, 3)}
     assert len({choose_pair(scores, "random", random.Random(seed)) for seed in range(200)}) == 6
+
+
+@given(st.lists(score, min_size=2, max_size=5))
+def test_the_sweet_spot_of_few_responses_is_the_worst(scores):
+    chosen, rejected = choose_pair(scores, "sweet_spot", random.Random(0))
+    assert (chosen, scores[rejected]) == (choose_pair(scores, "max_min", random.Random(0))[0], min(scores))
+
+
+def test_the_sweet_spot_leaves_out_outliers():
+    scores = [1.0, *[0.1 * i for i in range(-7, 8)], -9.0]  # the goal is near -5
+    assert choose_pair([*scores, -4.0], "sweet_spot", random.Random(0)) == (0, len(scores))
+
+
+def by_table(first, second):
+    """The edit distance by the usual table, row by row."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        above, row = row, [i]
+        for j, b in enumerate(second, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
+    return row[-1]
+
+
+@given(st.text("abc", max_size=90), st.text("abcé", max_size=90))
+def test_the_edit_distance_is_that_of_the_usual_table(first, second):
+    assert edit_distance(first, second) == by_table(first, second)
+
+
+@given(texts, texts, st.floats(0, 1))
+def test_pairs_closer_than_the_least_distance_are_dropped(chosen, rejected, least):
+    drops = Drops()
+    kept = list(far_apart([{"id": "a", "chosen": chosen, "rejected": rejected}], least, drops))
+    assert bool(kept) == (by_table(chosen, rejected) >= least * max(len(chosen), len(rejected)))
+    assert len(kept) + drops.counts[pairs.TOO_CLOSE] == 1
+
+
+def test_extra_responses_stand_beside_a_prompts_own():
+    record = {
+        "id": "a", "prompt": "Hello", "responses": ["own"], "rewards": [0.5],
+        "response_token_ids": [[3]], "logps_by": {"policy": [1]},
+    }  # fmt: skip
+    extra = {"a": {"responses": ["best", "worst"], "rewards": [1.0, 0.0], "finish_reasons": ["stop", "length"]}}
+    drops = Drops()
+    (pair,) = pairs_of([("file:1", record)], PairSettings("max_max"), drops, extra)
+    assert (pair["chosen"], pair["rejected"], pair["margin"]) == ("best", "own", 0.5)
+    assert pair["chosen_finish_reason"] == "stop" and "rejected_finish_reason" not in pair
+    assert pair["rejected_token_ids"] == [3] and "chosen_token_ids" not in pair and "logps_by" not in pair
+    (pair,) = pairs_of([("file:1", record)], PairSettings(drop_truncated=True), drops, extra)
+    assert (pair["chosen"], pair["rejected"]) == ("best", "own")
+    with pytest.raises(InputError, match="file:1: a pair needs at least 2"):
+        list(pairs_of([("file:1", record)], PairSettings(), drops, {"b": extra["a"]}))
 
 
 def test_a_length_penalty_changes_which_response_is_best():

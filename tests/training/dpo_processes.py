@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node N dpo_processes.py {ddp,fully_shard,agreement} FOLDER
 
-FOLDER holds `model/`, `tokenizer/` and `rows.json`. `ddp` trains in rows of a few pairs, and process 0 writes the numbers of
-each step to `steps-N.json` and what its evaluations say to `evaluated-N.json`; `fully_shard` ends with an error where a
-sharded gradient differs from the unsharded one; `agreement` checks a sharded model's packing, then again with an attention
-that is wrong in process 1 alone, and writes each process's exit code to `code-RANK`.
+FOLDER holds `model/`, `tokenizer/` and `rows.json`. `ddp` trains in rows of a few pairs, with TRL's sigmoid loss and then with
+all that are not TRL's, and process 0 writes the numbers of each step to `steps-N.json` and `own-steps-N.json`, and what the
+evaluations say to `evaluated-N.json` and `own-evaluated-N.json`; `fully_shard` ends with an error where a sharded gradient
+differs from the unsharded one; `agreement` checks a sharded model's packing, then again with an attention that is wrong in
+process 1 alone, and writes each process's exit code to `code-RANK`.
 """
 
 import copy
@@ -30,15 +31,17 @@ from baton.models.agreement import check_batch
 from baton.models.forward import share_prefixes
 from baton.models.trees import Layout
 from baton.training.sharding import keep_outputs
+from dpo_iteration.losses import OWN_LOSSES
 from dpo_iteration.trainer import PackedDPOTrainer
 
 PAIRS_PER_STEP = 4
 
 
-def ddp(folder: Path, model, rows: list[dict]) -> None:
+def ddp(folder: Path, model, rows: list[dict], losses: list[str], prefix: str) -> None:
     processes = int(os.environ["WORLD_SIZE"])
     config = DPOConfig(
         output_dir=str(folder / f"out-{processes}"),
+        loss_type=losses,
         per_device_train_batch_size=PAIRS_PER_STEP // processes,
         per_device_eval_batch_size=PAIRS_PER_STEP // processes,
         eval_strategy="steps",
@@ -55,7 +58,7 @@ def ddp(folder: Path, model, rows: list[dict]) -> None:
         disable_tqdm=True,
     )
     trainer = PackedDPOTrainer(
-        model,
+        copy.deepcopy(model),
         args=config,
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[: 2 * PAIRS_PER_STEP]),
@@ -66,10 +69,10 @@ def ddp(folder: Path, model, rows: list[dict]) -> None:
     assert trainer.accelerator.num_processes == processes
     if trainer.is_world_process_zero():
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-        (folder / f"steps-{processes}.json").write_text(json.dumps(steps))
+        (folder / f"{prefix}steps-{processes}.json").write_text(json.dumps(steps))
         names = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
         evaluated = [[entry["step"], *map(entry.get, names)] for entry in trainer.state.log_history if "eval_loss" in entry]
-        (folder / f"evaluated-{processes}.json").write_text(json.dumps(evaluated))
+        (folder / f"{prefix}evaluated-{processes}.json").write_text(json.dumps(evaluated))
 
 
 def sharded(model, rows: list[dict]) -> None:
@@ -151,7 +154,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     rows = json.loads((folder / "rows.json").read_text())
     if mode == "ddp":
-        ddp(folder, model, rows)
+        ddp(folder, model, rows, ["sigmoid"], "")
+        ddp(folder, model, rows, [*OWN_LOSSES, "sft"], "own-")
     elif mode == "agreement":
         agreement(folder, model, rows)
     else:

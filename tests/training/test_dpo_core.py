@@ -53,8 +53,9 @@ def tokenizer():
 
 
 def trainer_of(
-    model, rows, tokenizer, folder, packed=True, margin_scale=0.0, tokens_per_row=4096, lora=False, check=None, **config
-):
+    model, rows, tokenizer, folder, packed=True, margin_scale=0.0, tokens_per_row=4096, lora=False, check=None, numbers=None,
+    reference=True, **config
+):  # fmt: skip
     arguments = {
         "gradient_checkpointing": False,
         "bf16": False,
@@ -63,7 +64,7 @@ def trainer_of(
         "max_length": None,
         "beta": 0.3,
     }
-    needs_reference = not lora and "ref_chosen_logps" not in rows[0]
+    needs_reference = reference and not lora and "ref_chosen_logps" not in rows[0]
     return PackedDPOTrainer(
         copy.deepcopy(model),
         ref_model=copy.deepcopy(model) if needs_reference else None,
@@ -73,6 +74,7 @@ def trainer_of(
         peft_config=LoraConfig(r=4, target_modules="all-linear") if lora else None,
         packed=packed,
         margin_scale=margin_scale,
+        numbers=numbers,
         tokens_per_row=tokens_per_row,
         check_first_batch=check,
     )
@@ -80,7 +82,7 @@ def trainer_of(
 
 def loss_and_gradients(trainer, rows) -> tuple[float, dict[str, torch.Tensor], dict]:
     batch = trainer.data_collator([{name: row[name] for name in row if name != "id"} for row in rows])
-    if not trainer._margin_scale:
+    if not trainer._reads_margin:
         batch.pop("margin", None)
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
@@ -423,6 +425,12 @@ def test_two_processes_train_and_evaluate_as_one(run_folder):
         assert divided == pytest.approx(alone, rel=1e-4, abs=1e-5)
     one, two = (json.loads((run_folder / f"evaluated-{count}.json").read_text()) for count in (1, 2))
     assert [line[0] for line in one] == [3, 4]  # at `eval_steps`, and at the end
+    assert two == pytest.approx(np.array(one), rel=1e-3, abs=1e-5)
+    one, two = (json.loads((run_folder / f"own-steps-{count}.json").read_text()) for count in (1, 2))
+    for alone, divided in zip(one, two, strict=True):  # with the losses that are not TRL's
+        for name in ("loss", "grad_norm", "rewards/margins"):
+            assert divided[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-5)
+    one, two = (json.loads((run_folder / f"own-evaluated-{count}.json").read_text()) for count in (1, 2))
     assert two == pytest.approx(np.array(one), rel=1e-3, abs=1e-5)
 
 

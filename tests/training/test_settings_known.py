@@ -45,7 +45,7 @@ def parse(program, *flags):
         ("dpo_iteration/run_dpo.py", ["--desirable_weight", "1"],
          "`desirable_weight` is a setting of dpo_iteration/run_kto.py"),
         ("sft/run_sft.py", ["--beta", "0.1"], "`beta` is a setting of dpo_iteration/run_dpo.py and dpo_iteration/run_kto.py"),
-        ("reward_model/run_rm.py", ["--max_samples", "5"], "`max_samples` is a setting of sft/run_sft.py"),
+        ("reward_model/run_rm.py", ["--response_key", "5"], "`response_key` is a setting of sft/run_sft.py"),
         ("dpo_iteration/run_kto.py", ["--desirable_wieght", "1"],
          "unknown setting `desirable_wieght`: did you mean `desirable_weight`"),
     ],
