@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from baton.demonstrations import demonstration_of, text_token_ids
 from baton.drops import Drops
-from baton.errors import InputError
 from baton.jsonl import Record
 from baton.models.templates import (
     FOREIGN,
@@ -19,27 +19,29 @@ from baton.models.templates import (
     sampled_or_tokenised,
     template_hash,
 )
-from baton.records import Messages, as_messages, check_token_ids, how_sampled, prompt_of, responses_of
+from baton.records import Messages, check_token_ids, how_sampled, prompt_of, responses_of
+
+PLAIN = "plain texts, learnt whole"
 
 Pieces = list[tuple[list[int], bool]]  # token ids, and whether they are learnt
 
 
 class Example(NamedTuple):
-    """A conversation that ends with the assistant.
+    """A conversation that ends with the assistant, or a text that is learnt whole.
 
     Of its last turn, where it was sampled, the token ids, the finish reason, and the hash of the chat template. `generated`:
     nothing but the last turn is learnt.
     """
 
     where: str
-    messages: Messages
+    messages: Messages | str
     token_ids: list[int] | None
     finish_reason: str | None
     template: str | None
     generated: bool
 
 
-def examples_of(record: Record, where: str, response_key: str) -> Iterator[Example]:
+def examples_of(record: Record, where: str) -> Iterator[Example]:
     """Yield what there is to learn from in a record: each response of a generated one, or one demonstration.
 
     Raises InputError naming `where` and the field.
@@ -56,25 +58,8 @@ def examples_of(record: Record, where: str, response_key: str) -> Iterator[Examp
     sampled = record.get("response_token_ids")
     if sampled is not None:
         check_token_ids(sampled, where, "response_token_ids")
-    messages = conversation_of(record, where, response_key)
-    yield Example(where, messages, sampled, record.get("finish_reason"), record.get("chat_template_hash"), False)
-
-
-def conversation_of(record: Record, where: str, response_key: str) -> Messages:
-    """A demonstration as a conversation that ends with the assistant. Raises InputError if it does not."""
-    if "messages" in record:
-        messages = as_messages(record["messages"], where, "messages")
-        if messages[-1]["role"] != "assistant":
-            raise InputError(f"{where}: `messages` must end with the assistant, this ends with {messages[-1]['role']!r}")
-        return messages
-    response = record.get(response_key)
-    # A policy that stopped at once said nothing in text, but something in tokens.
-    if not isinstance(response, str) or not (response.strip() or record.get("response_token_ids")):
-        raise InputError(
-            f"{where}: expected `responses`, `messages`, or a text in `{response_key}` that is not empty (see --response_key), "
-            f"got {response!r}"
-        )
-    return [*prompt_of(record, where), {"role": "assistant", "content": response}]
+    said = demonstration_of(record, where)
+    yield Example(where, said, sampled, record.get("finish_reason"), record.get("chat_template_hash"), False)
 
 
 def rows_of_examples(
@@ -97,7 +82,7 @@ def rows_of_examples(
             drops.add("no token to learn", example.where)
         else:
             counted[source] += 1
-            if source != FOREIGN and example.template not in (None, template):
+            if source not in (FOREIGN, PLAIN) and example.template not in (None, template):
                 counted[f"{OTHER_TEMPLATE} {example.template}"] += 1
             yield {"input_ids": input_ids, "labels": labels}
 
@@ -105,6 +90,8 @@ def rows_of_examples(
 def pieces_of(tokenizer: Any, example: Example) -> tuple[Pieces, str]:
     """A conversation as pieces of token ids, and where those of its last response come from."""
     where, messages, sampled, finish_reason, _, generated = example
+    if isinstance(messages, str):
+        return [(text_token_ids(tokenizer, messages), True)], PLAIN
     *prompt, last = messages
     if generated:
         ids, source = sampled_or_tokenised(tokenizer, prompt, last["content"], sampled, finish_reason, where)

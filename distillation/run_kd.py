@@ -3,11 +3,11 @@
     python distillation/run_kd.py configs/kd.yaml                                                     # one process
     accelerate launch --config_file configs/zero2.yaml distillation/run_kd.py configs/kd.yaml         # eight GPUs
 
-The data are demonstrations ({"prompt", "response"}, or {"messages"} ending with the assistant), or what the student itself
-has sampled ({"prompt", "responses", "response_token_ids"}, GKD's on-policy distillation, arXiv 2306.13649), whose token ids are
-used as they are. The teacher, of the same tokenizer, reads them first and alone; its likeliest tokens at each position are kept
-in files beside the output, which may be deleted afterwards. Then the student is trained on kd_coef * divergence +
-(1 - kd_coef) * NLL, as in OpenRLHF. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
+The data are demonstrations of any common shape (baton/demonstrations.py), or what the student itself has sampled
+({"prompt", "responses", "response_token_ids"}, GKD's on-policy distillation, arXiv 2306.13649), whose token ids are used as
+they are. The teacher, of the same tokenizer, reads them first and alone; its likeliest tokens at each position are kept in files
+beside the output, which may be deleted afterwards. Then the student is trained on kd_coef * divergence + (1 - kd_coef) * NLL, as
+in OpenRLHF. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
 """
 
 import logging
@@ -22,9 +22,11 @@ from baton.ahead import note_adapter
 from baton.arguments import option
 from baton.drops import Drops
 from baton.errors import InputError
+from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
+from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
-from baton.prompts import read_records
+from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
@@ -49,11 +51,16 @@ class Arguments(LoraArguments):
     model_name_or_path: str = option(..., "the student: a folder or a Hugging Face name", changes_result=False)
     teacher_model: str = option(..., "the teacher, with the student's tokenizer", changes_result=False)
     dataset_name_or_path: str = option(
-        ..., "demonstrations or sampled responses: .jsonl, .jsonl.gz, .json, .parquet or a Hugging Face dataset",
+        ..., "demonstrations or sampled responses: .jsonl, .jsonl.gz, .json, .parquet or a Hugging Face dataset; several with "
+        "commas between",
         changes_result=False,
     )  # fmt: skip
+    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     dataset_split: str = option("train", "split of a Hugging Face dataset")
-    response_key: str = option("response", "key of the demonstrated response beside the prompt")
+    dataset_key: str | None = option(None, "key of the prompt or the conversation, if it is an unusual one (docs/data.md)")
+    output_key: str | None = option(
+        None, "key of the demonstrated response, or of a whole conversation such as `chosen`, if it is an unusual one"
+    )
     max_samples: int | None = option(None, "use only the first N records", ge=1)
     eval_dataset: str | None = option(
         None, "held-out data, of which the loss is computed at `eval_steps` and at the end", changes_result=False
@@ -97,6 +104,7 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     check_lora(arguments)
     for model in (arguments.model_name_or_path, arguments.teacher_model):
         check_start(model)
+    dataset_probs(arguments)
     if arguments.beta is not None and arguments.kd_loss != "jensen_shannon":
         raise InputError("`beta` acts with `kd_loss` jensen_shannon only: leave it out")
     for name in OTHERS:
@@ -110,12 +118,18 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
         raise InputError(f"`{asked[0]}` needs data to evaluate on: name it with --eval_dataset, or leave it out")
 
 
+def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
+    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
+    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
+
+
 def examples(arguments: Arguments, source: str) -> Iterator[Example]:
-    """Yield what is to be learnt of `source`, of its first `max_samples` records. Raises InputError on the first bad one."""
-    for number, (where, record) in enumerate(read_records(source, arguments.dataset_split)):
-        if number == arguments.max_samples and source == arguments.dataset_name_or_path:
-            return
-        yield from examples_of(record, where, arguments.response_key)
+    """Yield what is to be learnt of `source`, of the first `max_samples` records. Raises InputError on the first bad one."""
+    trained_on = source == arguments.dataset_name_or_path
+    probs, most = (dataset_probs(arguments), arguments.max_samples) if trained_on else (None, None)
+    records = mixed_records(source, arguments.dataset_split, probs, max_samples=most)
+    for where, record in with_usual_keys(records, {"prompt": arguments.dataset_key, "response": arguments.output_key}):
+        yield from examples_of(record, where)
 
 
 def rows_of(arguments: Arguments, source: str, tokenizer: Any, config: Any, name: str) -> tuple[Any, int, Drops, Counter[str]]:
@@ -236,9 +250,9 @@ def main() -> None:
     arguments, settings = parse_training("distillation/run_kd.py", Arguments, __doc__, config_class)
     check(arguments, settings)
     output, student, teacher = Path(arguments.output_dir), arguments.model_name_or_path, arguments.teacher_model
-    inputs = {"model": student, "teacher": teacher, "data": arguments.dataset_name_or_path}
+    inputs = {"model": student, "teacher": teacher, **source_inputs("data", arguments.dataset_name_or_path)}
     inputs |= template_input(arguments.chat_template)
-    inputs |= {"held-out data": arguments.eval_dataset} if arguments.eval_dataset else {}
+    inputs |= source_inputs("held-out data", arguments.eval_dataset) if arguments.eval_dataset else {}
     metrics_path = metrics_file(output, arguments.metrics_path)
     refuse_input(metrics_path, inputs, "--metrics_path", output)
     checked = partial(checked_config, arguments, settings)
@@ -274,8 +288,9 @@ def main() -> None:
     if program.rank() == 0:
         if arguments.merge_adapter:
             metrics |= merge_adapter(student, stage.partial_folder, config, arguments.export_dtype)
-        first = next(examples(arguments, arguments.dataset_name_or_path))
-        stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
+        every = examples(arguments, arguments.dataset_name_or_path)
+        if first := next((each for each in every if not isinstance(each.messages, str)), None):
+            stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
         if held_out is not None:
             metrics |= last_evaluation(history_of_export(trainer))
         stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics, scratch=SCRATCH)

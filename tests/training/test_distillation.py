@@ -386,7 +386,7 @@ def test_sampled_token_ids_are_used_as_they_are_and_of_generated_records_nothing
         "finish_reasons": ["length", "stop"],
     }  # fmt: skip
     demonstration = {"messages": [*prompt, {"role": "assistant", "content": "Warm."}], "response_token_ids": letters}
-    examples = [each for record in (generated, demonstration) for each in examples_of(record, "file:1", "response")]
+    examples = [each for record in (generated, demonstration) for each in examples_of(record, "file:1")]
     counted = Counter()
     first, second, third = (
         [label for label in row["labels"] if label != -100]
@@ -396,6 +396,9 @@ def test_sampled_token_ids_are_used_as_they_are_and_of_generated_records_nothing
     assert third[-len(letters) :] == letters and tokenizer.decode(third[: -len(letters)]).startswith("B")
     assert [counted[f"responses with {name}"] for name in ("sampled token ids", "another tokenizer's token ids")] == [2, 1]
 
+    (text,) = rows_of_examples(tokenizer, 200, examples_of({"text": "Warm."}, "file:2"), Drops(), counted)
+    assert text["labels"] == [-100, *text["input_ids"][1:]] and text["input_ids"][-1] == tokenizer.eos_token_id
+
     drops = Drops()
     assert list(rows_of_examples(tokenizer, 5, examples, drops, Counter())) == []
     assert drops.counts == {"longer than max_length 5 tokens": 3}
@@ -404,7 +407,7 @@ def test_sampled_token_ids_are_used_as_they_are_and_of_generated_records_nothing
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "A"}, "file:7: expected `responses`, `messages`, or a text in `response`"),
+        ({"prompt": "A"}, "file:7: a demonstration needs `messages`, or a prompt and its response"),
         ({"prompt": "A", "responses": ["B"], "response_token_ids": [[-1]]}, "file:7: `response_token_ids` must be a list"),
         ({"messages": [{"role": "user", "content": "A"}]}, "file:7: `messages` must end with the assistant"),
         ({"responses": ["B"]}, "file:7: the record has no `prompt`"),
@@ -412,7 +415,7 @@ def test_sampled_token_ids_are_used_as_they_are_and_of_generated_records_nothing
 )
 def test_a_bad_record_is_refused_with_its_line_and_field(record, message):
     with pytest.raises(InputError, match=message):
-        list(examples_of(record, "file:7", "response"))
+        list(examples_of(record, "file:7"))
 
 
 # The program
