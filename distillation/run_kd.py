@@ -5,9 +5,9 @@
 
 The data are demonstrations of any common shape (baton/demonstrations.py), or what the student itself has sampled
 ({"prompt", "responses", "response_token_ids"}, GKD's on-policy distillation, arXiv 2306.13649), whose token ids are used as
-they are. The teacher, of the same tokenizer, reads them first and alone; its likeliest tokens at each position are kept in files
-beside the output, which may be deleted afterwards. Then the student is trained on kd_coef * divergence + (1 - kd_coef) * NLL, as
-in OpenRLHF. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
+they are. The teacher, of the same tokenizer, reads them first and alone; its likeliest tokens at each position are kept in
+files beside the output, which may be deleted afterwards. Then the student is trained on kd_coef * divergence +
+(1 - kd_coef) * NLL, as in OpenRLHF. Every field of TRL's SFTConfig is accepted in the YAML file and as a flag.
 """
 
 import logging
