@@ -23,6 +23,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 BLOCK_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 # Float32 logits of one cut of a block: a core's cache holds them and most of what is computed from them.
 CUT_BYTES = 2**20
+# Logits of one block of `top_logps`, of which float32 copies are made.
+TOP_BLOCK_BYTES = 256 * 2**20
 # Functions are compiled anew for other dtypes, a soft cap, gradients of the entropy, one token or one target; beyond this
 # many, torch raises an error. (Its default is 8, and then it computes in float32 copies of the block.)
 MOST_COMPILATIONS = 64
@@ -91,6 +93,42 @@ def token_logps(
             for cut in _cuts(logits):
                 log_probs[part][cut] = _on(logits.device, _log_probs)(logits[cut], targets[part][cut], scale, softcap)
     return log_probs
+
+
+@torch.no_grad()
+def top_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    top: int,
+    vocabulary: int,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The `top` most likely tokens of each position, the likeliest first; a target that is not among them replaces the last.
+
+    Args:
+        targets: int64 (N,), below `vocabulary`.
+        top: at least 2, at most `vocabulary`.
+        vocabulary: tokens from this one on are left out; their probability still counts in the sum that is 1.
+        hidden, weight, bias, scale, softcap: as for `token_scores`.
+    Returns:
+        token ids int64 (N, top), and ln p of each in nats, float32 (N, top), without gradients.
+    """
+    ids = targets.new_empty(len(targets), top)
+    log_probs = hidden.new_empty(len(targets), top, dtype=torch.float32)
+    dtype = _product_dtype(hidden)
+    tokens = _tokens_of_block(len(targets), weight.shape[0], dtype, hidden.device, TOP_BLOCK_BYTES)
+    buffer = hidden.new_empty(tokens, weight.shape[0], dtype=dtype)  # (n, V)
+    with gathered(weight, bias):
+        head = _cast(weight, bias, dtype)
+        for part in _parts(len(targets), tokens):
+            logits = _multiply(hidden[part].to(dtype), *head, buffer)
+            for cut in _cuts(logits):
+                ids[part][cut], log_probs[part][cut] = _top(logits[cut], targets[part][cut], top, vocabulary, scale, softcap)
+    return ids, log_probs
 
 
 def gathered(*parameters: Tensor | None):
@@ -270,6 +308,18 @@ def _finished(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 def _log_probs(logits: Tensor, targets: Tensor, scale: float, softcap: float | None) -> Tensor:
     """ln p of the targets (n,), float32."""
     return -F.cross_entropy(_finished(logits, scale, softcap), targets, reduction="none")
+
+
+def _top(
+    logits: Tensor, targets: Tensor, top: int, vocabulary: int, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`top_logps` of a block, whose logits are (n, V)."""
+    finished = _finished(logits, scale, softcap)
+    values, ids = finished[:, :vocabulary].topk(top, dim=1)
+    missing = (ids != targets[:, None]).all(dim=1)
+    ids[:, -1] = torch.where(missing, targets, ids[:, -1])
+    values[:, -1] = torch.where(missing, finished.gather(1, targets[:, None]).squeeze(1), values[:, -1])
+    return ids, values - finished.logsumexp(dim=1, keepdim=True)
 
 
 def _score(logits: Tensor, targets: Tensor, scale: float, softcap: float | None, keep: bool) -> tuple[Tensor, ...]:

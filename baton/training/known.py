@@ -18,6 +18,7 @@ CONFIGS = {
     "dpo_iteration/run_kto.py": "KTOConfig",
     "sft/run_sft.py": "SFTConfig",
     "reward_model/run_rm.py": "RewardConfig",
+    "distillation/run_kd.py": "SFTConfig",
 }
 
 
