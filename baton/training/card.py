@@ -11,7 +11,7 @@ from baton.program import harmless
 from baton.training.progress import SHOWN
 
 CARD = "README.md"
-FIGURES = SHOWN[:8]  # without those of the optimizer and of the speed
+FIGURES = SHOWN[:10]  # without those of the optimizer and of the speed
 NOTHING = (None, False, 0, -1)  # arguments that say: no such thing
 
 
