@@ -11,7 +11,8 @@ log = logging.getLogger("baton")
 
 # What a line of the log shows of a trainer's numbers, of an evaluation with `eval_` before; the file of metrics has them all.
 SHOWN = (
-    *("loss", "train_loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins", "kl_on_pairs", "kl", "kd_loss", "nll"),
+    *("loss", "train_loss", "accuracy", "margin", "rewards/accuracies", "rewards/margins"),
+    *("kl_on_pairs", "kl", "kd_loss", "nll"),
     *("grad_norm", "learning_rate", "tokens_per_second", "mfu", "train_runtime"),
 )
 
