@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -14,8 +15,7 @@ from baton import program
 from baton.errors import InputError
 from baton.fingerprint import state
 from baton.program import die_with_parent
-from baton.sampling import changes
-from generation.arguments import GenerationArguments
+from generation.arguments import GenerationArguments, changed
 from generation.sampling import Completion, Task, prompt_seed, seed_from
 
 log = logging.getLogger("baton")
@@ -74,6 +74,40 @@ class Sampler:
                 if output.finished:
                     yield running.pop(output.request_id), [_completion(one) for one in output.outputs]
 
+    def stream(self, task: Task, seed: int) -> Iterator[str | Completion]:
+        """Sample one response: yields its text piece by piece, and last of all the completion."""
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = sampling_parameters(self.arguments, seed)
+        parameters.output_kind = RequestOutputKind.DELTA
+        name, text, token_ids, reason = str(task.position), "", [], None
+        self.engine.add_request(name, tokens_input(task.token_ids), parameters)
+        try:
+            while reason is None:
+                for output in _whole_step(self.engine):
+                    (part,) = output.outputs
+                    text, reason = text + part.text, part.finish_reason
+                    token_ids.extend(part.token_ids)
+                    yield part.text
+        finally:  # also on Ctrl-C, or where the answer is not read to its end
+            if reason is None:
+                self.engine.abort_request([name])
+        yield Completion(text, token_ids, reason)
+
+
+def _whole_step(vllm: Any) -> Any:
+    """The outputs of one step of the engine. Ctrl-C waits until it is done, so that nothing is left half changed."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        outputs = vllm.step()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+    return outputs
+
 
 def _completion(output: Any) -> Completion:
     """vLLM's `CompletionOutput` as a completion."""
@@ -92,6 +126,7 @@ def sampling_parameters(arguments: GenerationArguments, seed: int | None) -> Any
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         max_tokens=arguments.max_new_tokens,
+        min_tokens=arguments.min_new_tokens or 0,
         stop=arguments.stop or None,
         stop_token_ids=arguments.eos_ids or None,
         seed=seed,
@@ -163,11 +198,12 @@ def _settings(arguments: Any) -> dict[str, Any]:
         # Compiling takes longer than it saves on the models that run on a CPU.
         "enforce_eager": arguments.enforce_eager is not False if on_cpu else bool(arguments.enforce_eager),
     }
-    chosen = {name: getattr(arguments, name) for name in ("max_num_seqs", "max_num_batched_tokens", "speculative_config")}
+    names = ("max_num_seqs", "max_num_batched_tokens", "speculative_config", "quantization", "trust_remote_code")
+    chosen = {name: getattr(arguments, name) for name in names}
     settings |= {name: value for name, value in chosen.items() if value}
     # After temperature, top-k and top-p; where they change nothing, the cheaper mode says the same. Also where nobody asks for
     # log-probabilities: a round and its evaluation then share an engine.
-    if changes(arguments.model_dump()):
+    if changed(arguments):
         settings["logprobs_mode"] = "processed_logprobs"
     return settings
 

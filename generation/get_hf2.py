@@ -26,6 +26,8 @@ from baton.prompts import PromptSet
 from baton.sources import check_hub, check_hub_ahead, check_model_path
 from generation import engine, sampling
 from generation.arguments import (
+    QUANTIZATION,
+    TRUST_REMOTE_CODE,
     GenerationArguments,
     SpeculativeConfig,
     check,
@@ -43,6 +45,8 @@ class Arguments(GenerationArguments):
     backend: Literal["vllm", "hf"] = option("vllm", "the engine; hf is transformers, slow, where vLLM cannot run")
     max_model_len: int | None = option(None, "tokens of prompt and response; the model's context if not given", ge=2)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "of weights and arithmetic")
+    quantization: str | None = option(None, QUANTIZATION)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE, changes_result=False)
     tensor_parallel_size: int = option(1, "GPUs that share one copy of the model", ge=1, changes_result=False)
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory", gt=0, le=1, changes_result=False)
     max_num_seqs: int | None = option(
