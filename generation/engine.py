@@ -214,11 +214,9 @@ def _new_engine(settings: dict[str, Any]) -> Any:
     from vllm.platforms import current_platform
 
     options = {name: value for name, value in settings.items() if name != "state"}
-    if current_platform.is_cpu():
-        options["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(
-            settings["model"], settings["max_model_len"], settings.get("max_num_seqs")
-        )
     try:
+        if current_platform.is_cpu():
+            options["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(settings)
         return LLM(worker_extension_cls=f"{__name__}.{Seeding.__name__}", **options)
     except ValueError as error:
         raise InputError(f"{settings['model']}: vLLM refuses these settings: {error}") from None
@@ -241,19 +239,20 @@ def _log_what_runs(config: Any) -> None:
     )
 
 
-def _cache_bytes_on_cpu(model: str, max_model_len: int | None, max_num_seqs: int | None) -> int:
+def _cache_bytes_on_cpu(settings: dict[str, Any]) -> int:
     """Bytes of the key-value cache: what all sequences need at full length, at most a quarter of free memory.
 
     vLLM would take nearly all memory, and fill it with zeros first. VLLM_CPU_KVCACHE_SPACE overrides.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    trusts = settings.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(settings["model"], trust_remote_code=trusts).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * head_size * FLOAT32_BYTES
-    length = max_model_len or config.max_position_embeddings
-    needed = per_token * math.ceil(length / CPU_BLOCK + 1) * CPU_BLOCK * (max_num_seqs or CPU_SEQUENCES)
+    length = settings["max_model_len"] or config.max_position_embeddings
+    needed = per_token * math.ceil(length / CPU_BLOCK + 1) * CPU_BLOCK * settings.get("max_num_seqs", CPU_SEQUENCES)
     return min(needed, psutil.virtual_memory().available // 4)
 
 

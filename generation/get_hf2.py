@@ -20,7 +20,6 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.words import new_parser, parse_known
-from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
 from baton.sources import check_hub, check_hub_ahead, check_model_path
@@ -112,7 +111,7 @@ def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, 
     """Sample responses to the unfinished prompts, each on disk once it is finished; returns the tokens."""
     shard = arguments.local_index, arguments.my_world_size
     check_hub(arguments.model_name_or_path)
-    tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
+    tokenizer = sampling.tokenizer_of(arguments.model_name_or_path, arguments.chat_template)
     sampling.check_tokenizer(tokenizer, arguments, prompts, shard)
     if arguments.backend == "hf":
         from generation import transformers_engine

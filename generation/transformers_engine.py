@@ -126,9 +126,12 @@ def start(arguments: Any, tokenizer: Any, already_done: int) -> Sampler:
     if arguments.quantization:
         raise InputError("--backend hf does not support --quantization")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model_name_or_path, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model_name_or_path, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
+        )
+    except ValueError as error:  # it needs code of its own, or is no language model
+        raise InputError(f"{arguments.model_name_or_path}: cannot be loaded: {error}") from None
     model.to(device).eval()
     torch.manual_seed(seed_from(arguments.seed, arguments.iter, arguments.local_index, already_done))
     program.log_what_runs(
