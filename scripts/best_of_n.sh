@@ -3,13 +3,14 @@
 # usage: bash scripts/best_of_n.sh MODEL PROMPTS OUT.jsonl --n 16 --scorer bt:RM [flags of get_hf2.py] [-- flags of get_rewards.py]
 #        bash scripts/best_of_n.sh … --check      shows each stage's command and what is wrong, and runs nothing
 #
+# Flags of get_hf2.py are --temperature, --max_new_tokens, --iter, --rollout_batch_size and others; docs/generate.md has them.
 # All responses, their rewards and the logs stay in OUT.jsonl.stages/. The manifest of OUT.jsonl counts what was left out.
 # --overwrite samples and scores afresh. After any failure the same command goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 case ${1:-} in
-  --help | -h) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  --help | -h) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 (($# >= 3)) && [[ $1 != -* && $2 != -* && $3 != -* ]] || die "give MODEL PROMPTS OUT.jsonl first; --help explains"
 model=$1 prompts=$2 output=$3
