@@ -123,6 +123,8 @@ class Chat:
         self.conversation = Conversation(arguments.system_prompt)
         name = arguments.model_name_or_path
         self.model: Model = served(arguments.url, name, arguments) if arguments.url else open_model(name, arguments)
+        if isinstance(self.model, LocalModel):
+            self.model.load()
         self.others: dict[str, Model] = {self.model.name: self.model}
         self.sampled = 0  # answers so far: each has random numbers of its own
         self.failures: list[str] = []

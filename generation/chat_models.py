@@ -28,7 +28,7 @@ class TooLong(InputError):
 
 
 class LocalModel:
-    """A model in this process. It is loaded at the first answer; vLLM gives up one model for another."""
+    """A model in this process, loaded at its first answer at the latest; vLLM gives up one model for another."""
 
     latest: "LocalModel | None" = None  # whose engine is vLLM's one of this process
 
