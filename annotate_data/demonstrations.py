@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Iterator
 
+from annotate_data.filters import only
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -14,13 +15,25 @@ LOW = "best reward below min_reward"
 
 def best_of_n(records: Iterator[tuple[str, Record]], min_reward: float | None, drops: Drops) -> Iterator[Record]:
     """Yield each prompt's best response as a demonstration; a best one below `min_reward` is a drop."""
+    for record, best in _bests(records, min_reward, drops):
+        yield demonstration(record, best, record["prompt"])
+
+
+def best_alone(records: Iterator[tuple[str, Record]], min_reward: float | None, drops: Drops) -> Iterator[Record]:
+    """Yield each record with its best response alone; `best_of` says of how many. A best one below `min_reward` is a drop."""
+    for record, best in _bests(records, min_reward, drops):
+        yield {**only(record, [best]), "best_of": len(record["responses"])}
+
+
+def _bests(records: Iterator[tuple[str, Record]], min_reward: float | None, drops: Drops) -> Iterator[tuple[Record, int]]:
+    """Yield each record with the index of its best response, the first of equals; one below `min_reward` is a drop."""
     for _, record in records:
         rewards = record["rewards"]
         best = max(range(len(rewards)), key=rewards.__getitem__)
         if min_reward is not None and rewards[best] < min_reward:
             drops.add(LOW, record["id"])
         else:
-            yield demonstration(record, best, record["prompt"])
+            yield record, best
 
 
 def conditional(records: Iterator[tuple[str, Record]], edges: list[float]) -> Iterator[Record]:

@@ -41,11 +41,13 @@ class Filtered:
         self.arguments, self.least = arguments, least
         source = arguments.dataset_name_or_path
         self.rewards = array("d")  # normalised within the prompt, but not yet over the file
+        self.responses = 0  # of all records, before the filters
         self.left = array("I")  # how many responses of each record pass the filters
         for where, record in read_records(source):
             prompt_of(record, where, arguments.dataset_key)
             left = kept(record, where, arguments)["rewards"]
             self.left.append(len(left))
+            self.responses += len(record["responses"])
             self.rewards.extend(normalised(left, *moments(left)) if arguments.normalise == "prompt" else left)
             if len(record["responses"]) < least:
                 raise InputError(f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more")

@@ -5,6 +5,7 @@
 
     iter_dpo    preference pairs (baton/pairs.py), for offline DPO or reward modelling
     rs          rejection sampling: the best response of each prompt as a demonstration for SFT
+    best        the record with its best response alone, and that one's reward: best-of-n as inference
     ca          conditional SFT: every response as a demonstration, its binned reward written before the last user turn
 
 Before that, in this order: responses outside `reward_range`, cut off by length (`drop_truncated`) or repeated
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from annotate_data.demonstrations import best_of_n, conditional
+from annotate_data.demonstrations import best_alone, best_of_n, conditional
 from annotate_data.filters import FilterArguments, Filtered
 from annotate_data.work import check_output, write_records
 from baton.arguments import option, parse
@@ -33,13 +34,13 @@ log = logging.getLogger("baton")
 
 class Arguments(FilterArguments):
     output_dir: Path = option(..., "the output FILE, such as data/pairs.jsonl", changes_result=False)
-    post_processor: Literal["iter_dpo", "rs", "ca"] = option("iter_dpo", "what to make (see above)")
+    post_processor: Literal["iter_dpo", "rs", "best", "ca"] = option("iter_dpo", "what to make (see above)")
     seed: int = option(0, "of random pairs")
     choose_type: ChooseType = option("max_min", "iter_dpo: how pairs are chosen")
     pairs_per_prompt: int = option(1, "iter_dpo: pairs of each prompt, each response in at most one", ge=1)
     min_margin: float = option(0.0, "iter_dpo: least difference of rewards, after normalisation", ge=0)
     max_length_ratio: float | None = option(None, "iter_dpo: longest ratio of the two lengths in characters", ge=1)
-    min_reward: float | None = option(None, "rs: least reward of a demonstration, after normalisation")
+    min_reward: float | None = option(None, "rs, best: least reward of a best response, after normalisation")
     bins: int = option(5, "ca: reward levels, each with about as many responses", ge=2, le=100)
 
 
@@ -57,7 +58,11 @@ def main() -> None:
     written = write_records(arguments.output_dir, records)
     if written == 0:
         log.warning("nothing is left: %s", drops)
-    stage.finish(records_in=filtered.expected(of_prompt), records_out=written, drops=drops)
+    facts = {}
+    if arguments.post_processor == "best":
+        facts = {"responses": filtered.responses, "responses_left_out": filtered.responses - written}
+        log.info("responses left out: %d of %d", facts["responses_left_out"], filtered.responses)
+    stage.finish(records_in=filtered.expected(of_prompt), records_out=written, drops=drops, **facts)
 
 
 def post_processed(
@@ -69,6 +74,8 @@ def post_processed(
         return pairs_of(records, settings, drops), lambda count: candidates(count, settings)
     if arguments.post_processor == "rs":
         return best_of_n(records, arguments.min_reward, drops), lambda count: 1
+    if arguments.post_processor == "best":
+        return best_alone(records, arguments.min_reward, drops), lambda count: 1
     return conditional(records, filtered.quantiles(arguments.bins)), lambda count: count
 
 

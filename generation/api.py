@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.errors import InputError
-from baton.sampling import changes, words
+from baton.sampling import words
 from baton.servers.answers import choices, sampled_logps
 from baton.servers.pool import Servers
-from generation.arguments import GenerationArguments
+from generation.arguments import GenerationArguments, changed
 from generation.sampling import Completion, Task, prompt_seed
 
 
@@ -63,10 +63,13 @@ def _sampling(service: Service, task: Task, arguments: GenerationArguments) -> d
             body["max_tokens"] = min(arguments.max_new_tokens, service.context - len(task.token_ids))
         if arguments.eos_ids:
             body["stop_token_ids"] = arguments.eos_ids
+        if arguments.min_new_tokens:
+            body["min_tokens"] = min(arguments.min_new_tokens, body["max_tokens"])
         if arguments.response_logps:
             body["logprobs"] = 0 if task.token_ids else True  # of no token but the sampled one
-    elif arguments.top_k > 0 or arguments.eos_ids or arguments.response_logps:
-        raise InputError("--top_k, --eos_ids and --response_logps are vLLM's own; these servers are not vLLM")
+    elif arguments.top_k > 0 or arguments.eos_ids or arguments.response_logps or arguments.min_new_tokens:
+        own = "--top_k, --eos_ids, --min_new_tokens and --response_logps"
+        raise InputError(f"{own} are vLLM's own; these servers are not vLLM")
     return body
 
 
@@ -76,13 +79,13 @@ async def check_logps(service: Service, arguments: GenerationArguments) -> None:
     vLLM gives those of the model unless it is told otherwise. Where one token alone is allowed, it is sampled with probability
     1, whatever the model says of it.
     """
-    if not arguments.response_logps or service.engine != "vllm" or not changes(arguments.model_dump()):
+    if not arguments.response_logps or service.engine != "vllm" or not changed(arguments):
         return
     body = {"model": service.model, "prompt": [0], "max_tokens": 1, "allowed_token_ids": [0], "logprobs": 0}
     for url, answer in (await service.servers.post_to_each("completions", body)).items():
         if answer["choices"][0]["logprobs"]["token_logprobs"][0] < 0:
             raise InputError(
-                f"{url}: gives the log-probabilities of the model, and not those of {words(changes(arguments.model_dump()))}; "
+                f"{url}: gives the log-probabilities of the model, and not those of {words(changed(arguments))}; "
                 "for --response_logps start it with `register_server.sh MODEL -- --logprobs-mode processed_logprobs`"
             )
 

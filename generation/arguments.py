@@ -13,13 +13,31 @@ from baton.errors import InputError
 from baton.mixing import Selection, parse_probs
 from baton.prompts import PromptSet, read_records, source_inputs, split_sources
 from baton.records import prompt_of
+from baton.sampling import changes
 from baton.sources import check_hub_ahead, template_input
 
 SpeculativeConfig = Json[dict[str, Any]] | dict[str, Any] | None  # a flag's text, or a mapping in a YAML file
+QUANTIZATION = "weights in fewer bits, as vLLM names it: fp8, awq, gptq, bitsandbytes, …; the checkpoint's own if not given"
+TRUST_REMOTE_CODE = "let a model run the Python code in its folder or repository: code that you have read"
 CHECKED = 1000  # records of a prompt set that `--check` reads
 
 
-class GenerationArguments(StageArguments):
+class SamplingArguments(StageArguments):
+    """How one response is sampled; generation/chat.py shares them."""
+
+    system_prompt: str | None = option(None, "a system message for conversations that have none")
+    chat_template: str | None = option(None, "a Jinja file that replaces the tokenizer's chat template", changes_result=False)
+    temperature: float = option(1.0, "sampling temperature; 0 is greedy", ge=0)
+    top_p: float = option(1.0, "sample from the most likely tokens of this total probability", gt=0, le=1)
+    top_k: int = option(-1, "sample from this many most likely tokens; -1 for all", ge=-1)
+    max_new_tokens: int = option(1024, "tokens of a response at most", ge=1)
+    min_new_tokens: int | None = option(None, "tokens of a response at least: none before them ends it", ge=1)
+    stop: list[str] = option([], "strings that end a response")
+    eos_ids: list[int] = option([], "token ids that end a response, beside the model's own")
+    seed: int = option(42, "seed of the sampling", ge=0)
+
+
+class GenerationArguments(SamplingArguments):
     dataset_name_or_path: str = option(
         ...,
         "the prompts: a .jsonl, .jsonl.gz, .json or .parquet file, or a hub name; several with commas between",
@@ -31,16 +49,7 @@ class GenerationArguments(StageArguments):
     max_samples: int | None = option(None, "take at most N prompts", ge=1)
     rollout_batch_size: int | None = option(None, "prompts per round, of a seeded shuffle; all if not given", ge=1)
     iter: int = option(0, "which round, from 0: takes prompts iter*rollout_batch_size onwards, wrapping around", ge=0)
-    system_prompt: str | None = option(None, "a system message for conversations that have none")
-    chat_template: str | None = option(None, "a Jinja file that replaces the tokenizer's chat template", changes_result=False)
     K: int = option(8, "responses per prompt", ge=1)
-    temperature: float = option(1.0, "sampling temperature; 0 is greedy", ge=0)
-    top_p: float = option(1.0, "sample from the most likely tokens of this total probability", gt=0, le=1)
-    top_k: int = option(-1, "sample from this many most likely tokens; -1 for all", ge=-1)
-    max_new_tokens: int = option(1024, "tokens of a response at most", ge=1)
-    stop: list[str] = option([], "strings that end a response")
-    eos_ids: list[int] = option([], "token ids that end a response, beside the model's own")
-    seed: int = option(42, "seed of the sampling", ge=0)
     data_seed: int | None = option(
         None, "seed of the prompts' shuffle and draws; --seed if not given. Rounds that take windows of one set need the same",
         ge=0,
@@ -64,8 +73,21 @@ def check(arguments: GenerationArguments) -> None:
     selection(arguments)
     if arguments.temperature == 0 and arguments.K > 1:
         raise InputError(f"--temperature 0 is greedy: {arguments.K} responses would be one; give --K 1")
+    check_sampling(arguments)
+
+
+def check_sampling(arguments: SamplingArguments) -> None:
+    """Raise InputError for sampling settings that contradict each other."""
     if not all(arguments.stop):
         raise InputError("--stop: an empty string would end every response at once")
+    if (arguments.min_new_tokens or 0) > arguments.max_new_tokens:
+        raise InputError(f"--min_new_tokens {arguments.min_new_tokens} is above --max_new_tokens {arguments.max_new_tokens}")
+
+
+def changed(arguments: SamplingArguments) -> list[str]:
+    """The settings with which the sampled distribution is not the model's own, such as `temperature 0.7`."""
+    least = arguments.min_new_tokens
+    return changes(arguments.model_dump()) + ([f"min-new-tokens {least}"] if least else [])
 
 
 def selection(arguments: GenerationArguments) -> Selection:

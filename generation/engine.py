@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -14,8 +15,7 @@ from baton import program
 from baton.errors import InputError
 from baton.fingerprint import state
 from baton.program import die_with_parent
-from baton.sampling import changes
-from generation.arguments import GenerationArguments
+from generation.arguments import GenerationArguments, changed
 from generation.sampling import Completion, Task, prompt_seed, seed_from
 
 log = logging.getLogger("baton")
@@ -74,6 +74,40 @@ class Sampler:
                 if output.finished:
                     yield running.pop(output.request_id), [_completion(one) for one in output.outputs]
 
+    def stream(self, task: Task, seed: int) -> Iterator[str | Completion]:
+        """Sample one response: yields its text piece by piece, and last of all the completion."""
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = sampling_parameters(self.arguments, seed)
+        parameters.output_kind = RequestOutputKind.DELTA
+        name, text, token_ids, reason = str(task.position), "", [], None
+        self.engine.add_request(name, tokens_input(task.token_ids), parameters)
+        try:
+            while reason is None:
+                for output in _whole_step(self.engine):
+                    (part,) = output.outputs
+                    text, reason = text + part.text, part.finish_reason
+                    token_ids.extend(part.token_ids)
+                    yield part.text
+        finally:  # also on Ctrl-C, or where the answer is not read to its end
+            if reason is None:
+                self.engine.abort_request([name])
+        yield Completion(text, token_ids, reason)
+
+
+def _whole_step(vllm: Any) -> Any:
+    """The outputs of one step of the engine. Ctrl-C waits until it is done, so that nothing is left half changed."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        outputs = vllm.step()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+    return outputs
+
 
 def _completion(output: Any) -> Completion:
     """vLLM's `CompletionOutput` as a completion."""
@@ -92,6 +126,7 @@ def sampling_parameters(arguments: GenerationArguments, seed: int | None) -> Any
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         max_tokens=arguments.max_new_tokens,
+        min_tokens=arguments.min_new_tokens or 0,
         stop=arguments.stop or None,
         stop_token_ids=arguments.eos_ids or None,
         seed=seed,
@@ -163,11 +198,12 @@ def _settings(arguments: Any) -> dict[str, Any]:
         # Compiling takes longer than it saves on the models that run on a CPU.
         "enforce_eager": arguments.enforce_eager is not False if on_cpu else bool(arguments.enforce_eager),
     }
-    chosen = {name: getattr(arguments, name) for name in ("max_num_seqs", "max_num_batched_tokens", "speculative_config")}
+    names = ("max_num_seqs", "max_num_batched_tokens", "speculative_config", "quantization", "trust_remote_code")
+    chosen = {name: getattr(arguments, name) for name in names}
     settings |= {name: value for name, value in chosen.items() if value}
     # After temperature, top-k and top-p; where they change nothing, the cheaper mode says the same. Also where nobody asks for
     # log-probabilities: a round and its evaluation then share an engine.
-    if changes(arguments.model_dump()):
+    if changed(arguments):
         settings["logprobs_mode"] = "processed_logprobs"
     return settings
 
@@ -178,11 +214,9 @@ def _new_engine(settings: dict[str, Any]) -> Any:
     from vllm.platforms import current_platform
 
     options = {name: value for name, value in settings.items() if name != "state"}
-    if current_platform.is_cpu():
-        options["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(
-            settings["model"], settings["max_model_len"], settings.get("max_num_seqs")
-        )
     try:
+        if current_platform.is_cpu():
+            options["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(settings)
         return LLM(worker_extension_cls=f"{__name__}.{Seeding.__name__}", **options)
     except ValueError as error:
         raise InputError(f"{settings['model']}: vLLM refuses these settings: {error}") from None
@@ -205,19 +239,20 @@ def _log_what_runs(config: Any) -> None:
     )
 
 
-def _cache_bytes_on_cpu(model: str, max_model_len: int | None, max_num_seqs: int | None) -> int:
+def _cache_bytes_on_cpu(settings: dict[str, Any]) -> int:
     """Bytes of the key-value cache: what all sequences need at full length, at most a quarter of free memory.
 
     vLLM would take nearly all memory, and fill it with zeros first. VLLM_CPU_KVCACHE_SPACE overrides.
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    trusts = settings.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(settings["model"], trust_remote_code=trusts).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * head_size * FLOAT32_BYTES
-    length = max_model_len or config.max_position_embeddings
-    needed = per_token * math.ceil(length / CPU_BLOCK + 1) * CPU_BLOCK * (max_num_seqs or CPU_SEQUENCES)
+    length = settings["max_model_len"] or config.max_position_embeddings
+    needed = per_token * math.ceil(length / CPU_BLOCK + 1) * CPU_BLOCK * settings.get("max_num_seqs", CPU_SEQUENCES)
     return min(needed, psutil.virtual_memory().available // 4)
 
 

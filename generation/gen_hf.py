@@ -24,7 +24,6 @@ from baton import program
 from baton.arguments import option, parse
 from baton.drops import Drops
 from baton.errors import FailuresListed, InputError
-from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
@@ -113,7 +112,7 @@ def sample(
     if partial.done < len(prompts):
         if policy:
             check_hub(policy, weights=False)
-        tokenizer = load_tokenizer(policy, arguments.chat_template) if policy else None
+        tokenizer = sampling.tokenizer_of(policy, arguments.chat_template) if policy else None
         if tokenizer:
             sampling.check_tokenizer(tokenizer, arguments, prompts, (0, 1))
         with servers as urls:

@@ -20,12 +20,13 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.words import new_parser, parse_known
-from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
 from baton.sources import check_hub, check_hub_ahead, check_model_path
 from generation import engine, sampling
 from generation.arguments import (
+    QUANTIZATION,
+    TRUST_REMOTE_CODE,
     GenerationArguments,
     SpeculativeConfig,
     check,
@@ -43,6 +44,8 @@ class Arguments(GenerationArguments):
     backend: Literal["vllm", "hf"] = option("vllm", "the engine; hf is transformers, slow, where vLLM cannot run")
     max_model_len: int | None = option(None, "tokens of prompt and response; the model's context if not given", ge=2)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "of weights and arithmetic")
+    quantization: str | None = option(None, QUANTIZATION)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE, changes_result=False)
     tensor_parallel_size: int = option(1, "GPUs that share one copy of the model", ge=1, changes_result=False)
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory", gt=0, le=1, changes_result=False)
     max_num_seqs: int | None = option(
@@ -108,7 +111,7 @@ def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, 
     """Sample responses to the unfinished prompts, each on disk once it is finished; returns the tokens."""
     shard = arguments.local_index, arguments.my_world_size
     check_hub(arguments.model_name_or_path)
-    tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
+    tokenizer = sampling.tokenizer_of(arguments.model_name_or_path, arguments.chat_template)
     sampling.check_tokenizer(tokenizer, arguments, prompts, shard)
     if arguments.backend == "hf":
         from generation import transformers_engine

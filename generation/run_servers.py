@@ -19,10 +19,9 @@ from baton import program
 from baton.arguments import option, parse
 from baton.errors import FailuresListed, InputError
 from baton.launch import chain, gpus
-from baton.sampling import changes
 from baton.servers import own
 from baton.sources import check_model_path
-from generation.arguments import SpeculativeConfig
+from generation.arguments import QUANTIZATION, TRUST_REMOTE_CODE, SpeculativeConfig, changed
 from generation.gen_hf import ClientArguments, sample
 
 Running = AbstractContextManager[list[str]]  # a context that gives the URLs of servers
@@ -35,6 +34,8 @@ class Arguments(ClientArguments):
     tensor_parallel_size: int = option(1, "GPUs that share one copy of the model", ge=1, changes_result=False)
     max_model_len: int | None = option(None, "tokens of prompt and response; the model's context if not given", ge=2)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = option(None, "of weights and arithmetic")
+    quantization: str | None = option(None, QUANTIZATION)
+    trust_remote_code: bool = option(False, TRUST_REMOTE_CODE, changes_result=False)
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory", gt=0, le=1, changes_result=False)
     max_num_seqs: int | None = option(None, "responses that a server samples at once", ge=1, changes_result=False)
     max_num_batched_tokens: int | None = option(None, "tokens that a server computes in a step", ge=1, changes_result=False)
@@ -80,12 +81,14 @@ def servers_for(arguments: Arguments) -> Wanted:
     if (size > 1 or visible) and not 0 < count * size <= len(visible):
         raise InputError(f"{max(count, 1)} servers of {size} GPUs each, but there are {len(visible)} GPUs")
     names = ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization")
-    names += ("max_model_len", "dtype")
+    names += ("max_model_len", "dtype", "quantization")
     settings = {name: getattr(arguments, name) for name in names}
+    if arguments.trust_remote_code:
+        settings["trust_remote_code"] = True
     if arguments.speculative_config:
         settings["speculative_config"] = json.dumps(arguments.speculative_config)
-    if changes(arguments.model_dump()):
-        settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k and top-p
+    if changed(arguments):
+        settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k, top-p and min-new-tokens
     return Wanted(arguments.model_name_or_path, count, size if visible else 0, settings)
 
 

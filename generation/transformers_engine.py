@@ -1,7 +1,9 @@
 """Sampling with Transformers where vLLM cannot run: slow, for small models."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from threading import Event
 from typing import Any
 
 from baton import program
@@ -32,8 +34,31 @@ class Sampler:
         while batch := list(islice(tasks, size)):
             yield from zip(batch, self._sample(batch), strict=True)
 
-    def _sample(self, batch: list[Task]) -> list[list[Completion]]:
-        """K completions for each task of a batch, prompts padded on the left."""
+    def stream(self, task: Task, seed: int) -> Iterator[str | Completion]:
+        """Sample one response: yields its text piece by piece, and last of all the completion."""
+        import torch
+        from transformers import TextIteratorStreamer
+
+        torch.manual_seed(seed)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        given_up = Event()
+        with ThreadPoolExecutor(1) as thread:
+            sampling = thread.submit(
+                self._sample, [task], streamer, [lambda ids, *_, **__: ids.new_tensor([given_up.is_set()]).bool()]
+            )
+            sampling.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))  # also where it failed
+            try:
+                yield from until_stop(streamer, [] if self.arguments.min_new_tokens else self.arguments.stop)
+                yield sampling.result()[0][0]
+            except BaseException:  # Ctrl-C, or the answer is not read to its end
+                given_up.set()
+                raise
+
+    def _sample(self, batch: list[Task], streamer: Any = None, watching: Sequence[Any] = ()) -> list[list[Completion]]:
+        """K completions for each task of a batch, prompts padded on the left.
+
+        `streamer` and the stopping criteria `watching` are Transformers', for one response that is read while it is sampled.
+        """
         import torch
 
         arguments = self.arguments
@@ -51,7 +76,9 @@ class Sampler:
             max_new_tokens=min(arguments.max_new_tokens, self.context - length if self.context else 1 << 30),
             pad_token_id=pad,
             eos_token_id=self.ends,
-            stopping_criteria=[StopStrings(self.tokenizer, arguments.stop, length)] if arguments.stop else None,
+            min_new_tokens=arguments.min_new_tokens,
+            stopping_criteria=[*self._stopping(length), *watching],
+            streamer=streamer,
             do_sample=arguments.temperature > 0,
             temperature=1.0,
             top_p=1.0,
@@ -68,18 +95,25 @@ class Sampler:
         end = next((place for place, id_ in enumerate(row) if id_ in self.ends), None)
         ids = row[:end]
         text = response_text(self.tokenizer, task.token_ids, ids)
-        places = [place for stop in self.arguments.stop if (place := text.find(stop)) >= 0]
-        if places:
-            while self._holds_stop(task, ids[:-1]):
+        if places := self._stops(task, ids, text):
+            while self._stops(task, ids[:-1], response_text(self.tokenizer, task.token_ids, ids[:-1])):
                 ids = ids[:-1]
             return Completion(text[: min(places)], ids, "stop", logps and logps[: len(ids)])
         if end is None:
             return Completion(text, ids, "length", logps)
         return Completion(text, row[: end + 1], "stop", logps and logps[: end + 1])
 
-    def _holds_stop(self, task: Task, ids: list[int]) -> bool:
-        text = response_text(self.tokenizer, task.token_ids, ids)
-        return any(stop in text for stop in self.arguments.stop)
+    def _stops(self, task: Task, ids: list[int], text: str) -> list[int]:
+        """Where in the text of `ids` each stop string that it holds begins; the least number of tokens is not searched."""
+        if not self.arguments.stop:
+            return []
+        start = len(response_text(self.tokenizer, task.token_ids, ids[: self.arguments.min_new_tokens or 0]))
+        return [place for stop in self.arguments.stop if (place := text.find(stop, start)) >= 0]
+
+    def _stopping(self, length: int) -> list["StopStrings"]:
+        """The criterion for stop strings, if there are any, in what follows `length` tokens of the prompt."""
+        start = length + (self.arguments.min_new_tokens or 0)
+        return [StopStrings(self.tokenizer, self.arguments.stop, start)] if self.arguments.stop else []
 
 
 def start(arguments: Any, tokenizer: Any, already_done: int) -> Sampler:
@@ -89,8 +123,15 @@ def start(arguments: Any, tokenizer: Any, already_done: int) -> Sampler:
 
     if arguments.tensor_parallel_size > 1:
         raise InputError("--backend hf does not support --tensor_parallel_size")
+    if arguments.quantization:
+        raise InputError("--backend hf does not support --quantization")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model_name_or_path, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
+        )
+    except ValueError as error:  # it needs code of its own, or is no language model
+        raise InputError(f"{arguments.model_name_or_path}: cannot be loaded: {error}") from None
     model.to(device).eval()
     torch.manual_seed(seed_from(arguments.seed, arguments.iter, arguments.local_index, already_done))
     program.log_what_runs(
@@ -116,6 +157,21 @@ def _warpers(arguments: Any) -> list[Any]:
     if arguments.top_p < 1:
         warpers.append(TopPLogitsWarper(arguments.top_p))
     return warpers
+
+
+def until_stop(pieces: Iterator[str], stop: list[str]) -> Iterator[str]:
+    """The text of `pieces` up to the first stop string; what may be the beginning of one is held back."""
+    held, longest = "", max(map(len, stop), default=0)
+    for piece in pieces:
+        held += piece
+        places = [place for each in stop if (place := held.find(each)) >= 0]
+        if places:
+            yield held[: min(places)]
+            return
+        ready = max(0, len(held) - max(0, longest - 1))
+        yield held[:ready]
+        held = held[ready:]
+    yield held
 
 
 class StopStrings:

@@ -611,3 +611,81 @@ def test_a_stage_samples_the_same_whether_or_not_an_earlier_one_in_its_process_h
     outputs = [read_jsonl(tmp_path / f"{name}0.jsonl") for name in ("first", "second", "alone")]
     first, second, separate = ([record["response_token_ids"] for record in output] for output in outputs)
     assert second == separate != first
+
+
+@pytest.mark.parametrize("backend", ["vllm", "hf"])
+def test_no_response_ends_before_its_least_number_of_tokens(policy, tmp_path, backend):
+    flags = {"model_name_or_path": policy, "dataset_name_or_path": write(tmp_path / "prompts.jsonl", PROMPTS[:2]), "K": 32}
+    flags |= {"max_new_tokens": 24, "stop": ["e", "o"], "eos_ids": list(range(30, 90)), "dtype": "float32", "backend": backend}
+    succeed(*program("get_hf2.py", "--response_logps", output_dir=tmp_path / "gen", min_new_tokens=12, **flags))
+    samples = [
+        sample
+        for record in read(tmp_path / "gen0.jsonl")
+        for sample in zip(record["response_token_ids"], record["finish_reasons"], record["response_logps"], strict=True)
+    ]
+    assert all(12 <= len(ids) <= 24 and len(ids) == len(logps) for ids, _, logps in samples)
+    assert not any(set(range(30, 90)) & set(ids[:12]) for ids, _, _ in samples)
+    assert sum(reason == "stop" for _, reason, _ in samples) > 32  # afterwards most responses end soon
+    assert all(-20 < logp <= 0 for _, _, logps in samples for logp in logps)  # of the distribution without the ends
+
+
+def test_what_a_model_needs_beyond_the_defaults_is_refused_unless_it_is_requested(policy, tmp_path):
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(policy, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "architectures": ["Own"],
+        "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.Own"},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class C(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own(LlamaForCausalLM):\n    config_class = C\n"
+    )
+    flags = {"dataset_name_or_path": write(tmp_path / "prompts.jsonl", PROMPTS[:2]), "output_dir": tmp_path / "gen", "K": 1}
+    flags |= {"max_new_tokens": 4, "dtype": "float32"}
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    for model_, words, message in (
+        (model, ["--backend", "hf"], "trust_remote_code"),
+        (model, ["--backend", "vllm"], "trust_remote_code"),
+        (policy, ["--backend", "hf", "--quantization", "fp8"], "--backend hf does not support --quantization"),
+        (policy, ["--backend", "vllm", "--quantization", "int0"], "int0"),
+        (policy, ["--min_new_tokens", "5"], "--min_new_tokens 5 is above --max_new_tokens 4"),
+    ):
+        refused = run_program(*program("get_hf2.py", *words, model_name_or_path=model_, **flags), env=env)
+        assert refused.returncode == 2
+        assert message in refused.stderr and "Traceback" not in refused.stderr
+    assert not ran.exists()
+    words = ["--backend", "hf", "--trust_remote_code"]
+    done = run_program(*program("get_hf2.py", *words, model_name_or_path=model, **flags), env=env)
+    assert done.returncode == 0, done.stderr
+    assert ran.exists()
+
+
+def test_the_best_of_n_responses_is_written_and_the_others_are_counted(policy, tmp_path):
+    write(tmp_path / "prompts.jsonl", PROMPTS[:6])
+    (tmp_path / "rules.py").write_text(
+        "def brevity(prompts, responses, records):\n    return [-len(text) for text in responses]\n"
+    )
+    words = ["bash", ROOT / "scripts/best_of_n.sh", policy, "prompts.jsonl", "best.jsonl", "--n", 4, "--scorer"]
+    words += ["function:rules.py:brevity", "--iter", 1, "--rollout_batch_size", 2, "--max_new_tokens", 12]
+    words += ["--backend", "hf", "--dtype", "float32", "--", "--workers", 1]
+    command = list(map(str, words))
+    planned = run([*command[:-3], "--check"], cwd=tmp_path)
+    assert planned.returncode == 0 and "3 stages, 0 of them up to date" in planned.stdout, planned.stderr
+    done = run(command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "responses left out: 6 of 8" in done.stderr
+    scored = read(tmp_path / "best.jsonl.stages/data_with_rewards.jsonl")
+    for all_, best in zip(scored, read(tmp_path / "best.jsonl"), strict=True):
+        index = all_["rewards"].index(max(all_["rewards"]))
+        for key in ("responses", "response_token_ids", "finish_reasons", "rewards"):
+            assert best[key] == [all_[key][index]]
+        assert (best["id"], best["best_of"]) == (all_["id"], 4)
+    assert manifest(tmp_path / "best.jsonl")["responses_left_out"] == 6
+    for missing in (["--n", "4"], ["--scorer", "function:rules.py:brevity"]):
+        assert run([*command[:5], *missing], cwd=tmp_path).returncode == 2
