@@ -8,6 +8,7 @@ NEUTRAL = (
     ("temperature", "temperature", lambda value: value == 1),
     ("top_p", "top-p", lambda value: value == 1),
     ("top_k", "top-k", lambda value: value <= 0),
+    ("min_new_tokens", "min-new-tokens", lambda value: value <= 0),
 )
 
 
