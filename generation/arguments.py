@@ -86,8 +86,7 @@ def check_sampling(arguments: SamplingArguments) -> None:
 
 def changed(arguments: SamplingArguments) -> list[str]:
     """The settings with which the sampled distribution is not the model's own, such as `temperature 0.7`."""
-    least = arguments.min_new_tokens
-    return changes(arguments.model_dump()) + ([f"min-new-tokens {least}"] if least else [])
+    return changes(arguments.model_dump())
 
 
 def selection(arguments: GenerationArguments) -> Selection:
