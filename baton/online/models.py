@@ -78,7 +78,8 @@ def load_critic(model: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     )
     if any(name.startswith("score") for name in loaded["missing_keys"]):
         log.info("%s: no reward model, so the critic begins with a head of zeros", model)
-        nn.init.zeros_(critic.score.weight)  # a value of 0 everywhere: a random one would be taken for rewards
+        with gathered(critic.score.weight, writes=True):
+            nn.init.zeros_(critic.score.weight)  # a value of 0 everywhere: a random one would be taken for rewards
     return _for_rows(critic, model)
 
 
