@@ -38,6 +38,15 @@ class Models(nn.Module):
     def __init__(self, actor: nn.Module, critic: PreTrainedModel | None = None, temperature: float = 1.0):
         super().__init__()
         self.actor, self.critic, self.temperature = actor, critic, temperature
+        # What Accelerate reads of a model: its size, and the layers that FSDP wraps one by one.
+        self.config = plain(actor).config
+        self._no_split_modules = sorted({name for each in (plain(actor), critic) if each for name in layers_of(each)})
+
+    def tie_weights(self) -> None:
+        """Have the parts of each model that share weights share them again, as Accelerate asks for under FSDP."""
+        for model in (plain(self.actor), self.critic):
+            if model is not None:
+                model.tie_weights()
 
     def forward(self, row: Row, of_actor: bool = True) -> Scored:
         of_critic = None if self.critic is None else values(self.critic, row)
@@ -50,6 +59,12 @@ class Models(nn.Module):
 def plain(model: nn.Module) -> PreTrainedModel:
     """A model without PEFT's wrapper; its adapter's layers stay."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def layers_of(model: PreTrainedModel) -> set[str]:
+    """The names of the classes of a model's layers, of which each must stay whole."""
+    present = {type(module).__name__ for module in model.modules()}
+    return present & set(model._no_split_modules or ())
 
 
 def values(critic: PreTrainedModel, row: Row) -> Tensor:
