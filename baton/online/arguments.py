@@ -38,7 +38,7 @@ class OnlineArguments(LoraArguments):
     num_episodes: float = option(1.0, "passes over the prompts", gt=0)
     rollout_batch_size: int = option(128, "prompts of a step", ge=1)
     K: int = option(8, "samples of each prompt", ge=1)
-    temperature: float = option(1.0, "of the sampling; the training takes log-probabilities at the same", gt=0)
+    temperature: float = option(1.0, "of the sampling; PPO and its kin take log-probabilities at the same, DPO at 1", gt=0)
     top_p: float = option(1.0, "sample from the smallest set of tokens of this probability", gt=0, le=1)
     top_k: int = option(-1, "sample from so many tokens; -1: from all")
     min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest", ge=0, lt=1)
