@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ from pydantic import SecretStr
 from baton.arguments import option
 from baton.errors import InputError
 from baton.prompts import source_inputs
+from baton.secrets import secret_among
 from baton.sources import check_model_path, check_reward_model, check_start, template_input
 from baton.training.adapters import LoraArguments, check_lora
 from baton.training.reports import check_reports
@@ -123,6 +125,7 @@ def check_online(arguments: OnlineArguments) -> None:
             "that runs" + (", not both" if arguments.scorer else "")
         )
     for scorer in scorers_of(arguments):
+    check_addresses(arguments)
         if scorer.kind in ("bt", "vllm"):
             check_reward_model(scorer.target)
     check_reports({"report_to": arguments.report_to})
@@ -143,6 +146,23 @@ class Wanted(NamedTuple):
     name: str
     kind: str
     target: str
+def check_addresses(arguments: OnlineArguments) -> None:
+    """Raise InputError for what is no address, or for a secret where logs, manifests and process lists would show it."""
+    from baton.servers.addresses import check_url
+
+    for name in ("vllm_url", "reward_url"):
+        for url in getattr(arguments, name):
+            check_url(url, f"`{name}`")
+    for scorer in scorers_of(arguments):
+        for url in scorer.target.split(",") if scorer.kind in ("http", "judge") else ():
+            check_url(url, "`scorer`")
+    if secret := secret_among(shlex.split(arguments.reward_args)):
+        raise InputError(
+            f"`reward_args`: {secret} would be shown in process lists and the manifest: $OPENAI_API_KEY is the key of the "
+            "services that scorers ask"
+        )
+
+
 
 
 def scorers_of(arguments: OnlineArguments) -> list[Wanted]:
