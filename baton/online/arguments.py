@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import SecretStr
+from pydantic import SecretStr, model_validator
 
 from baton.arguments import option
 from baton.errors import InputError
@@ -103,6 +103,12 @@ class OnlineArguments(LoraArguments):
                                  changes_result=False)  # fmt: skip
     seed: int = option(42, "seed of prompts, samples and mini-batches")
 
+    @model_validator(mode="after")
+    def _keep_what_is_merged(self) -> "OnlineArguments":
+        if self.export_dtype is None:  # an adapter is always merged here
+            self.export_dtype = "float32" if self.use_peft else "checkpoint"
+        return self
+
     # Long runs
     save_steps: int = option(20, "steps between checkpoints", ge=1, changes_result=False)
     eval_dataset: str | None = option(None, "held-out prompts, sampled and scored every `eval_steps`", changes_result=False)
@@ -119,13 +125,13 @@ def check_online(arguments: OnlineArguments) -> None:
     for model in {arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path}:
         check_start(model)
         check_model_path(model)
+    check_addresses(arguments)
     if bool(arguments.scorer) == bool(arguments.reward_url):
         raise InputError(
             "what scores the responses? Give --scorer KIND:TARGET, whose server is then started, or --reward_url of a service "
             "that runs" + (", not both" if arguments.scorer else "")
         )
     for scorer in scorers_of(arguments):
-    check_addresses(arguments)
         if scorer.kind in ("bt", "vllm"):
             check_reward_model(scorer.target)
     check_reports({"report_to": arguments.report_to})
@@ -140,12 +146,6 @@ def check_online(arguments: OnlineArguments) -> None:
         raise InputError(f"`prompts_per_update`: {size} does not divide the {arguments.rollout_batch_size} prompts of a step")
 
 
-class Wanted(NamedTuple):
-    """A scorer as requested."""
-
-    name: str
-    kind: str
-    target: str
 def check_addresses(arguments: OnlineArguments) -> None:
     """Raise InputError for what is no address, or for a secret where logs, manifests and process lists would show it."""
     from baton.servers.addresses import check_url
@@ -163,6 +163,12 @@ def check_addresses(arguments: OnlineArguments) -> None:
         )
 
 
+class Wanted(NamedTuple):
+    """A scorer as requested."""
+
+    name: str
+    kind: str
+    target: str
 
 
 def scorers_of(arguments: OnlineArguments) -> list[Wanted]:
