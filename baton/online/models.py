@@ -135,9 +135,10 @@ def merged(actor: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def same_tokens(actor: Any, other: Any) -> str | None:
-    """In what two tokenizers differ so that one's token ids mean something else to the other, or None."""
-    if len(actor) != len(other):
-        return f"{len(actor)} tokens and {len(other)}"
+    """In what two tokenizers differ so that the actor's token ids mean something else to the other, or None.
+
+    The other may have more tokens, such as one for padding that a reward model was given.
+    """
     ours, theirs = actor.get_vocab(), other.get_vocab()
     different = next((token for token, number in ours.items() if theirs.get(token) != number), None)
     return None if different is None else f"token {different!r} is {ours[different]} and {theirs.get(different)}"
