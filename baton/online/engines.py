@@ -5,6 +5,7 @@ it starts anew, and answers once it has them: no response ever comes from weight
 """
 
 import logging
+import secrets
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -106,7 +107,7 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         words = ["--scorer", *arguments.scorer, *shlex.split(arguments.reward_args)]
         words += ["--weights", *map(str, arguments.weights)] if arguments.weights else []
         of_reward = (arguments.reward_gpus or ",".join(gpus.visible()[-1:])).split(",")
-        wanted.append(own.reward_server(words, [gpu for gpu in of_reward if gpu]))
+        wanted.append(own.reward_server(words, [gpu for gpu in of_reward if gpu], secrets.token_urlsafe(32)))
     with ExitStack() as stack:
         running = stack.enter_context(own.running(wanted, folder)) if wanted else []
         policies = running[: len(running) - (not arguments.reward_url)]
@@ -118,7 +119,8 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         if rollouts.context < context:
             raise InputError(f"the servers take {rollouts.context} tokens, fewer than `max_prompt_length` + `max_new_tokens`")
         services = arguments.reward_url or [f"{running[-1].url}/get_reward"]
-        rewards = Rewards(services, _secret(arguments.reward_api_key), arguments.reward_timeout)
+        key_of_rewards = _secret(arguments.reward_api_key) if arguments.reward_url else running[-1].api_key
+        rewards = Rewards(services, key_of_rewards, arguments.reward_timeout)
         if arguments.reward_url:
             check_service(rewards, services)
         # NCCL connects no two processes on one GPU.
