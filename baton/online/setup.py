@@ -28,6 +28,10 @@ from baton.training.reference import load_as_policy
 
 log = logging.getLogger("baton")
 
+# Processes wait for each other: the others, while process 0 starts servers (`own.START_SECONDS`) or samples held-out prompts.
+# Where one dies, the launcher ends the others at once.
+WAIT_SECONDS = 4 * 3600
+
 
 def configuration(arguments: OnlineArguments, stage: Stage) -> TrainingArguments:
     """Transformers' configuration, by which models are loaded, spread and computed as in every training. Raises InputError."""
@@ -139,11 +143,11 @@ def reference_of(arguments: OnlineArguments, config: TrainingArguments) -> Any:
         return None
     reference = load_as_policy(arguments.ref_model or arguments.model_name_or_path, config)
     inner = getattr(reference, "module", reference)  # in DeepSpeed's engine
+    inner.eval().requires_grad_(False)
     if reason := forward.obstacle(inner):
         raise InputError(f"`ref_model`: it cannot take packed rows: {reason}")
     inner.config._attn_implementation = NAME
     return inner
-    inner.eval().requires_grad_(False)
 
 
 def reference_logps(learner: Learner, reference: Any | None, row: Row, temperature: float) -> Tensor:
