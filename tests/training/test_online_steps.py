@@ -300,9 +300,9 @@ def test_a_reward_model_may_have_more_tokens_than_the_policy_but_no_others():
 
 
 class Asked:
-    """In the place of servers: notes the seeds, and gives one response each; a service that gives no rewards for now."""
+    """In the place of servers, notes the seeds and gives one response each; in that of a service, gives `scored`."""
 
-    def __init__(self, scored=Scored(None, {}, "no answer", again=True)):
+    def __init__(self, scored):
         self.seeds, self.scored = [], scored
 
     def sample(self, prompts, n, sampling, seeds, version):
@@ -316,7 +316,7 @@ class Asked:
 def test_a_prompt_that_comes_twice_in_a_step_is_sampled_with_two_seeds_and_asked_again_where_that_may_help(tmp_path):
     dataset = [{"record": '{"id": "only one", "prompt": "Hello"}', "prompt_token_ids": [1]}]
     for _ in range(2):
-        asked = Asked()
+        asked = Asked(Scored(None, {}, "no answer", again=True))
         collector = Collector(tmp_path, Prompts(dataset, 0), asked, asked, HowToSample(2, 1, {}, seed=0))
         with pytest.raises(FailuresListed, match="none can be trained on: no answer"):
             collector.collect(1, 0, 0)
