@@ -69,7 +69,7 @@ def main() -> None:
     if config.deepspeed_plugin is not None:  # small weights are spread too
         config.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     accelerator = setup.accelerator_of(arguments, config, str(folder))
-    if accelerator.num_processes > 1:
+    if config.deepspeed_plugin is not None:  # under DDP on a CPU Transformers sets no time
         assert setup.WAIT_SECONDS == gloo_timeout() > own.START_SECONDS
     critic = str(folder / "critic")
     learner = setup.learner_of(arguments, config, accelerator, critic, total_updates=8, critic_learning_rate=2e-3)
