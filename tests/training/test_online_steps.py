@@ -299,6 +299,16 @@ def test_a_reward_model_may_have_more_tokens_than_the_policy_but_no_others():
     assert same_tokens(padded, policy) == "token '<pad>' is 2 and None" and "'a' is 0 and 1" in same_tokens(policy, other)
 
 
+def test_a_checkpoint_of_zero_says_with_what_it_goes_on(folder, tmp_path):
+    learner = learner_of(folder, critic=False)
+    checkpoints.save(learner, tmp_path, 3, {"taken": 4})
+    assert checkpoints.load(learner, tmp_path)["taken"] == 4
+    file = tmp_path / "checkpoint-3" / checkpoints.STATE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"spread": "under ZeRO-2 in 2 processes"}))
+    with pytest.raises(InputError, match="written under ZeRO-2 in 2 processes, and this run is without ZeRO and FSDP"):
+        checkpoints.load(learner, tmp_path)
+
+
 class Asked:
     """In the place of servers, notes the seeds and gives one response each; in that of a service, gives `scored`."""
 
