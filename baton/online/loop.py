@@ -5,8 +5,9 @@ With a staleness of 1 the rollouts of the next step are sampled, from the weight
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,7 +75,7 @@ class Loop:
         done, taken = state["step"], state["taken"]
         self.lines = Lines(self.metrics_path, self.learner, self.total_steps, done)
         metrics: dict[str, float] = state.get("metrics", {})
-        with ThreadPoolExecutor(1, "collector") as background:
+        with self._background() as background:
             self.send(done)
             if done == 0:
                 self._evaluate(0)
@@ -113,6 +114,17 @@ class Loop:
                     self.warn(step, metrics)
         self.lines.close()
         return metrics
+
+    @contextmanager
+    def _background(self) -> Iterator[ThreadPoolExecutor]:
+        """Context of the thread that collects. What ends the training, such as Ctrl-C, does not wait for rollouts."""
+        with ThreadPoolExecutor(1, "collector") as background:
+            try:
+                yield background
+            except BaseException:
+                if self.engines is not None:
+                    self.engines.rollouts.cancel()
+                raise
 
     def send(self, version: int) -> float:
         """Send the weights to all servers; returns the seconds that it took. A server that cannot take them starts anew once.

@@ -4,7 +4,10 @@ import functools
 import json
 import math
 import random
+import threading
+import time
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -16,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from baton import jsonl
 from baton.errors import FailuresListed, InputError
 from baton.online import checkpoints
-from baton.online.collect import Collector, HowToSample, rollouts_of
+from baton.online.collect import TAKEN, Collector, HowToSample, rollouts_of
 from baton.online.engines import Engines
 from baton.online.loop import Loop
 from baton.online.models import same_tokens
@@ -26,7 +29,7 @@ from baton.pairs import PairSettings
 from baton.parallel import DataParallel
 from baton.servers import own
 from baton.servers.rewards import Scored
-from baton.servers.rollouts import Sampled
+from baton.servers.rollouts import Rollouts, Sampled
 from baton.servers.weights import Transfer
 from dpo_iteration.online import OnlineDPO
 from ppo import losses
@@ -307,6 +310,51 @@ def test_a_checkpoint_of_zero_says_with_what_it_goes_on(folder, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"spread": "under ZeRO-2 in 2 processes"}))
     with pytest.raises(InputError, match="written under ZeRO-2 in 2 processes, and this run is without ZeRO and FSDP"):
         checkpoints.load(learner, tmp_path)
+
+
+class Mute(BaseHTTPRequestHandler):
+    """A server that names a model and never answers a request for responses."""
+
+    def do_GET(self):
+        body = json.dumps({"data": [{"id": "model", "max_model_len": 99}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.server.asked.set()
+        time.sleep(30)
+
+
+def test_what_ends_a_training_does_not_wait_for_rollouts(folder, tmp_path):
+    class Interrupted:
+        """Ctrl-C while a step trains, when the servers have been asked for the next one."""
+
+        def step(self, records, samples, step):
+            server.asked.wait(10)
+            raise KeyboardInterrupt
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Mute) as server:
+        server.asked, server.daemon_threads, server.block_on_close = threading.Event(), True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Rollouts([f"http://127.0.0.1:{server.server_port}"], None) as rollouts:
+            prompts = Prompts([{"record": '{"id": "1", "prompt": "Hello"}', "prompt_token_ids": [1]}], 0)
+            jsonl.write(tmp_path / "rollouts/step000001.jsonl", [{**rollout(random.Random(0), 0), TAKEN: 1}])
+            how = HowToSample(1, 1, {"max_tokens": 8}, seed=0)
+            loop = Loop(
+                learner=learner_of(folder, critic=False), algorithm=Interrupted(), folder=tmp_path,
+                metrics_path=tmp_path / "metrics.jsonl", total_steps=2, save_steps=1, eval_steps=1, staleness=1,
+                engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights)), rollouts=rollouts),
+                collector=Collector(tmp_path / "rollouts", prompts, rollouts, None, how), shares_gpus=False, evaluate=None,
+                warn=None,
+            )  # fmt: skip
+            rollouts.servers.is_usable = None  # it knows no versions of weights
+            begun = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                loop.run()
+            assert server.asked.is_set() and time.monotonic() - begun < 8
+        server.shutdown()
 
 
 class Asked:
