@@ -29,7 +29,7 @@ from baton.errors import InputError
 from baton.fingerprint import fingerprint
 from baton.models.agreement import check_packed
 from baton.models.attention import NAME
-from baton.models.forward import TOKENS_PER_ROW, _from_hidden, attention, hidden_states, obstacle
+from baton.models.forward import TOKENS_PER_ROW, attention, from_hidden, hidden_states, obstacle
 from baton.models.logps import top_logps
 from baton.models.trees import Row
 from baton.parallel import data_parallel, model_parallel_size
@@ -279,7 +279,7 @@ def answer_with_top(model: Any, top: int, vocabulary: int) -> None:
         if row is None:
             return own(*args, **kwargs)
         with attention(self, NAME):
-            return _from_hidden(function, self, hidden_states(self, row, row.predictors), row.targets)
+            return from_hidden(function, self, hidden_states(self, row, row.predictors), row.targets)
 
     model.forward = types.MethodType(forward, model)
 

@@ -19,6 +19,7 @@ from baton.online.setup import reference_logps
 from baton.pairs import PairSettings, pairs_of
 
 LOSSES = ("sigmoid", "ipo", "hinge")
+TEMPERATURE = 1.0  # of the log-probabilities in the loss, as in run_dpo.py, whatever that of the sampling
 
 
 class OnlineDPO:
@@ -32,6 +33,7 @@ class OnlineDPO:
 
     def __init__(self, settings: Any, pairs: PairSettings, learner: Learner, reference: Any | None):
         self.settings, self.pairs, self.learner, self.reference = settings, pairs, learner, reference
+        learner.models.temperature = TEMPERATURE
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -60,7 +62,7 @@ class OnlineDPO:
         }  # fmt: skip
 
     def _reference_logps(self, row: Row) -> dict[str, Tensor]:
-        return {"logps": reference_logps(self.learner, self.reference, row, temperature=1.0)}
+        return {"logps": reference_logps(self.learner, self.reference, row, TEMPERATURE)}
 
     def loss_of_row(self, samples: Samples, pairs: int, said: Scored, row: PackedGroups) -> tuple[Tensor, dict[str, Tensor]]:
         """A row's part of the mean loss over so many `pairs`, and of the metrics, as `learner.LossOfRow`."""

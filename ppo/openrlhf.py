@@ -76,7 +76,12 @@ def prompts_of(settings: dict[str, Any]) -> int:
     """The prompts of an optimizer step by OpenRLHF's `train_batch_size`, in samples; it is taken out of `settings`."""
     if "prompts_per_update" in settings:
         raise InputError("`train_batch_size` and `prompts_per_update` are two names of one setting: leave one out")
-    samples, K = spelling(settings.pop("train_batch_size")), spelling(settings.get("K", 1))
+    if "K" not in settings:
+        raise InputError(
+            "`train_batch_size` counts samples: give `n_samples_per_prompt` beside it, in the same place (file or flags), or "
+            "`prompts_per_update` instead"
+        )
+    samples, K = spelling(settings.pop("train_batch_size")), spelling(settings["K"])
     if not isinstance(samples, int) or not isinstance(K, int) or K < 1 or samples < K or samples % K:
         raise InputError(
             f"`train_batch_size`: {samples} samples of an optimizer step are no multiple of the {K} samples of a prompt "

@@ -107,13 +107,15 @@ def check(arguments: Arguments) -> None:
             raise InputError(f"`{name}`: two numbers, the lower one first, got {bounds}")
     if arguments.K < 2 and arguments.advantage_estimator in ("rloo", "grpo", "dr_grpo"):
         raise InputError(f"`K`: {arguments.advantage_estimator} compares the samples of a prompt: at least 2")
+    if arguments.kl_target is not None and not arguments.kl_coef:
+        raise InputError("`kl_target` with `kl_coef: 0`: the weight adapts by factors, so it stays 0: begin with 0.01, say")
     if arguments.kl_in_loss and arguments.kl_estimator == "k1":
         raise InputError("`kl_in_loss` with `kl_estimator: k1`: its gradient is 0 on average; take k2 or k3")
     if arguments.overlong_buffer >= arguments.max_new_tokens:
         raise InputError("`overlong_buffer` must be smaller than `max_new_tokens`")
-    cuts = changes({"top_p": arguments.top_p, "top_k": arguments.top_k}) + [f"min-p {arguments.min_p:g}"] * (
-        arguments.min_p > 0
-    )
+    cuts = changes({"top_p": arguments.top_p, "top_k": arguments.top_k})
+    cuts += [f"min-p {arguments.min_p:g}"] * (arguments.min_p > 0)
+    cuts += [f"at least {arguments.min_new_tokens} tokens"] * (arguments.min_new_tokens > 0)
     if cuts and program.rank() == 0 and not arguments.check:
         log.warning("%s: tokens are sampled from another distribution than the one that is trained", " and ".join(cuts))
     if cuts and (arguments.correction_clip or arguments.correction_mask):
@@ -123,6 +125,8 @@ def check(arguments: Arguments) -> None:
         )
     if arguments.freezing_actor_steps and arguments.advantage_estimator != WITH_CRITIC:
         raise InputError("`freezing_actor_steps` warms the critic up, and only `advantage_estimator: gae` has one")
+    if arguments.ptx_dataset and arguments.temperature != 1:
+        raise InputError("`ptx_dataset`: demonstrations are learnt at temperature 1: set `temperature: 1`, or leave them out")
     if arguments.save_critic and arguments.advantage_estimator != WITH_CRITIC:
         raise InputError("`save_critic`: only `advantage_estimator: gae` has a critic")
     if critic := critic_of(arguments):

@@ -137,7 +137,7 @@ def score(
 def _score_rows(model: PreTrainedModel, rows: list[Row], places: list[Place]) -> tuple[TokenScores, list[slice]]:
     hidden = torch.cat([_hidden(model, row) for row in rows])
     targets = torch.cat([row.targets for row in rows])
-    scores = _from_hidden(token_scores, model, hidden, targets)
+    scores = from_hidden(token_scores, model, hidden, targets)
     row_start = [0]
     for row in rows:
         row_start.append(row_start[-1] + len(row.targets))
@@ -149,16 +149,16 @@ def row_scores(model: PreTrainedModel, row: Row, temperature: float = 1.0) -> To
 
     At a `temperature` other than 1 they are those of the distribution that is sampled from at that temperature.
     """
-    return _from_hidden(token_scores, model, _hidden(model, row), row.targets, temperature)
+    return from_hidden(token_scores, model, _hidden(model, row), row.targets, temperature)
 
 
 def logps(model: PreTrainedModel, row: Row, temperature: float = 1.0) -> Tensor:
     """ln p of the row's N scored tokens, float32 (N,), without gradients; the attention must be `attention.NAME`."""
     with torch.no_grad():
-        return _from_hidden(token_logps, model, _hidden(model, row), row.targets, temperature)
+        return from_hidden(token_logps, model, _hidden(model, row), row.targets, temperature)
 
 
-def _from_hidden(
+def from_hidden(
     function: Callable[..., T], model: PreTrainedModel, hidden: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> T:
     """`token_scores` or `token_logps` of last hidden states (N, H) under the model's head."""

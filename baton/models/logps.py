@@ -69,8 +69,8 @@ def token_scores(
     Under autocast the matrix products run in its dtype; the rest is float32.
     """
     dtype = _product_dtype(hidden)
-    tokens = _tokens_of_block(len(targets), weight.shape[0], dtype, hidden.device, block_bytes)
     with gathered(weight, bias):
+        tokens = _tokens_of_block(len(targets), weight.shape[0], dtype, hidden.device, block_bytes)
         settings = scale, softcap, tokens, dtype, torch.is_grad_enabled()
         several = targets if targets.dim() == 2 else targets[:, None]  # (N, K)
         scores = TokenScores(*_TokenScores.apply(hidden, weight, bias, several, *settings))
@@ -84,9 +84,9 @@ def token_logps(
     """The `log_probs` of `token_scores` alone, without gradients: float32 (N,), in nats."""
     log_probs = hidden.new_empty(len(targets), dtype=torch.float32)
     dtype = _product_dtype(hidden)
-    tokens = _tokens_of_block(len(targets), weight.shape[0], dtype, hidden.device, None)
-    buffer = hidden.new_empty(tokens, weight.shape[0], dtype=dtype)  # (n, V)
     with gathered(weight, bias):
+        tokens = _tokens_of_block(len(targets), weight.shape[0], dtype, hidden.device, None)
+        buffer = hidden.new_empty(tokens, weight.shape[0], dtype=dtype)  # (n, V)
         head = _cast(weight, bias, dtype)
         for part in _parts(len(targets), tokens):
             logits = _multiply(hidden[part].to(dtype), *head, buffer)
@@ -120,9 +120,9 @@ def top_logps(
     ids = targets.new_empty(len(targets), top)
     log_probs = hidden.new_empty(len(targets), top, dtype=torch.float32)
     dtype = _product_dtype(hidden)
-    tokens = _tokens_of_block(len(targets), weight.shape[0], dtype, hidden.device, TOP_BLOCK_BYTES)
-    buffer = hidden.new_empty(tokens, weight.shape[0], dtype=dtype)  # (n, V)
     with gathered(weight, bias):
+        tokens = _tokens_of_block(len(targets), weight.shape[0], dtype, hidden.device, TOP_BLOCK_BYTES)
+        buffer = hidden.new_empty(tokens, weight.shape[0], dtype=dtype)  # (n, V)
         head = _cast(weight, bias, dtype)
         for part in _parts(len(targets), tokens):
             logits = _multiply(hidden[part].to(dtype), *head, buffer)
@@ -131,8 +131,8 @@ def top_logps(
     return ids, log_probs
 
 
-def gathered(*parameters: Tensor | None):
-    """Context in which ZeRO-3 shards are whole: the head is read without calling its module.
+def gathered(*parameters: Tensor | None, writes: bool = False):
+    """Context in which ZeRO-3 shards are whole: the head is read without calling its module. What process 0 `writes` is kept.
 
     A head that is the embedding as well may be whole already, and is then left alone.
     """
@@ -141,7 +141,7 @@ def gathered(*parameters: Tensor | None):
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
     sharded = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
-    return GatheredParameters(sharded) if sharded else nullcontext()
+    return GatheredParameters(sharded, modifier_rank=0 if writes else None) if sharded else nullcontext()
 
 
 class _TokenScores(torch.autograd.Function):

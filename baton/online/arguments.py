@@ -2,14 +2,16 @@
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import SecretStr
+from pydantic import SecretStr, model_validator
 
 from baton.arguments import option
 from baton.errors import InputError
 from baton.prompts import source_inputs
+from baton.secrets import secret_among
 from baton.sources import check_model_path, check_reward_model, check_start, template_input
 from baton.training.adapters import LoraArguments, check_lora
 from baton.training.reports import check_reports
@@ -38,7 +40,7 @@ class OnlineArguments(LoraArguments):
     num_episodes: float = option(1.0, "passes over the prompts", gt=0)
     rollout_batch_size: int = option(128, "prompts of a step", ge=1)
     K: int = option(8, "samples of each prompt", ge=1)
-    temperature: float = option(1.0, "of the sampling; the training takes log-probabilities at the same", gt=0)
+    temperature: float = option(1.0, "of the sampling; PPO and its kin take log-probabilities at the same, DPO at 1", gt=0)
     top_p: float = option(1.0, "sample from the smallest set of tokens of this probability", gt=0, le=1)
     top_k: int = option(-1, "sample from so many tokens; -1: from all")
     min_p: float = option(0.0, "leave out tokens less likely than this share of the likeliest", ge=0, lt=1)
@@ -101,6 +103,12 @@ class OnlineArguments(LoraArguments):
                                  changes_result=False)  # fmt: skip
     seed: int = option(42, "seed of prompts, samples and mini-batches")
 
+    @model_validator(mode="after")
+    def _keep_what_is_merged(self) -> "OnlineArguments":
+        if self.export_dtype is None:  # an adapter is always merged here
+            self.export_dtype = "float32" if self.use_peft else "checkpoint"
+        return self
+
     # Long runs
     save_steps: int = option(20, "steps between checkpoints", ge=1, changes_result=False)
     eval_dataset: str | None = option(None, "held-out prompts, sampled and scored every `eval_steps`", changes_result=False)
@@ -114,9 +122,12 @@ def check_online(arguments: OnlineArguments) -> None:
     check_lora(arguments)
     if arguments.load_in_4bit:
         raise InputError("`load_in_4bit`: the servers would sample from other weights than the 4-bit ones: leave it out")
+    if arguments.lora_dropout:
+        raise InputError("`lora_dropout`: what is trained online is what samples, which has no dropout: leave it out")
     for model in {arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path}:
         check_start(model)
         check_model_path(model)
+    check_addresses(arguments)
     if bool(arguments.scorer) == bool(arguments.reward_url):
         raise InputError(
             "what scores the responses? Give --scorer KIND:TARGET, whose server is then started, or --reward_url of a service "
@@ -137,6 +148,26 @@ def check_online(arguments: OnlineArguments) -> None:
         raise InputError(f"`prompts_per_update`: {size} does not divide the {arguments.rollout_batch_size} prompts of a step")
 
 
+def check_addresses(arguments: OnlineArguments) -> None:
+    """Raise InputError for what is no address, or for a secret where logs, manifests and process lists would show it."""
+    from baton.servers.addresses import check_url
+
+    for name in ("vllm_url", "reward_url"):
+        for url in getattr(arguments, name):
+            check_url(url, f"`{name}`")
+    for scorer in scorers_of(arguments):
+        for url in scorer.target.split(",") if scorer.kind in ("http", "judge") else ():
+            check_url(url, "`scorer`")
+    if secret := secret_among(shlex.split(arguments.reward_args)):
+        raise InputError(
+            f"`reward_args`: {secret} would be shown in process lists and the manifest: $OPENAI_API_KEY is the key of the "
+            "services that scorers ask"
+        )
+
+
+SCORER_KINDS = ("bt", "vllm", "pair", "custom", "function", "http", "judge")  # those of annotate_data/scorers.py
+
+
 class Wanted(NamedTuple):
     """A scorer as requested."""
 
@@ -154,6 +185,8 @@ def scorers_of(arguments: OnlineArguments) -> list[Wanted]:
             raise InputError(
                 f"`scorer`: {word}: expected [NAME=]KIND:TARGET, such as bt:MODEL or brief=function:rules.py:brevity"
             )
+        if match[2] not in SCORER_KINDS:
+            raise InputError(f"`scorer`: {word}: no kind `{match[2]}`; there are {', '.join(SCORER_KINDS)}")
         found.append(Wanted(match[1] or match[2], match[2], match[3]))
     return found
 

@@ -10,7 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
 from baton import program
+from baton.errors import InputError
 from baton.online.learner import Learner
 
 log = logging.getLogger("baton")
@@ -30,7 +34,7 @@ def save(learner: Learner, folder: Path, step: int, state: dict[str, Any]) -> No
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if program.rank() == 0:
-        whole = {"step": step, "updates": learner.updates, **state}
+        whole = {"step": step, "updates": learner.updates, "spread": spread(accelerator), **state}
         (unfinished / STATE).write_text(json.dumps(whole), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         unfinished.replace(target)
@@ -41,12 +45,26 @@ def save(learner: Learner, folder: Path, step: int, state: dict[str, Any]) -> No
 
 
 def load(learner: Learner, folder: Path) -> dict[str, Any] | None:
-    """Load the newest checkpoint in `folder`, and return its state; None where there is none."""
+    """Load the newest checkpoint in `folder`, and return its state; None where there is none.
+
+    Raises InputError for one whose parts fit another layout of processes alone.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     if not found:
         return None
     state = json.loads((found[-1] / STATE).read_text(encoding="utf-8"))
+    there, here = state.get("spread"), spread(learner.accelerator)
+    if there not in (None, here):
+        raise InputError(f"{found[-1]}: written {there}, and this run is {here}: go on as it was, or --overwrite")
     learner.accelerator.load_state(str(found[-1]))
     learner.updates = state["updates"]
     log.info("going on from %s (step %d)", found[-1], state["step"])
     return state
+
+
+def spread(accelerator: Accelerator) -> str:
+    """How models and optimizer are spread over processes, as far as a checkpoint depends on it."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"under ZeRO-{plugin.zero_stage} in {accelerator.num_processes} processes"
+    return "under FSDP" if accelerator.distributed_type == DistributedType.FSDP else "without ZeRO and FSDP"

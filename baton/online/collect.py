@@ -63,8 +63,8 @@ class Collector:
         most = max(how.most_drawn, how.prompts)
         kept: list[Record] = []
         partial = PartialRecords(path, most)
-        known = dict(partial.records())
-        drawn, tokens = 0, 0
+        known = {place: record for place, record in partial.records() if not record.get("try_again")}
+        drawn = 0
         while len(kept) < how.prompts and drawn < most:
             wanted = range(drawn, min(drawn + how.prompts - len(kept), most))
             missing = [place for place in wanted if place not in known]
@@ -77,8 +77,13 @@ class Collector:
         partial.close()
         if not kept:
             raise FailuresListed(f"step {step}: of {drawn} prompts none can be trained on: {why_none(known.values())}")
+        refused = [record for record in known.values() if "no_rewards" in record]
+        if refused:
+            log.warning("step %d: left out, %d of %d prompts: %s", step, len(refused), drawn, why_none(refused))
         tokens = sum(len(ids) for record in known.values() for ids in record.get("response_token_ids", ()))
-        jsonl.write(path, ({**record, TAKEN: taken + drawn} for record in kept))
+        whole = path.with_suffix(".whole")  # what is written at first has not the name of the parts, which it would replace
+        jsonl.write(whole, ({**record, TAKEN: taken + drawn} for record in kept))
+        whole.replace(path)
         for part in part_files(path):
             part.unlink(missing_ok=True)
         seconds = time.monotonic() - begun
@@ -89,7 +94,8 @@ class Collector:
         self, records: Sequence[Record], places: Sequence[int], step: int, version: int
     ) -> Iterator[tuple[int, Record]]:
         """Yield (place, record) with samples and rewards, as they come; without `rewards` where the service refuses them."""
-        seeds = [seed_of(self.how.seed, step, record["id"]) for record in records]
+        # A prompt may come twice in a step, where there are fewer than it takes: its samples must not come twice.
+        seeds = [seed_of(self.how.seed, step, place, record["id"]) for place, record in zip(places, records, strict=True)]
         with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
             scored: list[tuple[int, Future[Record]]] = []
             ids = [record["prompt_token_ids"] for record in records]
@@ -105,7 +111,7 @@ class Collector:
     def _with_rewards(self, record: Record) -> Record:
         scored = self.rewards.score(record)
         if scored.rewards is None:
-            return {**record, "no_rewards": f"{scored.why} {scored.detail}".strip()}
+            return {**record, "no_rewards": f"{scored.why} {scored.detail}".strip(), "try_again": scored.again}
         return {**record, "rewards": scored.rewards} | ({"rewards_by": scored.by} if scored.by else {})
 
     def _teaches(self, record: Record) -> bool:

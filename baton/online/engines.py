@@ -5,8 +5,9 @@ it starts anew, and answers once it has them: no response ever comes from weight
 """
 
 import logging
+import secrets
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +71,21 @@ class Engines:
         return bool(dead)
 
     def sleep(self) -> None:
-        """Have the servers leave the GPUs that they share with the trainer to it."""
-        self.transfer.sleep()
+        """Have the servers leave the GPUs that they share with the trainer to it. Raises FailuresListed where one does not."""
+        self._despite_deaths(self.transfer.sleep)
 
     def wake(self) -> None:
-        """End `sleep`."""
-        self.transfer.wake()
+        """End `sleep`. Raises FailuresListed where a server goes on sleeping."""
+        self._despite_deaths(self.transfer.wake)
+
+    def _despite_deaths(self, tell: Callable[[], None]) -> None:
+        """Tell all servers something. Those of ours that have died start anew with the next weights."""
+        try:
+            tell()
+        except TransferFailed as failure:
+            dead = {server.url for server in self.servers if not own.is_alive(server)}
+            if set(failure.urls) - dead:
+                raise FailuresListed(f"{failure}; what is finished is kept: run the same command again") from None
 
 
 @contextmanager
@@ -106,7 +116,7 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         words = ["--scorer", *arguments.scorer, *shlex.split(arguments.reward_args)]
         words += ["--weights", *map(str, arguments.weights)] if arguments.weights else []
         of_reward = (arguments.reward_gpus or ",".join(gpus.visible()[-1:])).split(",")
-        wanted.append(own.reward_server(words, [gpu for gpu in of_reward if gpu]))
+        wanted.append(own.reward_server(words, [gpu for gpu in of_reward if gpu], secrets.token_urlsafe(32)))
     with ExitStack() as stack:
         running = stack.enter_context(own.running(wanted, folder)) if wanted else []
         policies = running[: len(running) - (not arguments.reward_url)]
@@ -118,7 +128,8 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         if rollouts.context < context:
             raise InputError(f"the servers take {rollouts.context} tokens, fewer than `max_prompt_length` + `max_new_tokens`")
         services = arguments.reward_url or [f"{running[-1].url}/get_reward"]
-        rewards = Rewards(services, _secret(arguments.reward_api_key), arguments.reward_timeout)
+        key_of_rewards = _secret(arguments.reward_api_key) if arguments.reward_url else running[-1].api_key
+        rewards = Rewards(services, key_of_rewards, arguments.reward_timeout)
         if arguments.reward_url:
             check_service(rewards, services)
         # NCCL connects no two processes on one GPU.
@@ -149,7 +160,7 @@ def server_gpus(arguments: OnlineArguments) -> list[list[str]]:
         if size > 1:
             raise InputError(f"`tensor_parallel_size`: {size}, but there is no GPU")
         return [[]] * count
-    if count * size > len(ids) and not (count == 1 and size <= len(ids)):
+    if count * size > len(ids):
         raise InputError(f"`num_servers`: {count} servers of {size} GPUs each, but `server_gpus` has {len(ids)}")
     return gpus.groups(ids, size)[:count]
 

@@ -5,8 +5,9 @@ With a staleness of 1 the rollouts of the next step are sampled, from the weight
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,11 +74,13 @@ class Loop:
             self.algorithm.load(state["algorithm"])
         done, taken = state["step"], state["taken"]
         self.lines = Lines(self.metrics_path, self.learner, self.total_steps, done)
-        metrics: dict[str, float] = {}
-        with ThreadPoolExecutor(1, "collector") as background:
+        metrics: dict[str, float] = state.get("metrics", {})
+        with self._background() as background:
             self.send(done)
             if done == 0:
                 self._evaluate(0)
+            else:
+                metrics = self._line_of_checkpoint(done, metrics)
             ahead = self._collect(background, done + 1, taken, done) if done < self.total_steps else None
             for step in range(done + 1, self.total_steps + 1):
                 begun = time.monotonic()
@@ -96,13 +99,12 @@ class Loop:
                 if self.staleness and more:
                     ahead.result() if ahead else None  # on disk before the weights that sample it change
                 if step % self.save_steps == 0 or not more:
-                    whole = {"taken": taken, "algorithm": self.algorithm.state()}
+                    whole = {"taken": taken, "algorithm": self.algorithm.state(), "metrics": metrics}
                     checkpoints.save(self.learner, self.folder, step, whole)
                 self.turn(to_servers=True)
-                evaluates = self.evaluate is not None and (step % self.eval_steps == 0 or not more)
-                if more or evaluates:
+                if more or self._evaluates(step):
                     metrics["sync_seconds"] = self.send(step)
-                metrics |= self._evaluate(step) if evaluates else {}
+                metrics |= self._evaluate(step) if self._evaluates(step) else {}
                 if not self.staleness and more:
                     ahead = self._collect(background, step + 1, taken, step)
                 metrics["seconds"] = time.monotonic() - begun
@@ -112,6 +114,17 @@ class Loop:
                     self.warn(step, metrics)
         self.lines.close()
         return metrics
+
+    @contextmanager
+    def _background(self) -> Iterator[ThreadPoolExecutor]:
+        """Context of the thread that collects. What ends the training, such as Ctrl-C, does not wait for rollouts."""
+        with ThreadPoolExecutor(1, "collector") as background:
+            try:
+                yield background
+            except BaseException:
+                if self.engines is not None:
+                    self.engines.rollouts.cancel()
+                raise
 
     def send(self, version: int) -> float:
         """Send the weights to all servers; returns the seconds that it took. A server that cannot take them starts anew once.
@@ -164,6 +177,17 @@ class Loop:
             self.learner.accelerator.wait_for_everyone()
             self.learner.move_optimizer(self.learner.accelerator.device)
 
+    def _line_of_checkpoint(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics of a checkpoint's step: those of its line, which is written now where a death came before it was."""
+        known = self.lines.of(step)
+        if known is None:
+            known = metrics | (self._evaluate(step) if self._evaluates(step) else {})
+            self.lines.add(step, known)
+        return known
+
+    def _evaluates(self, step: int) -> bool:
+        return self.evaluate is not None and (step % self.eval_steps == 0 or step == self.total_steps)
+
     def _evaluate(self, step: int) -> dict[str, float]:
         """Metrics of held-out prompts, logged too where no step's line has them."""
         if self.evaluate is None or self.engines is None:
@@ -179,7 +203,7 @@ class Lines:
 
     def __init__(self, path: Path, learner: Learner, total: int, done: int):
         first = program.rank() == 0
-        self.accelerator = learner.accelerator
+        self.accelerator, self.done = learner.accelerator, done
         self.state = TrainerState(is_world_process_zero=first, global_step=done)
         self.file = MetricsFile(path)
         self.file.on_train_begin(None, self.state, None)
@@ -192,8 +216,13 @@ class Lines:
         if self.progress is not None:
             shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
             log.info("step %d: %s", step, shown)
-            if step:
+            if step > self.done:
                 self.progress.update(1)
+
+    def of(self, step: int) -> dict[str, float] | None:
+        """The metrics in the line of a step, where process 0 has written it."""
+        line = self.file.lines.get((step, ""))
+        return line and {name: value for name, value in line.items() if name not in ("step", "epoch")}
 
     def close(self) -> None:
         self.accelerator.end_training()

@@ -38,6 +38,15 @@ class Models(nn.Module):
     def __init__(self, actor: nn.Module, critic: PreTrainedModel | None = None, temperature: float = 1.0):
         super().__init__()
         self.actor, self.critic, self.temperature = actor, critic, temperature
+        # What Accelerate reads of a model: its size, and the layers that FSDP wraps one by one.
+        self.config = plain(actor).config
+        self._no_split_modules = sorted({name for each in (plain(actor), critic) if each for name in layers_of(each)})
+
+    def tie_weights(self) -> None:
+        """Have the parts of each model that share weights share them again, as Accelerate asks for under FSDP."""
+        for model in (plain(self.actor), self.critic):
+            if model is not None:
+                model.tie_weights()
 
     def forward(self, row: Row, of_actor: bool = True) -> Scored:
         of_critic = None if self.critic is None else values(self.critic, row)
@@ -50,6 +59,12 @@ class Models(nn.Module):
 def plain(model: nn.Module) -> PreTrainedModel:
     """A model without PEFT's wrapper; its adapter's layers stay."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def layers_of(model: PreTrainedModel) -> set[str]:
+    """The names of the classes of a model's layers, of which each must stay whole."""
+    present = {type(module).__name__ for module in model.modules()}
+    return present & set(model._no_split_modules or ())
 
 
 def values(critic: PreTrainedModel, row: Row) -> Tensor:
@@ -78,7 +93,8 @@ def load_critic(model: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     )
     if any(name.startswith("score") for name in loaded["missing_keys"]):
         log.info("%s: no reward model, so the critic begins with a head of zeros", model)
-        nn.init.zeros_(critic.score.weight)  # a value of 0 everywhere: a random one would be taken for rewards
+        with gathered(critic.score.weight, writes=True):
+            nn.init.zeros_(critic.score.weight)  # a value of 0 everywhere: a random one would be taken for rewards
     return _for_rows(critic, model)
 
 
@@ -119,9 +135,10 @@ def merged(actor: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def same_tokens(actor: Any, other: Any) -> str | None:
-    """In what two tokenizers differ so that one's token ids mean something else to the other, or None."""
-    if len(actor) != len(other):
-        return f"{len(actor)} tokens and {len(other)}"
+    """In what two tokenizers differ so that the actor's token ids mean something else to the other, or None.
+
+    The other may have more tokens, such as one for padding that a reward model was given.
+    """
     ours, theirs = actor.get_vocab(), other.get_vocab()
     different = next((token for token, number in ours.items() if theirs.get(token) != number), None)
     return None if different is None else f"token {different!r} is {ours[different]} and {theirs.get(different)}"

@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import TrainingArguments, get_scheduler, set_seed
 from transformers.utils import is_torch_cuda_available
@@ -27,15 +28,21 @@ from baton.training.reference import load_as_policy
 
 log = logging.getLogger("baton")
 
+# Processes wait for each other: the others, while process 0 starts servers (`own.START_SECONDS`) or samples held-out prompts.
+# Where one dies, the launcher ends the others at once.
+WAIT_SECONDS = 4 * 3600
+
 
 def configuration(arguments: OnlineArguments, stage: Stage) -> TrainingArguments:
     """Transformers' configuration, by which models are loaded, spread and computed as in every training. Raises InputError."""
-    on_gpu = is_torch_cuda_available()
+    on_gpu, on_deepspeed = is_torch_cuda_available(), parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     try:
         config = TrainingArguments(
             output_dir=str(stage.partial_folder),
             bf16=arguments.bf16,
-            use_cpu=not on_gpu,
+            use_cpu=not on_gpu and not on_deepspeed,  # with it, Accelerate would take DDP instead
+            ddp_timeout=WAIT_SECONDS,
+            ddp_backend=None if on_gpu or program.world_size() == 1 else "gloo",
             activation_checkpointing=arguments.gradient_checkpointing,
             per_device_train_batch_size=1,
             seed=arguments.seed,
@@ -134,8 +141,9 @@ def reference_of(arguments: OnlineArguments, config: TrainingArguments) -> Any:
     """The frozen reference for packed rows, or None where it is the actor without its adapter."""
     if not reference_in_memory(arguments):
         return None
-    reference = load_as_policy(arguments.ref_model or arguments.model_name_or_path, config).eval().requires_grad_(False)
+    reference = load_as_policy(arguments.ref_model or arguments.model_name_or_path, config)
     inner = getattr(reference, "module", reference)  # in DeepSpeed's engine
+    inner.eval().requires_grad_(False)
     if reason := forward.obstacle(inner):
         raise InputError(f"`ref_model`: it cannot take packed rows: {reason}")
     inner.config._attn_implementation = NAME

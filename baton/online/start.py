@@ -33,6 +33,7 @@ class Start:
     def __init__(self, arguments: OnlineArguments, stage: Stage, metrics_path: Path, critic: str | None = None):
         self.arguments, self.stage, self.metrics_path = arguments, stage, metrics_path
         self.config = setup.configuration(arguments, stage)
+        setup.factor_of(arguments.lr_scheduler_type, arguments.warmup_steps, 1)  # refuses what it does not know
         self.accelerator = setup.accelerator_of(arguments, self.config, str(metrics_path.parent))
         self.tokenizer = tokenizer_of(arguments, critic)
         self.prompts, self.drops = self._tokenised(arguments.dataset_name_or_path, "prompts", arguments.max_samples)

@@ -97,9 +97,13 @@ def policy_servers(
     return wanted
 
 
-def reward_server(options: Sequence[str], gpus: Sequence[str] = ()) -> Wanted:
-    """A reward model's server, by the options of annotate_data/serve_rm.py but --host and --port."""
-    return Wanted("the reward model", (REWARD_PROGRAM, *options), tuple(gpus))
+def reward_server(options: Sequence[str], gpus: Sequence[str] = (), api_key: str | None = None) -> Wanted:
+    """A reward model's server, by the options of annotate_data/serve_rm.py but --host and --port.
+
+    Without an `api_key` it asks for the one in $REWARD_API_KEY, if there is one.
+    """
+    variables = {"REWARD_API_KEY": api_key} if api_key else {}
+    return Wanted("the reward model", (REWARD_PROGRAM, *options), tuple(gpus), variables, api_key)
 
 
 @contextmanager

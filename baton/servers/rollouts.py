@@ -52,6 +52,7 @@ class Rollouts:
         patience: float = 60.0,
     ):
         self.loop = asyncio.new_event_loop()
+        self.results: queue.SimpleQueue[tuple[int, Sampled] | BaseException] | None = None  # of the last call of `sample`
         self.thread = threading.Thread(target=self.loop.run_forever, name="rollouts", daemon=True)
         self.thread.start()
         self.limit = per_server * len(urls)
@@ -96,7 +97,13 @@ class Rollouts:
         bodies = [self._body(prompt, n, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         results: queue.SimpleQueue[tuple[int, Sampled] | BaseException] = queue.SimpleQueue()
         asking = asyncio.run_coroutine_threadsafe(self._ask_all(bodies, n, version, results), self.loop)
+        self.results = results
         return self._results(len(bodies), results, asking.cancel)
+
+    def cancel(self) -> None:
+        """End the call of `sample` that runs, if one does, from another thread: it raises FailuresListed."""
+        if self.results is not None:
+            self.results.put(FailuresListed("the sampling was cancelled"))
 
     def _results(self, count: int, results: queue.SimpleQueue, cancel) -> Iterator[tuple[int, Sampled]]:
         try:

@@ -119,7 +119,7 @@ def test_online_dpo_learns_from_pairs_and_a_server_that_dies_is_started_anew(tas
         "dpo_iteration/run_online_dpo.py", task, output, ["--scorer", REWARD], K=4, prompts_per_update=None,
         num_ppo_epochs=None, critic_learning_rate=None, total_steps=3, pairs_per_update=3,
     )  # fmt: skip
-    process = start(*words, output=tmp_path)
+    process = start(*words, output=tmp_path, env={**os.environ, "REWARD_API_KEY": "of another service"})
     servers = tmp_path / "policy.servers"
     wait_for((tmp_path / "policy.partial/checkpoint-1").exists, process, tmp_path)
     os.environ["BATON_SERVERS"], before = str(servers), os.environ.get("BATON_SERVERS")

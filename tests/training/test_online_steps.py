@@ -1,23 +1,45 @@
 """Steps of online training: packed rows give the gradients of padded batches, in any number of processes and rows."""
 
+import functools
 import json
 import math
 import random
-import subprocess
-import sys
-from pathlib import Path
+import threading
+import time
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from baton import jsonl
+from baton.errors import FailuresListed, InputError
+from baton.online import checkpoints
+from baton.online.collect import TAKEN, Collector, HowToSample, rollouts_of
+from baton.online.engines import Engines
+from baton.online.loop import Loop
+from baton.online.models import same_tokens
+from baton.online.prompts import Prompts
 from baton.online.samples import Samples, own_rows, packed
+from baton.pairs import PairSettings
 from baton.parallel import DataParallel
+from baton.servers import own
+from baton.servers.rewards import Scored
+from baton.servers.rollouts import Rollouts, Sampled
+from baton.servers.weights import Transfer
+from dpo_iteration.online import OnlineDPO
 from ppo import losses
+from ppo.openrlhf import own_names
+from ppo.run_ppo import Arguments, check
 from tests.models.tiny_models import FAMILIES, VOCABULARY, one_thread
+from tests.programs import read_jsonl
 from tests.training import online_processes
 from tests.training.online_processes import algorithm_of, learner_of, settings
+from tests.training.test_resume_layouts import launch, zero
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -125,17 +147,33 @@ def test_an_update_has_the_gradients_of_padded_batches_and_autograd(folder, reco
         torch.testing.assert_close(before[name] - weight, own[name].grad, rtol=1e-3, atol=2e-6, msg=name)
 
 
-def test_two_processes_take_the_same_steps_as_one(folder):
-    program = Path(online_processes.__file__)
-    for processes in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        done = subprocess.run([sys.executable, *launch, str(program), str(folder)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (torch.load(folder / f"steps-{processes}.pt") for processes in (1, 2))
+LAYOUTS = {"one process": {}, "MULTI_CPU": {}, "ZeRO-2": zero(2), "ZeRO-3": zero(3)}
+
+
+@pytest.fixture(scope="module")
+def steps_of(folder):
+    """A function that gives what online_processes.py writes in a layout."""
+
+    @functools.cache
+    def run(layout):
+        (folder / layout).mkdir()
+        count = 1 if layout == "one process" else 2
+        codes, errors = launch(count, folder / layout, online_processes.__file__, folder, layout, **LAYOUTS[layout])
+        assert set(codes) == {0}, errors[-3000:]
+        return torch.load(folder / f"{layout}.pt")
+
+    return run
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_two_processes_take_the_same_steps_as_one(steps_of, layout):
+    one, two = steps_of("one process"), steps_of(layout)
+    assert two[3] == ("DEEPSPEED" if layout.startswith("ZeRO") else layout)
     for first, second in zip(one[0], two[0], strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
             assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert one[1].keys() == two[1].keys()
     for name, weight in one[1].items():
         torch.testing.assert_close(two[1][name], weight, rtol=1e-4, atol=1e-5, msg=name)
     assert two[2]["kl"]["coefficient"] == pytest.approx(one[2]["kl"]["coefficient"], rel=1e-5)
@@ -188,6 +226,180 @@ def test_methods_without_a_critic_raise_the_probability_of_what_was_rewarded(fol
         metrics = algorithm.step(records, Samples.of(records), step)
         assert all(map(math.isfinite, metrics.values())), metrics
     assert weighted() > before
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_online_dpo_begins_at_the_reference_whatever_the_temperature_of_the_sampling(folder, records, temperature):
+    learner = learner_of(folder, critic=False)
+    learner.models.temperature = temperature
+    reference = algorithm_of(folder, learner, "model").reference
+    how = SimpleNamespace(beta=0.1, loss_type="sigmoid", nll_coef=0.0, pairs_per_update=None, seed=1)
+    different = [{**record, "responses": list("abc")} for record in records]
+    metrics = OnlineDPO(how, PairSettings(), learner, reference).step(different, Samples.of(different), 1)
+    assert metrics["pairs"] == PROMPTS
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5) and metrics["kl_on_pairs"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_death_between_a_checkpoint_and_its_line_loses_neither_the_line_nor_the_evaluation(folder, tmp_path):
+    learner, path, evaluated = learner_of(folder, critic=False), tmp_path / "metrics.jsonl", []
+
+    def evaluate(step):
+        evaluated.append(step)
+        return {"reward": 0.5}
+
+    def run():
+        loop = Loop(
+            learner=learner, algorithm=SimpleNamespace(load=lambda state: None), folder=tmp_path, metrics_path=path,
+            engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights))), collector=None, total_steps=4,
+            save_steps=2, eval_steps=2, staleness=0, shares_gpus=False, evaluate=evaluate, warn=None,
+        )  # fmt: skip
+        return loop.run()
+
+    checkpoints.save(learner, tmp_path, 4, {"taken": 8, "algorithm": {}, "metrics": {"loss": 2.0}})
+    assert run() == run() == {"loss": 2.0, "eval/reward": 0.5}
+    assert evaluated == [4] and [line["step"] for line in read_jsonl(path)] == [4]
+
+
+def arguments_of(folder, **changes):
+    known = {"dataset_name_or_path": "prompts.jsonl", "output_dir": "policy", "scorer": ["function:rules.py:brevity"]}
+    return Arguments(**{"model_name_or_path": str(folder / "model"), **known, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kl_target": 6.0, "kl_coef": 0.0}, "`kl_target` with `kl_coef: 0`"),
+        ({"min_new_tokens": 4, "correction_clip": 2.0}, "at least 4 tokens"),
+        ({"scorer": [], "reward_url": ["http://me:hush@127.0.0.1:1/get_reward"]}, "`reward_url`: an address with a user"),
+        ({"scorer": [], "reward_url": ["127.0.0.1:5000"]}, "begins with http://"),
+        ({"scorer": ["http:http://127.0.0.1:1/?api_key=hush"]}, "`scorer`: `api_key` in an address"),
+        ({"reward_args": "--scorer_api_key hush"}, "`reward_args`: --scorer_api_key would be shown"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_show_a_secret_are_refused(folder, changes, message):
+    with pytest.raises(InputError) as refusal:
+        check(arguments_of(folder, **changes))
+    assert message in str(refusal.value) and "hush" not in str(refusal.value)
+
+
+def test_openrlhfs_batch_of_samples_needs_the_samples_of_a_prompt():
+    assert own_names({"train_batch_size": "128", "n_samples_per_prompt": 4}) == {"K": 4, "prompts_per_update": 32}
+    with pytest.raises(InputError, match="`train_batch_size` counts samples"):
+        own_names({"train_batch_size": 128})  # K may stand in the other source, and has another default here
+
+
+def test_a_merged_adapter_keeps_what_it_learnt(folder):
+    assert arguments_of(folder, use_peft=True).export_dtype == "float32"
+    assert arguments_of(folder).export_dtype == arguments_of(folder, use_peft=True, export_dtype="checkpoint").export_dtype
+
+
+def test_a_reward_model_may_have_more_tokens_than_the_policy_but_no_others():
+    policy, padded, other = (
+        SimpleNamespace(get_vocab=dict(vocabulary).copy)
+        for vocabulary in ({"a": 0, "b": 1}, {"a": 0, "b": 1, "<pad>": 2}, {"a": 1, "b": 0})
+    )
+    assert same_tokens(policy, padded) is None
+    assert same_tokens(padded, policy) == "token '<pad>' is 2 and None" and "'a' is 0 and 1" in same_tokens(policy, other)
+
+
+def test_a_checkpoint_of_zero_says_with_what_it_goes_on(folder, tmp_path):
+    learner = learner_of(folder, critic=False)
+    checkpoints.save(learner, tmp_path, 3, {"taken": 4})
+    assert checkpoints.load(learner, tmp_path)["taken"] == 4
+    file = tmp_path / "checkpoint-3" / checkpoints.STATE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"spread": "under ZeRO-2 in 2 processes"}))
+    with pytest.raises(InputError, match="written under ZeRO-2 in 2 processes, and this run is without ZeRO and FSDP"):
+        checkpoints.load(learner, tmp_path)
+
+
+class Mute(BaseHTTPRequestHandler):
+    """A server that names a model and never answers a request for responses."""
+
+    def do_GET(self):
+        body = json.dumps({"data": [{"id": "model", "max_model_len": 99}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.server.asked.set()
+        time.sleep(30)
+
+
+def test_what_ends_a_training_does_not_wait_for_rollouts(folder, tmp_path):
+    class Interrupted:
+        """Ctrl-C while a step trains, when the servers have been asked for the next one."""
+
+        def step(self, records, samples, step):
+            server.asked.wait(10)
+            raise KeyboardInterrupt
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Mute) as server:
+        server.asked, server.daemon_threads, server.block_on_close = threading.Event(), True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Rollouts([f"http://127.0.0.1:{server.server_port}"], None) as rollouts:
+            prompts = Prompts([{"record": '{"id": "1", "prompt": "Hello"}', "prompt_token_ids": [1]}], 0)
+            jsonl.write(tmp_path / "rollouts/step000001.jsonl", [{**rollout(random.Random(0), 0), TAKEN: 1}])
+            how = HowToSample(1, 1, {"max_tokens": 8}, seed=0)
+            loop = Loop(
+                learner=learner_of(folder, critic=False), algorithm=Interrupted(), folder=tmp_path,
+                metrics_path=tmp_path / "metrics.jsonl", total_steps=2, save_steps=1, eval_steps=1, staleness=1,
+                engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights)), rollouts=rollouts),
+                collector=Collector(tmp_path / "rollouts", prompts, rollouts, None, how), shares_gpus=False, evaluate=None,
+                warn=None,
+            )  # fmt: skip
+            rollouts.servers.is_usable = None  # it knows no versions of weights
+            begun = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                loop.run()
+            assert server.asked.is_set() and time.monotonic() - begun < 8
+        server.shutdown()
+
+
+class Asked:
+    """In the place of servers, notes the seeds and gives one response each; in that of a service, gives `scored`."""
+
+    def __init__(self, scored):
+        self.seeds, self.scored = [], scored
+
+    def sample(self, prompts, n, sampling, seeds, version):
+        self.seeds += seeds
+        return ((place, Sampled([[1]], ["stop"], [[0.0]], ["text"])) for place in range(len(prompts)))
+
+    def score(self, record):
+        return self.scored
+
+
+def test_a_prompt_that_comes_twice_in_a_step_is_sampled_with_two_seeds_and_asked_again_where_that_may_help(tmp_path):
+    dataset = [{"record": '{"id": "only one", "prompt": "Hello"}', "prompt_token_ids": [1]}]
+    for _ in range(2):
+        asked = Asked(Scored(None, {}, "no answer", again=True))
+        collector = Collector(tmp_path, Prompts(dataset, 0), asked, asked, HowToSample(2, 1, {}, seed=0))
+        with pytest.raises(FailuresListed, match="none can be trained on: no answer"):
+            collector.collect(1, 0, 0)
+        assert len(set(asked.seeds)) == 2
+
+
+def test_a_death_while_rollouts_are_written_costs_none_of_them(tmp_path, monkeypatch):
+    dataset = [{"record": f'{{"id": "{number}", "prompt": "Hello"}}', "prompt_token_ids": [1]} for number in range(2)]
+    first, second = Asked(Scored([1.0], {})), Asked(Scored([1.0], {}))
+    collectors = [Collector(tmp_path, Prompts(dataset, 0), of, of, HowToSample(2, 1, {}, seed=0)) for of in (first, second)]
+    with monkeypatch.context() as death, pytest.raises(KeyboardInterrupt):
+        death.setattr(jsonl, "dump", Mock(side_effect=KeyboardInterrupt))
+        collectors[0].collect(1, 0, 0)
+    collectors[1].collect(1, 0, 0)
+    assert len(first.seeds) == 2 and not second.seeds
+    assert len(rollouts_of(tmp_path, 1)) == 2 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_server_of_our_own_that_died_stops_no_change_of_turns_but_one_that_lives_and_fails_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("BATON_SERVERS", str(tmp_path))
+    server = own.OwnServer(own.Wanted("a model", ()), port=9, starter=None)  # nothing listens there
+    with closing(Transfer([server.url], None)) as transfer:
+        Engines(None, None, transfer, [server], None).wake()
+        with pytest.raises(FailuresListed, match="/sleep"):
+            Engines(None, None, transfer, [], None).sleep()
 
 
 def learner_size():
