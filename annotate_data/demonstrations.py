@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 from annotate_data.filters import only
 from baton.drops import Drops
-from baton.errors import InputError
 from baton.jsonl import Record
 from baton.pairs import PER_RESPONSE_KEYS
-from baton.records import Messages, how_sampled
+from baton.records import Messages, how_sampled, with_prefix
 
 LOW = "best reward below min_reward"
 
@@ -43,13 +42,9 @@ def conditional(records: Iterator[tuple[str, Record]], edges: list[float]) -> It
     a response of the highest rewards.
     """
     for where, record in records:
-        turn = next((i for i in reversed(range(len(record["prompt"]))) if record["prompt"][i]["role"] == "user"), None)
-        if turn is None:
-            raise InputError(f"{where}: the prompt has no user turn to write the reward level into")
         for index, reward in enumerate(record["rewards"]):
             level = 1 + bisect.bisect_right(edges, reward)
-            prompt = [dict(message) for message in record["prompt"]]
-            prompt[turn]["content"] = f"<reward_{level}> {prompt[turn]['content']}"
+            prompt = with_prefix(record["prompt"], f"<reward_{level}> ", where)
             yield {**demonstration(record, index, prompt), "reward_level": level}
 
 

@@ -17,7 +17,7 @@ from baton.errors import InputError
 from baton.jsonl import Record
 from baton.mixing import Selection, select_rows
 from baton.partial import shard_range
-from baton.records import Messages, prompt_as_written, prompt_hash, prompt_id, prompt_of
+from baton.records import Messages, prompt_as_written, prompt_hash, prompt_id, prompt_of, with_prefix
 
 log = logging.getLogger("baton")
 
@@ -52,6 +52,8 @@ class PromptSet:
     each shard. Several sources are named with commas between; `selection` says which of their prompts to take.
     A `system_prompt` is put before every conversation that has none. A conversation that ends with the assistant is a prompt
     without these last turns; `answered` is how many there were among all prompts of the sources.
+    With a `prefix` the policy reads it before the last user turn: it is in the messages, and the record, whose prompt and id
+    are those without it, names it as `prompt_prefix`.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class PromptSet:
         split: str = "train",
         selection: Selection | None = None,
         system_prompt: str | None = None,
+        prefix: str | None = None,
     ):
+        self.prefix = prefix
         self.sources, self.key, self.split, self.system_prompt = split_sources(source), key, split, system_prompt
         hashes, lengths, self.answered = array("Q"), [], 0
         for name in self.sources:
@@ -93,7 +97,9 @@ class PromptSet:
         for position, (where, record) in zip(span, records, strict=True):
             messages, _ = self._messages(record, where)
             numbered_record = {**record, "id": self.id(position), "prompt": messages}
-            yield position, where, numbered_record, messages
+            if self.prefix:
+                numbered_record["prompt_prefix"] = self.prefix
+            yield position, where, numbered_record, with_prefix(messages, self.prefix, where)
 
     def _messages(self, record: Record, where: str) -> tuple[Messages, bool]:
         """The messages of a prompt, and whether it was answered already."""

@@ -109,6 +109,17 @@ def _prompt_of_sides(record: Record, where: str) -> Messages | None:
     return shared_beginning(*sides)
 
 
+def with_prefix(messages: Messages, prefix: str | None, where: str) -> Messages:
+    """A prompt with `prefix` before its last user turn; as it is without one. Raises InputError where no turn is the user's."""
+    if not prefix:
+        return messages
+    turn = next((number for number in reversed(range(len(messages))) if messages[number]["role"] == "user"), None)
+    if turn is None:
+        raise InputError(f"{where}: the prompt has no user turn to write {prefix!r} into")
+    prefixed = {**messages[turn], "content": prefix + messages[turn]["content"]}
+    return [*messages[:turn], prefixed, *messages[turn + 1 :]]
+
+
 def prompt_hash(messages: Messages) -> int:
     """A 64-bit hash of a conversation's roles and contents, the same in every run and on every machine."""
     return xxhash.xxh3_64_intdigest(dump([[m["role"], m["content"]] for m in messages]))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.errors import InputError
+from baton.records import with_prefix
 from baton.sampling import words
 from baton.servers.answers import choices, sampled_logps
 from baton.servers.pool import Servers
@@ -38,7 +39,8 @@ async def ask(service: Service, task: Task, arguments: GenerationArguments) -> l
     if task.token_ids:
         path, prompt = "completions", {"prompt": task.token_ids}
     else:
-        path, prompt = "chat/completions", {"messages": task.record["prompt"]}
+        messages = with_prefix(task.record["prompt"], task.record.get("prompt_prefix"), task.where)
+        path, prompt = "chat/completions", {"messages": messages}
     answer = await service.servers.post(path, {**prompt, **_sampling(service, task, arguments)})
     return [_completion(choice, arguments.response_logps) for choice in choices(answer, arguments.K)]
 

@@ -45,6 +45,11 @@ class GenerationArguments(SamplingArguments):
     )
     dataset_key: str | None = option(None, "the key of the prompt; `prompt` or `context_messages` if not given")
     dataset_split: str = option("train", "the split of a hub dataset")
+    prompt_prefix: str | None = option(
+        None,
+        "text that the policy reads before the last user turn, such as '<reward_5> ' after conditional SFT; the record keeps "
+        "the prompt without it",
+    )
     dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
     max_samples: int | None = option(None, "take at most N prompts", ge=1)
     rollout_batch_size: int | None = option(None, "prompts per round, of a seeded shuffle; all if not given", ge=1)
@@ -126,4 +131,5 @@ def read_prompts(arguments: GenerationArguments) -> PromptSet:
         arguments.dataset_split,
         selection(arguments),
         arguments.system_prompt,
+        arguments.prompt_prefix,
     )

@@ -138,10 +138,13 @@ step() {
 
 # Samples K responses a prompt on all GPUs, in shards or through servers: generate STAGE POLICY PROMPTS K PREFIX [ARGUMENT ...]
 generate() {
+  local asks=()
+  # A policy that has learnt what each response was worth is asked for the best; post_process.py writes five levels.
+  [[ $TRAINER != conditional_sft || $2 == "$INITIAL_POLICY" ]] || asks=(--prompt_prefix "<reward_5> ")
   step "$1" inference --group sampling "generation/run_$GENERATE_WITH.py" --model_name_or_path "$2" \
     --dataset_name_or_path "$3" --K "$4" --output_dir "$5" --temperature "$TEMPERATURE" --top_p "$TOP_P" \
     --max_new_tokens "$MAX_NEW_TOKENS" --max_model_len "$MAX_MODEL_LEN" ${DATASET_KEY:+--dataset_key "$DATASET_KEY"} \
-    ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} "${template_args[@]}" "${GENERATE_ARGS[@]}" "${@:6}"
+    ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} "${template_args[@]}" "${asks[@]}" "${GENERATE_ARGS[@]}" "${@:6}"
 }
 
 # Scores responses on all GPUs, or on the CPU: score STAGE PROGRAM [ARGUMENT ...]

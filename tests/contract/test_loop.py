@@ -206,6 +206,8 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
     line = lines["round2-train"]
     assert program in line and f"--dataset_name_or_path {folder}/run/round2/{data}" in line
     assert f"--model_name_or_path {folder}/run/round1/policy" in line and line.endswith("--learning_rate 1e-6")
+    asks = [name for name, words in lines.items() if "--prompt_prefix '<reward_5> '" in words]
+    assert asks == (["round2-generate"] if trainer == "conditional_sft" else [])
     if trainer != "kto":
         processor = "rs" if trainer == "raft" else "ca"
         assert f"--post_processor {processor}" in lines["round2-demonstrations"]

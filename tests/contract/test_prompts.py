@@ -252,3 +252,19 @@ def test_a_missing_file_whose_twin_has_another_ending_is_named_with_it(tmp_path)
     write_lines(tmp_path / "gen_data.json", RECORDS)  # as Online-RLHF's README merges to .json and annotates .jsonl
     with pytest.raises(InputError, match=r"gen_data\.jsonl: no such file or directory; did you mean \S+gen_data\.json\?"):
         list(read_records(str(tmp_path / "gen_data.jsonl")))
+
+
+def test_a_prefix_is_read_before_the_last_user_turn_and_the_record_stays_as_it_is(tmp_path):
+    turns = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "A film, please."},
+    ]
+    path = write_lines(tmp_path / "prompts.jsonl", [{"prompt": turns}])
+    ((_, _, plain, _),) = PromptSet(str(path)).shard(0, 1)
+    ((_, _, record, messages),) = PromptSet(str(path), prefix="<reward_5> ").shard(0, 1)
+    assert record == {**plain, "prompt_prefix": "<reward_5> "}
+    assert messages == [*turns[:2], {"role": "user", "content": "<reward_5> A film, please."}]
+    alone = write_lines(tmp_path / "alone.jsonl", [{"prompt": [{"role": "system", "content": "x"}]}])
+    with pytest.raises(InputError, match="no user turn"):
+        list(PromptSet(str(alone), prefix="<reward_5> ").shard(0, 1))
