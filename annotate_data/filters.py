@@ -120,6 +120,8 @@ def normalised(rewards: Sequence[float], mean: float, deviation: float) -> list[
 
 def moments(rewards: Sequence[float]) -> tuple[float, float]:
     """The mean and the standard deviation; the latter is 1 where all are equal, so that it can be divided by."""
+    if len(rewards) and min(rewards) == max(rewards):
+        return rewards[0], 1.0  # the mean of equal numbers is not always that number
     mean = math.fsum(rewards) / max(1, len(rewards))
     variance = math.fsum((reward - mean) ** 2 for reward in rewards) / max(1, len(rewards))
     return mean, math.sqrt(variance) or 1.0

@@ -3,6 +3,8 @@
 import logging
 from collections import Counter
 
+from baton.program import harmless
+
 log = logging.getLogger("baton")
 
 NAMED_DROPS = 20  # how many drops of each reason are named in the log; the manifest names NAMED_DROPS_KEPT
@@ -27,7 +29,7 @@ class Drops:
         if self.quiet:
             return
         if self.counts[reason] <= NAMED_DROPS:
-            log.warning("dropped %s: %s", name, reason)
+            log.warning("dropped %s: %s", harmless(str(name)), reason)
         elif self.counts[reason] == NAMED_DROPS + 1:
             log.warning("more dropped: %s; the manifest names up to %d of them", reason, NAMED_DROPS_KEPT)
 

@@ -96,7 +96,7 @@ def check_both_kinds(desirable: int, undesirable: int, source: object, drops: Dr
 
 def checked_records(record: Record, where: str) -> list[Record]:
     """A record of any kind with its prompt as messages and its responses as texts; of ReaL's answers, each pair."""
-    if any(name in record for name in ANSWER_KEYS):
+    if record.keys().isdisjoint(("responses", "chosen")) and any(name in record for name in ANSWER_KEYS):
         return preferences_in(record, where)
     return [_checked(record, where)]
 

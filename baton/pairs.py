@@ -21,7 +21,7 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.prompts import with_ids
-from baton.records import check_finite, check_token_ids, how_sampled, prompt_of, rewards_of
+from baton.records import check_finite, check_token_ids, how_sampled, prompt_hash, prompt_of, rewards_of
 
 ChooseType = Literal["random", "max_random", "max_min", "max_max", "max_min_p", "west_of_n", "sweet_spot"]
 
@@ -198,7 +198,10 @@ def pairs_of(
     """
     for where, record in with_ids(iter(records)):
         rewards_of(record, where)
-        whole = joined({**record, "prompt": prompt_of(record, where)}, (extra or {}).get(record["id"]))
+        prompt, more = prompt_of(record, where), (extra or {}).get(record["id"])
+        if more and more.get("prompt_hash", prompt_hash(prompt)) != prompt_hash(prompt):
+            raise InputError(f"{where}: `extra_responses` has another prompt under this `id`; remove `id` from both files")
+        whole = joined({**record, "prompt": prompt}, more)
         if len(whole["responses"]) < 2:
             raise InputError(f"{where}: a pair needs at least 2 `responses`, got 1; generate with --K 2 or more")
         yield from _pairs_of_record(whole, settings, drops)

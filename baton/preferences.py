@@ -57,7 +57,7 @@ def preferences_in(
     """
     if "responses" in record or has_completions(record):
         return _of_rewards(record, where, max_pairs_per_prompt or 1, score, drops)
-    if not record.keys().isdisjoint(ANSWER_KEYS):
+    if "chosen" not in record and not record.keys().isdisjoint(ANSWER_KEYS):
         return _of_answers(record, where, max_pairs_per_prompt)
     return [record | preference_of(record, where)]
 
@@ -80,6 +80,10 @@ def preference_of(record: Record, where: str) -> Record:
         prompt = shared_beginning(chosen, rejected)
         if not prompt or len(chosen) != len(rejected) or len(prompt) != len(chosen) - 1:
             raise InputError(f"{where}: `chosen` and `rejected` must be the same conversation up to their last message")
+        if prompt[0]["role"] == "assistant":
+            if record.get("prompt") is None:
+                raise InputError(f"{where}: `chosen` begins with the assistant, and there is no `prompt` before it")
+            prompt = [*prompt_of(record, where), *prompt]
     return {"prompt": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
 
 

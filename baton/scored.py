@@ -48,9 +48,13 @@ def with_rows_merged(records: Iterable[tuple[str, Record]], score: str | None = 
             yield from group
 
 
+# What a stage or a data set has made of a record already: then the columns of scored responses only pass through.
+MADE = frozenset({"responses", "chosen", "rejected", "label"})
+
+
 def is_scored_row(record: Record, score: str | None = None) -> bool:
     """Whether a record is one response of a prompt with its score."""
-    if not isinstance(record.get("response"), str) or "prompt" not in record or "label" in record:
+    if not isinstance(record.get("response"), str) or "prompt" not in record or record.keys() & MADE:
         return False
     return score_key(record, score) is not None
 
@@ -63,7 +67,9 @@ def score_key(scored: Record, score: str | None = None) -> str | None:
 def has_completions(record: Record) -> bool:
     """Whether a record holds completions, as UltraFeedback does."""
     completions = record.get("completions")
-    return isinstance(completions, list) and all(isinstance(each, dict) and "response" in each for each in completions)
+    if record.keys() & MADE or not isinstance(completions, list):
+        return False
+    return all(isinstance(each, dict) and "response" in each for each in completions)
 
 
 def annotated_of(record: Record, where: str, score: str | None = None) -> Record:

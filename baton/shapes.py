@@ -40,7 +40,7 @@ def shape_of(record: Record, score: str | None = None) -> Shape | None:
         return Shape("responses with rewards (`responses`, `rewards`)", "preferences")
     if has_completions(record):
         return Shape("UltraFeedback (`completions` with scores)", "preferences")
-    if keys & set(ANSWER_KEYS):
+    if "chosen" not in keys and keys & set(ANSWER_KEYS):
         return Shape("ReaL's answers (`pos_answers`, `neg_answers`)", "preferences")
     if keys & {"chosen", "rejected"}:
         return Shape(_pairs_in_words(record), "preferences")

@@ -70,9 +70,13 @@ class Stage:
         settings = dict(settings or {})
         task = task_of(name, arguments, trainer_settings(settings) if config_class else settings)
         refuse_own_input(output, inputs)
+        defaults = type(arguments).model_construct().model_dump(mode="json")
+
+        def is_other(manifest: dict[str, Any]) -> list[str]:
+            return differences(manifest, task, inputs, config_class, defaults)
 
         def plan() -> str:
-            return plan_for(output, arguments.overwrite, lambda manifest: differences(manifest, task, inputs, config_class))
+            return plan_for(output, arguments.overwrite, is_other)
 
         stage = cls(output, task, Lock(output.with_name(output.name + ".partial.lock")))
         if arguments.check:

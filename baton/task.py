@@ -125,9 +125,11 @@ def differences(
     task: dict[str, Any],
     inputs: dict[str, str | Path],
     config_class: Callable[[], type] | None = None,
+    argument_defaults: dict[str, Any] | None = None,
 ) -> list[str]:
     """In what a manifest describes another task than `task` on `inputs`; empty where it is the same.
 
+    `argument_defaults` stand for arguments that one side leaves out: those that there were not when the manifest was written.
     `config_class` gives the trainer's configuration, whose defaults stand for settings that one side leaves out; it is called
     only where that is so.
     """
@@ -135,7 +137,7 @@ def differences(
         return ["it was made by another version of Baton, whose tasks cannot be compared with this one's"]
     if manifest["stage"] != task["stage"]:
         return [f"stage ({manifest['stage']}, now {task['stage']})"]
-    found = _changed(manifest["arguments"], task["arguments"], {})
+    found = _changed(manifest["arguments"], task["arguments"], argument_defaults or {})
     old, new = manifest.get("settings", {}), task["settings"]
     defaults = _defaults(config_class()) if config_class and old.keys() != new.keys() else {}
     found += _changed(old, new, defaults)

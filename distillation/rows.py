@@ -19,6 +19,7 @@ from baton.models.templates import (
     sampled_or_tokenised,
     template_hash,
 )
+from baton.program import harmless
 from baton.records import Messages, check_token_ids, how_sampled, prompt_of, responses_of
 
 PLAIN = "plain texts, learnt whole"
@@ -83,7 +84,7 @@ def rows_of_examples(
         else:
             counted[source] += 1
             if source not in (FOREIGN, PLAIN) and example.template not in (None, template):
-                counted[f"{OTHER_TEMPLATE} {example.template}"] += 1
+                counted[f"{OTHER_TEMPLATE} {harmless(str(example.template))}"] += 1
             yield {"input_ids": input_ids, "labels": labels}
 
 

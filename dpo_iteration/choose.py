@@ -14,7 +14,7 @@ from baton.jsonl import Record
 from baton.pairs import PER_RESPONSE_KEYS, PairSettings, candidates, checked_pair, far_apart, pairs_of, why_left_out
 from baton.preferences import ANSWER_KEYS, preference_records, preferences_in
 from baton.prompts import read_records, with_ids
-from baton.records import named, rewards_of
+from baton.records import named, prompt_hash, prompt_of, rewards_of
 from baton.scored import ALONE, annotated_of, has_completions, with_rows_merged
 from dpo_iteration.account import IN, Account
 
@@ -69,8 +69,9 @@ def extra_responses(source: str | None, split: str) -> dict[str, Record] | None:
     for where, record in with_ids(read_records(source, split)):
         rewards_of(record, where)
         if record["id"] in kept:
-            raise InputError(f"{where}: the id {record['id']} has come before; leave one of the records out")
-        kept[record["id"]] = {name: record[name] for name in PER_RESPONSE_KEYS if record.get(name)}
+            raise InputError(f"{where}: the id {record['id']!r} has come before; leave one of the records out")
+        known = {name: record[name] for name in PER_RESPONSE_KEYS if record.get(name)}
+        kept[record["id"]] = {**known, "prompt_hash": prompt_hash(prompt_of(record, where))}
     return kept
 
 

@@ -131,12 +131,13 @@ def pairs_said(outputs: Any, inputs: dict[str, Tensor], margin: Tensor | None, l
     )  # fmt: skip
 
 
-def check_own_losses(config: Any, numbers: LossNumbers) -> None:
+def check_own_losses(config: Any, numbers: LossNumbers, margin_scale: float = 0.0) -> None:
     """Raise InputError, before a model loads, for settings of a DPOConfig that one of the losses here does not go with."""
     own = [name for name in config.loss_type if name in OWN_LOSSES]
-    if not own and not numbers.length_alpha:
+    offset = "`length_alpha`" if numbers.length_alpha else "`margin_scale`" if margin_scale else ""
+    if not own and not offset:
         return
-    named = f"loss_type {', '.join(own)}" if own else "`length_alpha`"
+    named = f"loss_type {', '.join(own)}" if own else offset
     if own and config.f_divergence_type != "reverse_kl":
         raise InputError(f"{named} needs f_divergence_type reverse_kl, not {config.f_divergence_type}")
     if config.sync_ref_model:

@@ -90,7 +90,7 @@ class Rows:
             row[f"{side}_ids"] = ids[: self.max_length - len(prompt_ids)]
         template = record.get("chat_template_hash")
         if template and template != self.template and FOREIGN not in sources:
-            self.counted[f"{OTHER_TEMPLATE} {template}"] += 1
+            self.counted[f"{OTHER_TEMPLATE} {harmless(str(template))}"] += 1
         return row
 
     def _response_ids(self, record: Record, side: str, where: str) -> tuple[list[int], str]:

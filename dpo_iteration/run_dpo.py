@@ -209,7 +209,7 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     check_training(arguments, config, sharding_of(config))
     for name in ("margin_scale", "length_alpha"):
         check_offset(config, name, getattr(arguments, name))
-    check_own_losses(config, loss_numbers(arguments))
+    check_own_losses(config, loss_numbers(arguments), arguments.margin_scale)
     return config
 
 

@@ -102,7 +102,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         self._token_counts = None
         check_offset(args, "margin_scale", margin_scale)
         check_offset(args, "length_alpha", numbers.length_alpha)
-        check_own_losses(args, numbers)
+        check_own_losses(args, numbers, margin_scale)
         self._reads_margin = bool(margin_scale) or not OF_MARGINS.isdisjoint(args.loss_type)
         self._has_terms = bool(margin_scale or numbers.length_alpha) or not set(OWN_LOSSES).isdisjoint(args.loss_type)
         self._reference_free = is_reference_free(args.loss_type)

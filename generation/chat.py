@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
@@ -110,8 +111,10 @@ def open_model(name: str | None, arguments: Arguments) -> Model:
 
 
 def served(url: str, name: str | None, arguments: Arguments) -> ServedModel:
-    """The model called `name`, or the first, of a server."""
+    """The model called `name`, or the first, of a server. The key of one server is sent to no other host."""
     key = arguments.api_key.get_secret_value() if arguments.api_key else os.environ.get("VLLM_API_KEY")
+    if urlsplit(url).netloc != urlsplit(arguments.url or url).netloc:
+        key = None
     return ServedModel(base_url(url), name, arguments, key)
 
 
@@ -184,6 +187,7 @@ class Chat:
 
     def shown(self, model: Model, conversation: Conversation) -> Completion:
         """A model's answer to the last question, shown while it is sampled; earlier turns are dropped until there is room."""
+        before = list(conversation.turns)
         while True:
             try:
                 answer = show(model.answer(conversation.messages(), seed_from(self.arguments.seed, self.sampled)))
@@ -191,6 +195,7 @@ class Chat:
                 return answer
             except TooLong as error:
                 if len(conversation.turns) == 1:
+                    conversation.turns[:] = before
                     raise InputError(f"{error}; ask a shorter question") from None
                 question = conversation.turns.pop(0).question
                 tell(f"too long for the context of {model.name}: the first turn is dropped ({question[:40]!r})")
@@ -294,7 +299,7 @@ def visible(text: str) -> str:
 
 def tell(text: str) -> None:
     """Say something about the program itself, which is no answer."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__mp_main__":  # an engine process, started by spawn

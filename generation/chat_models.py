@@ -60,6 +60,7 @@ class LocalModel:
 
             self.sampler = self.sampler or transformers_engine.start(self.arguments, self.tokenizer, already_done=0)
         elif LocalModel.latest is not self:
+            LocalModel.latest = None  # its engine ends before the new one starts, which may fail
             self.sampler = engine.start(self.arguments, already_done=0)
             LocalModel.latest = self
 
@@ -102,7 +103,7 @@ class ServedModel:
                     yield piece
         except httpx.HTTPError as error:
             raise InputError(f"{self.url}: {type(error).__name__}: {error}") from None
-        yield Completion(text, token_ids or None, reason)
+        yield Completion(text, token_ids or None, reason or "abort")  # an answer that was cut off has no end of turn
 
     def _body(self, messages: Messages, seed: int) -> dict[str, Any]:
         """The request, in the API's words, and in vLLM's own where a vLLM answers."""

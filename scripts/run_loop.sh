@@ -78,6 +78,10 @@ online=""
 [[ ! $TRAINER =~ ^(ppo|online_dpo)$ ]] || online=yes
 [[ $TRAINER == dpo || -n $TRAIN_CONFIG ]] || die "$recipe: TRAINER=$TRAINER needs its settings: TRAIN_CONFIG, a YAML file"
 [[ $TRAINER != dpo || -z $TRAIN_CONFIG ]] || die "$recipe: the configuration of TRAINER=dpo is DPO_CONFIG, not TRAIN_CONFIG"
+[[ $TRAINER != dpo || -z ${TRAIN_ARGS[*]:-} ]] || die "$recipe: the flags of TRAINER=dpo are DPO_ARGS, not TRAIN_ARGS"
+[[ $TRAINER == dpo || -z ${DPO_ARGS[*]:-} ]] || die "$recipe: the flags of TRAINER=$TRAINER are TRAIN_ARGS, not DPO_ARGS"
+[[ ! $TRAINER =~ ^(raft|conditional_sft)$ || $REFERENCE == initial ]] ||
+  die "$recipe: REFERENCE=$REFERENCE, but TRAINER=$TRAINER has no reference: leave it out"
 [[ $GENERATE_WITH =~ ^(shards|servers)$ ]] || die "$recipe: GENERATE_WITH is shards or servers, not '$GENERATE_WITH'"
 for variable in K HELDOUT_K ROUNDS ROLLOUT_BATCH_SIZE MAX_NEW_TOKENS MAX_MODEL_LEN; do
   [[ ${!variable} =~ ^([1-9][0-9]*)?$ ]] || die "$recipe: $variable is a whole number from 1, not '${!variable}'"
@@ -91,7 +95,7 @@ for variable in ROLLOUT_BATCH_SIZE PROMPT_ARGS; do
   [[ -z $online || -z ${!variable:-} ]] ||
     die "$recipe: $variable is not for TRAINER=$TRAINER: $TRAIN_CONFIG says which prompts a step takes"
 done
-((K > 1)) || [[ $TRAINER == ppo ]] || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
+((K > 1)) || [[ $TRAINER =~ ^(ppo|conditional_sft)$ ]] || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
 if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
   die "$recipe: sets both REWARD_MODEL and SCORERS: give the model among the scorers, SCORERS=(bt:$REWARD_MODEL …)"
 elif [[ -z $REWARD_MODEL ]] && ((${#SCORERS[@]} == 0)); then

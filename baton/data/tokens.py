@@ -50,4 +50,5 @@ def _marked(text: str, learnt: bool) -> str:
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
-    return LEARNT.format(harmless(text)) if learnt else harmless(text)
+    text = harmless(text).replace("⟦", "\\u27e6").replace("⟧", "\\u27e7")  # the marks are ours alone
+    return LEARNT.format(text) if learnt else text

@@ -104,6 +104,8 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nRUN_DIR=elsewhere\n", "own.env: line 5: RUN_DIR: readonly variable"),
         ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
         ("REWARD_MODEL=reward\nTRAINER=pp\n", "raft, conditional_sft, ppo or online_dpo, not 'pp'"),
+        ("REWARD_MODEL=reward\nTRAIN_ARGS=(--x)\n", "the flags of TRAINER=dpo are DPO_ARGS"),
+        ("REWARD_MODEL=reward\nTRAINER=raft\nTRAIN_CONFIG=a.yaml\nREFERENCE=previous\n", "TRAINER=raft has no reference"),
         ("REWARD_MODEL=reward\nTRAINER=ppo\n", "TRAINER=ppo needs its settings: TRAIN_CONFIG"),
         ("REWARD_MODEL=reward\nTRAINER=ppo\nTRAIN_CONFIG=a.yaml\nPROMPT_ARGS=(--x)\n", "PROMPT_ARGS is not for TRAINER=ppo"),
         ("REWARD_MODEL=reward\nSERVER_GPUS=1\n", "SERVER_GPUS=1 of GPUS=0: none is left to train"),

@@ -1,5 +1,6 @@
 """Preference pairs: the better response is chosen; every requested pair is kept or counted as dropped."""
 
+import json
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from baton import pairs
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.pairs import PairSettings, candidates, checked_pair, choose_pair, edit_distance, far_apart, pairs_of, why_left_out
+from dpo_iteration.choose import extra_responses
 
 CHOOSE_TYPES = ("random", "max_random", "max_min", "max_max", "west_of_n", "sweet_spot", "max_min_p")
 
@@ -276,3 +278,11 @@ def test_rewards_and_responses_of_different_length_are_an_error():
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises(InputError, match=message):
         PairSettings(**values)
+
+
+def test_extra_responses_to_another_prompt_under_the_same_id_are_refused(tmp_path):
+    record = {"id": "1", "prompt": "Hello", "responses": ["a", "b"], "rewards": [1.0, 0.0]}
+    path = tmp_path / "extra.jsonl"
+    path.write_text(json.dumps({**record, "prompt": "Goodbye", "responses": ["c", "d"]}) + "\n")
+    with pytest.raises(InputError, match="file:1: `extra_responses` has another prompt under this `id`"):
+        list(pairs_of([("file:1", record)], PairSettings(), Drops(), extra_responses(str(path), "train")))

@@ -327,3 +327,28 @@ def test_what_a_policy_sampled_is_taken_as_it_stands_though_it_looks_like_turns(
     pair = {"id": "a", "prompt": OPENING, "chosen": text, "rejected": "", "margin": 1.0}
     assert converted([pair])[0] == [pair]
     assert converted([{"prompt": OPENING, "response": text}])[0] == [{"messages": [*OPENING, said(text)]}]
+
+
+@pytest.mark.parametrize("shape", [PAIRS[-1], PAIRS[-2], ROWS[0]], ids=["UltraFeedback", "ReaL", "HelpSteer"])
+def test_what_the_policy_sampled_counts_whatever_columns_the_prompts_brought_along(shape):
+    sampled = {"prompt": DEEP, "id": "1", "responses": ["Mine.", "Bad."], "rewards": [1.0, 0.0]}
+    ids = {"response_token_ids": [[1], [2]], "finish_reasons": ["stop", "stop"]}
+    record = {**shape, **sampled, **ids}
+    ((pair),) = choose_pairs([("here", record)], PairSettings(), Drops(), Counter())
+    assert (pair["chosen"], pair["rejected"], pair["chosen_token_ids"]) == ("Mine.", "Bad.", [1])
+    ((_, of_reward_model),) = preference_records([("here", record)])
+    assert (of_reward_model["chosen"], of_reward_model["rejected"]) == ("Mine.", "Bad.")
+    examples = list(labelled_examples([("here", record)], LabelSettings(), Drops(), Counter()))
+    assert {(e["completion"], e["label"]) for e in examples} == {("Mine.", True), ("Bad.", False)}
+    (again,) = choose_pairs([("here", pair)], PairSettings(), Drops(), Counter())
+    assert (again["chosen"], again["chosen_token_ids"]) == ("Mine.", [1])
+
+
+def test_turns_after_a_prompt_of_their_own_keep_it():
+    first = [{"role": "user", "content": "Hello"}]
+    turns = [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": "And?"}]
+    sides = {side: [*turns, {"role": "assistant", "content": text}] for side, text in (("chosen", "Yes."), ("rejected", "No."))}
+    ((_, pair),) = preference_records([("here", {"prompt": first, **sides})])
+    assert pair["prompt"] == [*first, *turns]
+    with pytest.raises(InputError, match="here: `chosen` begins with the assistant"):
+        list(preference_records([("here", sides)]))

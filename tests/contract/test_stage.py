@@ -144,6 +144,16 @@ def test_paths_are_no_difference_where_the_content_is_the_same(prompts, output):
     assert "up to date" in log
 
 
+def test_an_argument_that_there_was_not_when_a_manifest_was_written_had_its_default(prompts, output):
+    run(prompts, output)
+    path = output.with_name(output.name + ".manifest.json")
+    manifest = orjson.loads(path.read_bytes())
+    assert manifest["arguments"].pop("K") == 1
+    path.write_bytes(orjson.dumps(manifest))
+    assert run(prompts, output)[0] == 0
+    assert "K (1, now 3)" in run(prompts, output, "--K", "3")[1]
+
+
 def test_other_arguments_are_refused_by_name_until_told_to_overwrite(prompts, output):
     run(prompts, output)
     before = output.read_bytes()
