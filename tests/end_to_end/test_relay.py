@@ -139,7 +139,7 @@ def test_a_mistyped_setting_is_refused_before_any_stage_starts(run_dir):
     ("recipe", "message"),
     [
         ("", "sets no INITIAL_POLICY"),
-        (RECIPE + "REFERENCE=first\n", "REFERENCE is initial or previous"),
+        (RECIPE + "REFERENCE=first\n", "REFERENCE is initial, previous or mix:ALPHA"),
         (RECIPE + "ROUNDS=5\n", "5 ROUNDS, but PROMPTS names 2 sets"),
         (RECIPE + "GPUS=64\n", "GPUS=64, but there are"),
         (RECIPE + "REWARD_ARGS=(--api_key hush)\n", "bad.env: --api_key: every user of a machine can read its command lines"),
