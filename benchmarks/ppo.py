@@ -30,6 +30,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose ppo.py would hide the stage
 
+PROMPT = 128  # most tokens of a prompt
+
 
 def even(prompts, responses, records):
     """The share of letters that come early in the alphabet."""
@@ -88,7 +90,7 @@ def ours(args: argparse.Namespace, folder: Path, staleness: int = 0) -> dict:
     settings = {
         "advantage_estimator": "gae" if args.critic else "rloo",
         "rollout_batch_size": args.prompts, "K": args.K, "max_new_tokens": args.max_new_tokens, "total_steps": args.steps,
-        "max_prompt_length": 256, "staleness": staleness, "save_steps": 10_000, "gradient_checkpointing": "false",
+        "max_prompt_length": PROMPT, "staleness": staleness, "save_steps": 10_000, "gradient_checkpointing": "false",
         "server_dtype": "float32", "min_new_tokens": args.max_new_tokens, "learning_rate": 1e-6,
     }  # fmt: skip
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -118,7 +120,7 @@ import json, os, statistics, sys, time
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
 from vllm import LLM, SamplingParams
 model, prompts, n, tokens, steps = sys.argv[1], json.loads(sys.argv[2]), *map(int, sys.argv[3:])
-llm = LLM(model, enforce_eager=True, dtype="float32", max_model_len=512)
+llm = LLM(model, enforce_eager=True, dtype="float32", max_model_len=max(map(len, prompts)) + tokens)
 params = SamplingParams(n=n, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
 took = []
 for _ in range(steps):

@@ -53,7 +53,9 @@ class OnlineArguments(LoraArguments):
         "step (DAPO, arXiv 2503.14476); 0: off",
         ge=0,
     )
-    staleness: Literal[0, 1] = option(0, "1: a step's rollouts are sampled while the step before it trains, from older weights")
+    staleness: int = option(
+        0, "1: a step's rollouts are sampled while the step before it trains, from older weights", ge=0, le=1
+    )
 
     # Rewards
     scorer: list[str] = option(

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from baton import jsonl, program
 from baton.errors import InputError
 from baton.mixing import Selection
@@ -54,9 +56,19 @@ class Start:
             yield None
             return
         context = self.arguments.max_prompt_length + self.arguments.max_new_tokens
+        self._check_context(context)
         folder = Path(f"{self.stage.output}.servers")
         with engines(self.arguments, context, folder, self.accelerator.device.type) as running:
             yield running
+
+    def _check_context(self, context: int) -> None:
+        """Raise InputError where the policy has fewer positions than a prompt and a response may take."""
+        model = self.arguments.model_name_or_path
+        limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+        if limit is not None and context > limit:
+            raise InputError(
+                f"`max_prompt_length` and `max_new_tokens`: {context} tokens together, and {model} has {limit} positions"
+            )
 
     def learner(self, critic: str | None = None, **more: float) -> Learner:
         """As `setup.learner_of`."""

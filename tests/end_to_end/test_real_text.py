@@ -5,10 +5,12 @@ import json
 
 import pytest
 
+from baton.program import cpu_has_bfloat16
 from tests.programs import ROOT, read_jsonl, succeed, write_jsonl
 
 SOURCE = ROOT.parent / "shared/data/alpaca_eval_k8.jsonl.gz"
 LABELLED = 600  # prompts whose own rewards the reward model learns from
+BF16, DTYPE = ("true", "bfloat16") if cpu_has_bfloat16() else ("false", "float32")
 ANNOTATED = 100  # the last prompts, whose responses it scores
 
 pytestmark = [
@@ -30,7 +32,7 @@ def test_real_responses_are_annotated_paired_and_trained_on(tmp_path):
     shape = ["--vocabulary", 4096, "--hidden_size", 64, "--layers", 2, "--head_size", 32, "--positions", 4096]
     base = tmp_path / "base"
     succeed("quickstart/make_model.py", "--text", write_jsonl(tmp_path / "text.jsonl", text), "--output_dir", base, *shape)
-    on_cpu = ["--use_cpu", "true", "--bf16", "true", "--gradient_checkpointing", "false", "--per_device_train_batch_size", 4]
+    on_cpu = ["--use_cpu", "true", "--bf16", BF16, "--gradient_checkpointing", "false", "--per_device_train_batch_size", 4]
     succeed(
         "reward_model/run_rm.py", "--model_name_or_path", base, "--dataset_name_or_path", pairs, "--max_length", 1024,
         "--output_dir", tmp_path / "reward_model", "--max_steps", 40, "--learning_rate", 1e-3, *on_cpu,
@@ -40,7 +42,7 @@ def test_real_responses_are_annotated_paired_and_trained_on(tmp_path):
     annotated = tmp_path / "annotated.jsonl"
     succeed(
         "annotate_data/get_rewards.py", "--dataset_name_or_path", write_jsonl(tmp_path / "responses.jsonl", unlabelled),
-        "--reward_name_or_path", tmp_path / "reward_model", "--output_dir", annotated, "--K", 8, "--dtype", "bfloat16",
+        "--reward_name_or_path", tmp_path / "reward_model", "--output_dir", annotated, "--K", 8, "--dtype", DTYPE,
         "--max_length", 256,
     )  # fmt: skip
     got = read_jsonl(annotated)

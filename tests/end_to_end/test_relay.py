@@ -8,9 +8,11 @@ import subprocess
 
 import pytest
 
+from baton.program import cpu_has_bfloat16
 from tests.programs import ROOT, read_jsonl, succeed
 
 K, PROMPTS, HELDOUT, ROUNDS = 4, 24, 8, 2
+BF16 = "true" if cpu_has_bfloat16() else "false"  # without its instructions a CPU takes minutes
 
 pytestmark = pytest.mark.timeout(1200)  # a whole relay, killed three times
 
@@ -23,7 +25,7 @@ MAX_NEW_TOKENS=24
 MAX_MODEL_LEN=128
 GPUS=0
 DPO_CONFIG=configs/quickstart/dpo.yaml
-DPO_ARGS=(--max_steps 6 --save_steps 2)
+DPO_ARGS=(--max_steps 6 --save_steps 2 --bf16 {BF16})
 HELDOUT_PROMPTS=$RUN_DIR/data/heldout.jsonl
 HELDOUT_K=2
 GOLD_SCORER=quickstart/score_gold.py
@@ -56,7 +58,7 @@ def run_dir(tmp_path_factory):
     sizes = ["--demonstrations", 800, "--train_pairs", 100, "--test_pairs", 20, "--prompts_per_round", PROMPTS]
     succeed("quickstart/make_data.py", "--output_dir", data, *sizes, "--heldout_prompts", HELDOUT)
     succeed("quickstart/make_model.py", "--text", data / "sft.jsonl", "--output_dir", base, "--hidden_size", 64, "--layers", 2)
-    steps = ["--max_steps", 30]
+    steps = ["--max_steps", 30, "--bf16", BF16]
     succeed(
         "sft/run_sft.py", "configs/quickstart/sft.yaml", "--model_name_or_path", base, "--dataset_name_or_path",
         data / "sft.jsonl", "--output_dir", folder / "sft", *steps,

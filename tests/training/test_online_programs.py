@@ -17,7 +17,7 @@ STEPS = 3
 SIZES = {
     "rollout_batch_size": 6, "K": 3, "max_prompt_length": 64, "max_new_tokens": 16, "total_steps": STEPS,
     "learning_rate": 2e-3, "gradient_checkpointing": "false", "save_steps": 1, "prompts_per_update": 3, "num_ppo_epochs": 2,
-    "critic_learning_rate": 2e-3, "server_dtype": "float32", "reproducible": "true",
+    "critic_learning_rate": 2e-3, "server_dtype": "float32", "reproducible": "true", "staleness": 0,
 }  # fmt: skip
 
 
@@ -159,6 +159,9 @@ def test_a_reward_service_that_is_away_and_other_tokenizers_are_bad_input(task, 
     away = [*engines[:4], "--reward_url", "http://127.0.0.1:9/get_reward"]
     done = run_program(*words_of("ppo/run_ppo.py", task, tmp_path / "policy", away))
     assert done.returncode == 2 and "http://127.0.0.1:9/get_reward" in done.stderr, done.stderr
+    long = [*engines, "--max_new_tokens", "4096"]
+    done = run_program(*words_of("ppo/run_ppo.py", task, tmp_path / "policy", long, max_new_tokens=None))
+    assert done.returncode == 2 and "4160 tokens together" in done.stderr, done.stderr
     other = ["--critic_model", "tests/nothing"]
     done = run_program(*words_of("ppo/run_ppo.py", task, tmp_path / "policy", [*engines, *other]))
     assert done.returncode == 2 and "tests/nothing" in done.stderr
