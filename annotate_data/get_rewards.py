@@ -37,6 +37,7 @@ from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.models import loading
 from baton.program import rank, run
+from baton.scorers import KINDS_ON_GPU
 from baton.sources import check_hub, check_hub_ahead, template_input
 from baton.stage import Stage
 
@@ -67,7 +68,7 @@ def main() -> None:
     arguments = parse(Arguments, __doc__)
     check_output(arguments.output_dir)
     wanted = arguments.wanted()
-    check_processes(on_cpu=arguments.device == "cpu" or not any(scorer.kind in scorers.KINDS_ON_GPU for scorer in wanted))
+    check_processes(on_cpu=arguments.device == "cpu" or not any(scorer.kind in KINDS_ON_GPU for scorer in wanted))
     weights = weights_of(wanted, arguments.weights)
     inputs: dict[str, str | Path] = {"dataset": arguments.dataset_name_or_path, **template_input(arguments.chat_template)}
     for scorer in wanted:
@@ -82,7 +83,7 @@ def main() -> None:
 
     check = None if will_be_made(arguments.dataset_name_or_path) else lambda stage: read_responses()
     stage = Stage.begin("annotate", arguments, arguments.output_dir, inputs, settings, check=check)
-    models = [scorer.target for scorer in wanted if scorer.kind in scorers.KINDS_ON_GPU]
+    models = [scorer.target for scorer in wanted if scorer.kind in KINDS_ON_GPU]
     if stage is None:
         for model in models:
             check_hub_ahead(model, arguments.output_dir)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from annotate_data.scorers import KINDS_ON_GPU
 from annotate_data.work import Score, Scorer, Task
+from baton.scorers import KINDS_ON_GPU
 
 WINDOW = 1024  # requests that are scored together
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from annotate_data.scorers import Wanted, wanted_scorers
 from baton.arguments import StageArguments, option
 from baton.errors import InputError
+from baton.scorers import Wanted, wanted_scorers
 
 
 class ScorerArguments(StageArguments):

@@ -27,6 +27,7 @@ from annotate_data.scorer_arguments import ScorerArguments, weights_of
 from baton.arguments import option, parse
 from baton.errors import FailuresListed, InputError
 from baton.program import run
+from baton.scorers import KINDS_ON_GPU
 from baton.sources import check_hub
 
 log = logging.getLogger("baton")
@@ -63,7 +64,7 @@ def main() -> None:
         log.info("would serve %s at %s", ", ".join(weights), address)
         return
     for scorer in wanted:
-        if scorer.kind in scorers.KINDS_ON_GPU:
+        if scorer.kind in KINDS_ON_GPU:
             check_hub(scorer.target)
 
     import uvicorn

@@ -1,7 +1,9 @@
-"""Which sampling settings change the policy's distribution: then a sample of it is no sample of the policy."""
+"""Which sampling settings change the policy's distribution, so that a sample is none of the policy; and seeds of samples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import xxhash
 
 # A setting by its name among the arguments of generation, how it is called, and whether a value changes nothing.
 NEUTRAL = (
@@ -21,3 +23,8 @@ def changes(settings: Mapping[str, Any]) -> list[str]:
 def words(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([part for part in (", ".join(parts[:-1]), *parts[-1:]) if part])
+
+
+def seed_from(*parts: object) -> int:
+    """A seed within 0 … 2^31-1 that differs, in all likelihood, whenever one of `parts` does."""
+    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) >> 33

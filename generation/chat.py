@@ -31,13 +31,14 @@ from baton.arguments import option, parse
 from baton.errors import FailuresListed, InputError
 from baton.launch import gpus
 from baton.program import harmless
+from baton.sampling import seed_from
 from baton.servers.pool import base_url
 from baton.sources import check_hub, check_model_path, template_input
 from generation import engine, get_hf2
 from generation.arguments import QUANTIZATION, TRUST_REMOTE_CODE, SamplingArguments, check_sampling
 from generation.chat_models import LocalModel, ServedModel, TooLong
 from generation.conversation import Conversation, Turn, append_record
-from generation.sampling import Completion, seed_from
+from generation.sampling import Completion
 
 log = logging.getLogger("baton")
 

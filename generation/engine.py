@@ -15,8 +15,9 @@ from baton import program
 from baton.errors import InputError
 from baton.fingerprint import state
 from baton.program import die_with_parent
+from baton.sampling import seed_from
 from generation.arguments import GenerationArguments, changed
-from generation.sampling import Completion, Task, prompt_seed, seed_from
+from generation.sampling import Completion, Task, prompt_seed
 
 log = logging.getLogger("baton")
 

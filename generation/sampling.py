@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import xxhash
-
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
@@ -14,6 +12,7 @@ from baton.pairs import PER_RESPONSE_KEYS
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
+from baton.sampling import seed_from
 from generation.arguments import GenerationArguments
 
 TEMPLATE_HASH = "chat_template_hash"
@@ -35,11 +34,6 @@ class Completion(NamedTuple):
     token_ids: Sequence[int] | None
     finish_reason: str | None
     logps: Sequence[float] | None = None
-
-
-def seed_from(*parts: object) -> int:
-    """A seed within 0 … 2^31-1 that differs, in all likelihood, whenever one of `parts` does."""
-    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) >> 33
 
 
 def prompt_seed(arguments: GenerationArguments, record: Record) -> int | None:

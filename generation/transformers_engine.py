@@ -9,7 +9,8 @@ from typing import Any
 from baton import program
 from baton.errors import InputError
 from baton.models.templates import response_text
-from generation.sampling import Completion, Task, prompt_seed, seed_from
+from baton.sampling import seed_from
+from generation.sampling import Completion, Task, prompt_seed
 
 SEQUENCES = 32  # responses sampled at once, if --max_num_seqs does not say
 

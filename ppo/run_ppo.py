@@ -19,8 +19,9 @@ from baton import program
 from baton.arguments import option, parse
 from baton.errors import InputError
 from baton.launch.check import check_processes
-from baton.online.arguments import OnlineArguments, check_online, inputs_of, scorer_settings, scorers_of
+from baton.online.arguments import OnlineArguments, check_online, inputs_of, scorer_settings
 from baton.sampling import changes
+from baton.scorers import wanted_scorers
 from baton.sources import check_start
 from baton.stage import Stage
 from baton.training.arguments import metrics_file
@@ -137,7 +138,7 @@ def critic_of(arguments: Arguments) -> str | None:
     """The model that the critic starts from; None where there is no critic."""
     if arguments.advantage_estimator != WITH_CRITIC:
         return None
-    scorers = scorers_of(arguments)
+    scorers = wanted_scorers(arguments.scorer)
     reward_model = scorers[0].target if len(scorers) == 1 and scorers[0].kind == "bt" else None
     return arguments.critic_model or reward_model or arguments.model_name_or_path
 

@@ -1,16 +1,16 @@
 """The arguments of every program that trains online. Nothing heavy is imported with this file."""
 
 import math
-import re
 import shlex
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import SecretStr, model_validator
 
 from baton.arguments import option
 from baton.errors import InputError
 from baton.prompts import source_inputs
+from baton.scorers import wanted_scorers
 from baton.secrets import secret_among
 from baton.sources import check_model_path, check_reward_model, check_start, template_input
 from baton.training.adapters import LoraArguments, check_lora
@@ -135,7 +135,7 @@ def check_online(arguments: OnlineArguments) -> None:
             "what scores the responses? Give --scorer KIND:TARGET, whose server is then started, or --reward_url of a service "
             "that runs" + (", not both" if arguments.scorer else "")
         )
-    for scorer in scorers_of(arguments):
+    for scorer in wanted_scorers(arguments.scorer):
         if scorer.kind in ("bt", "vllm"):
             check_reward_model(scorer.target)
     check_reports({"report_to": arguments.report_to})
@@ -157,7 +157,7 @@ def check_addresses(arguments: OnlineArguments) -> None:
     for name in ("vllm_url", "reward_url"):
         for url in getattr(arguments, name):
             check_url(url, f"`{name}`")
-    for scorer in scorers_of(arguments):
+    for scorer in wanted_scorers(arguments.scorer):
         for url in scorer.target.split(",") if scorer.kind in ("http", "judge") else ():
             check_url(url, "`scorer`")
     if secret := secret_among(shlex.split(arguments.reward_args)):
@@ -167,37 +167,11 @@ def check_addresses(arguments: OnlineArguments) -> None:
         )
 
 
-SCORER_KINDS = ("bt", "vllm", "pair", "custom", "function", "http", "judge")  # those of annotate_data/scorers.py
-
-
-class Wanted(NamedTuple):
-    """A scorer as requested."""
-
-    name: str
-    kind: str
-    target: str
-
-
-def scorers_of(arguments: OnlineArguments) -> list[Wanted]:
-    """The scorers that the arguments name. Raises InputError for a word of another form."""
-    found = []
-    for word in arguments.scorer:
-        match = re.fullmatch(r"(?:(\w+)=)?(\w+):(.+)", word)
-        if not match:
-            raise InputError(
-                f"`scorer`: {word}: expected [NAME=]KIND:TARGET, such as bt:MODEL or brief=function:rules.py:brevity"
-            )
-        if match[2] not in SCORER_KINDS:
-            raise InputError(f"`scorer`: {word}: no kind `{match[2]}`; there are {', '.join(SCORER_KINDS)}")
-        found.append(Wanted(match[1] or match[2], match[2], match[3]))
-    return found
-
-
 def scorer_settings(arguments: OnlineArguments) -> dict[str, list[str]]:
     """What of the scorers decides the result beside the content of their models and files."""
     named = [
         f"{scorer.name}={scorer.kind}" + (f":{scorer.target.rpartition(':')[2]}" if scorer.kind == "function" else "")
-        for scorer in scorers_of(arguments)
+        for scorer in wanted_scorers(arguments.scorer)
     ]
     return {"scorers": named}
 
@@ -206,7 +180,7 @@ def scorer_inputs(arguments: OnlineArguments) -> dict[str, str]:
     """The scorers' models and files, by name; a service's address is none: it may change between a run and its resume."""
     targets = {
         scorer.name: scorer.target.rpartition(":")[0] if scorer.kind == "function" else scorer.target
-        for scorer in scorers_of(arguments)
+        for scorer in wanted_scorers(arguments.scorer)
         if scorer.kind not in ("http", "judge")
     }
     return {f"scorer {name}": target for name, target in targets.items()}

@@ -7,24 +7,24 @@ only what is missing.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from baton import jsonl
 from baton.errors import FailuresListed
 from baton.jsonl import Record
 from baton.online.prompts import Prompts
 from baton.partial import PartialRecords, part_files
+from baton.sampling import seed_from
 from baton.servers.rewards import Rewards
 from baton.servers.rollouts import Rollouts, Sampled
 
 log = logging.getLogger("baton")
 
+POLL_SECONDS = 0.1
 SCORED_AT_ONCE = 16  # requests to the reward service, of one prompt each
 TAKEN = "prompts_taken"  # how many prompts of the endless order were taken up to the end of a record's step
 
@@ -95,7 +95,7 @@ class Collector:
     ) -> Iterator[tuple[int, Record]]:
         """Yield (place, record) with samples and rewards, as they come; without `rewards` where the service refuses them."""
         # A prompt may come twice in a step, where there are fewer than it takes: its samples must not come twice.
-        seeds = [seed_of(self.how.seed, step, place, record["id"]) for place, record in zip(places, records, strict=True)]
+        seeds = [seed_from(self.how.seed, step, place, record["id"]) for place, record in zip(places, records, strict=True)]
         with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
             scored: list[tuple[int, Future[Record]]] = []
             ids = [record["prompt_token_ids"] for record in records]
@@ -124,11 +124,11 @@ def step_file(folder: Path, step: int) -> Path:
     return folder / f"step{step:06}.jsonl"
 
 
-def rollouts_of(folder: Path, step: int, wait: Callable[[], None] = lambda: time.sleep(0.1)) -> list[Record]:
+def rollouts_of(folder: Path, step: int) -> list[Record]:
     """The rollouts of a step, once they are there: the other processes wait for process 0."""
     path = step_file(folder, step)
     while not path.exists():
-        wait()
+        time.sleep(POLL_SECONDS)
     return [record for _, record in jsonl.read(path)]
 
 
@@ -142,11 +142,6 @@ def with_samples(record: Record, sampled: Sampled, version: int) -> Record:
         "response_logps": sampled.logps,
         "weight_versions": [version] * len(sampled.texts),
     }
-
-
-def seed_of(*parts: object) -> int:
-    """A seed within 0 … 2^31-1 that differs, in all likelihood, whenever one of `parts` does."""
-    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode()) >> 33
 
 
 def why_none(records: Any) -> str:

@@ -1,0 +1,38 @@
+"""Which kinds of scorers there are, and the words that name one: `[NAME=]KIND:TARGET`."""
+
+import difflib
+import re
+from typing import NamedTuple
+
+from baton.errors import InputError
+
+KINDS_ON_GPU = ("bt", "vllm", "pair", "custom")
+KINDS = (*KINDS_ON_GPU, "function", "http", "judge")
+
+
+class Wanted(NamedTuple):
+    """A scorer as requested."""
+
+    name: str  # its key in `rewards_by`
+    kind: str
+    target: str
+
+
+def wanted_scorers(words: list[str]) -> list[Wanted]:
+    """`[NAME=]KIND:TARGET` words; the name is the kind unless given. Raises InputError for another form or equal names."""
+    wanted: list[Wanted] = []
+    for word in words:
+        match = re.fullmatch(r"(?:(\w+)=)?(\w+):(.+)", word)
+        kind = match[2] if match else ""
+        if kind not in KINDS:
+            near = difflib.get_close_matches(kind, KINDS, n=1)
+            unknown = f"no kind `{kind}`{f', did you mean `{near[0]}`?' if near else ''}; " if kind else ""
+            raise InputError(
+                f"--scorer {word}: {unknown}expected [NAME=]KIND:TARGET, with KIND one of {', '.join(KINDS)}; for example "
+                f"bt:MODEL, brief=function:rules.py:brevity, http:http://127.0.0.1:5000/get_reward"
+            )
+        name, _, target = match.groups()
+        if (name or kind) in [scorer.name for scorer in wanted]:
+            raise InputError(f"--scorer {word}: another one is called {name or kind} already; name it: NAME={word}")
+        wanted.append(Wanted(name or kind, kind, target))
+    return wanted
