@@ -113,14 +113,13 @@ def test_a_run_that_was_killed_ends_with_the_same_weights_to_the_bit(uninterrupt
         assert torch.equal(ours[name], weight), name
 
 
-@pytest.mark.parametrize(("staleness", "servers"), [(0, 1), (1, 2)])
-def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task, tmp_path, staleness, servers):
-    """A policy server, of two or the only one, and the reward server die inside a step."""
+def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task, tmp_path):
+    """One of two policy servers and the reward server die inside a step."""
     output = tmp_path / "policy"
     words = words_of(
         "dpo_iteration/run_online_dpo.py", task, output, ["--scorer", REWARD], K=4, prompts_per_update=None,
         num_ppo_epochs=None, critic_learning_rate=None, total_steps=3, pairs_per_update=3,
-        num_servers=servers, staleness=staleness, reproducible="false",
+        num_servers=2, reproducible="false",
     )  # fmt: skip
     process = start(*words, output=tmp_path, env={**os.environ, "REWARD_API_KEY": "of another service"})
     folder = tmp_path / "policy.servers"
@@ -129,7 +128,7 @@ def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task
     policies, rewards = [], []
     for server in processes.known():
         (policies if str(task / "base") in server.model else rewards).append(server)
-    assert len(policies) == servers and len(rewards) == 1
+    assert len(policies) == 2 and len(rewards) == 1
     for server in (policies[0], rewards[0]):
         os.kill(server.process.pid, signal.SIGKILL)
     os.environ.pop("BATON_SERVERS") if before is None else os.environ.update(BATON_SERVERS=before)
@@ -138,7 +137,7 @@ def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task
     assert process.exitcode == 0, said
     for server in (policies[0], rewards[0]):
         assert f"the server on port {server.port} starts anew" in said
-    assert all(f"port {server.port} starts anew" not in said for server in policies[1:])
+    assert f"port {policies[1].port} starts anew" not in said
     lines = [line for line in read_jsonl(f"{output}.metrics.jsonl") if "pairs" in line]
     assert len(lines) == 3 and all(line["pairs"] > 0 for line in lines)
     assert not folder.exists()
