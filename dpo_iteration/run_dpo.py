@@ -125,7 +125,7 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     if arguments.max_prompt_length >= arguments.max_length:
         raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
     check_lora(arguments)
-    for model in models_of(arguments):
+    for model in models_of(arguments, settings).values():
         check_start(model)
     dataset_probs(arguments)
     asked = [name for name in ("do_eval", "eval_strategy") if spelling(settings.get(name)) not in (None, False, "no")]
@@ -140,9 +140,12 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
         check_there(arguments.extra_responses, "extra responses")
 
 
-def models_of(arguments: Arguments) -> tuple[str, str]:
-    """The starting policy and the reference."""
-    return arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path
+def models_of(arguments: Arguments, settings: dict[str, Any]) -> dict[str, str]:
+    """The starting policy, `model`, and where the loss has one the `reference`."""
+    policy = {"model": arguments.model_name_or_path}
+    if is_reference_free(map(str, loss_types(settings))):
+        return policy
+    return policy | {"reference": arguments.ref_model or arguments.model_name_or_path}
 
 
 def held_out_source(arguments: Arguments, settings: dict[str, Any]) -> str | None:
@@ -167,15 +170,13 @@ def keys_of(arguments: Arguments) -> dict[str, str | None]:
 
 
 def inputs_of(
-    arguments: Arguments, held_out: str | None, pairs_path: Path, metrics_path: Path, earlier: list[Path], free: bool
+    arguments: Arguments, models: dict[str, str], held_out: str | None, pairs_path: Path, metrics_path: Path, earlier: list[Path]
 ) -> dict[str, str | Path]:
-    """What the run reads, by name, for the manifest, `free` of a reference or not.
+    """What the run reads, its `models` among it, by name, for the manifest.
 
     Raises InputError where a file that it writes would replace one.
     """
-    _, reference = models_of(arguments)
-    inputs: dict[str, str | Path] = {"model": arguments.model_name_or_path}
-    inputs |= {} if free else {"reference": reference}
+    inputs: dict[str, str | Path] = {**models}
     inputs |= source_inputs("data", arguments.dataset_name_or_path) | template_input(arguments.chat_template)
     inputs |= {"held-out data": held_out} if held_out else {}
     inputs |= {"extra responses": arguments.extra_responses} if arguments.extra_responses else {}
@@ -186,7 +187,7 @@ def inputs_of(
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's DPOConfig. Raises InputError for settings that cannot train."""
-    check_outside(settings, models_of(arguments), ahead=arguments.check)
+    check_outside(settings, list(models_of(arguments, settings).values()), ahead=arguments.check)
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
     from dpo_iteration.checks import check_training
@@ -266,11 +267,12 @@ def check_margins(without: int, margin_scale: float, losses: list[str]) -> None:
 
 
 def make_trainer(
-    arguments: Arguments, config: Any, tokenizer: Any, dataset: Any, held_out: Any | None, reference: str, folder: Path
+    arguments: Arguments, config: Any, tokenizer: Any, dataset: Any, held_out: Any | None, reference: str | None, folder: Path
 ) -> Any:
     """The trainer, its models loaded: the reference first, and alone, for its log-probabilities, which are kept in `folder`.
 
-    Logs the memory that this takes, before anything is loaded. `held_out` are rows to evaluate on.
+    Logs the memory that this takes, before anything is loaded. `held_out` are rows to evaluate on. Without a `reference` the
+    loss has none.
     """
     from datasets import concatenate_datasets
 
@@ -279,7 +281,7 @@ def make_trainer(
     from dpo_iteration.checks import check_pairs
     from dpo_iteration.trainer import REMEDY, PackedDPOTrainer, needs_whole_batches, why_padded
 
-    packed, free = arguments.forward == "packed", is_reference_free(config.loss_type)
+    packed, free = arguments.forward == "packed", reference is None
     if free:
         log.info("loss_type %s: no reference is loaded", ", ".join(config.loss_type))
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
@@ -335,8 +337,8 @@ def main() -> None:
     metrics_path = metrics_file(output, arguments.metrics_path)
     earlier = earlier_pairs(pairs_path, arguments.history)
     source = held_out_source(arguments, settings)
-    free = is_reference_free(map(str, loss_types(settings)))
-    inputs = inputs_of(arguments, source, pairs_path, metrics_path, earlier, free)
+    models = models_of(arguments, settings)
+    inputs = inputs_of(arguments, models, source, pairs_path, metrics_path, earlier)
     checked = partial(checked_config, arguments, settings)
     if arguments.use_peft and not arguments.merge_adapter:
         note_adapter(output)
@@ -364,9 +366,8 @@ def main() -> None:
         without = account.counted[NO_MARGIN] + held_out_account.counted[NO_MARGIN]
         check_margins(without, arguments.margin_scale, config.loss_type)
     place_reports(settings, metrics_path)
-    model, reference = models_of(arguments)
-    with loading(model, reference):
-        trainer = make_trainer(arguments, config, tokenizer, dataset, held_out, reference, pairs_path.parent)
+    with loading(*models.values()):
+        trainer = make_trainer(arguments, config, tokenizer, dataset, held_out, models.get("reference"), pairs_path.parent)
     log_training(trainer)
     counts = {"in": account.counted[IN], "out": len(dataset), "dropped": dict(account.drops.counts)}
     metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)

@@ -64,11 +64,12 @@ def kept_records(source: Source, arguments: ConvertArguments) -> tuple[np.ndarra
     near = NearDuplicates(arguments.near_threshold) if arguments.dedup == "near" else None
     for _, record in fitting(source, arguments, Tally()):
         messages, responses = parts_of(record, source.kind)
-        content, prompt = hashes_of(messages, responses, record.get("label") if source.kind == "labelled" else None)
+        label = record.get("label") if source.kind == "labelled" else None
+        content, prompt = hashes_of(messages, responses, label)
         contents.append(content)
         prompts.append(prompt)
         if near is not None:
-            new.append(near.is_new("\n".join([*(m["content"] for m in messages), *responses])))
+            new.append(near.is_new("\n".join(m["content"] for m in messages), *responses, label=label))
     hashes = np.frombuffer(prompts, dtype=np.uint64)
     kept = np.ones(len(hashes), dtype=np.bool_)
     if near is not None:

@@ -15,7 +15,7 @@ WORDS = 3
 
 
 class NearDuplicates:
-    """The texts seen so far that no earlier one was like. Holds a few thousand bytes for each of them."""
+    """The records seen so far that no earlier one was like. Holds a few thousand bytes for each of them."""
 
     def __init__(self, threshold: float):
         """Raises InputError where the package datasketch is missing."""
@@ -28,10 +28,13 @@ class NearDuplicates:
         self.index = MinHashLSH(threshold=threshold, num_perm=FUNCTIONS)
         self.signatures: list[np.ndarray] = []
 
-    def is_new(self, text: str) -> bool:
-        """Whether no text before is like this one; if so, it is remembered."""
+    def is_new(self, *texts: str, label: object = None) -> bool:
+        """Whether no record before, of such texts in this order and this label, is like this one; if so, it is remembered.
+
+        The same words as the chosen or the rejected response, or as a good or a bad one, are different.
+        """
         signature = self.empty.copy()
-        signature.update_batch(grams(text))
+        signature.update_batch([f"{label} {n} ".encode() + gram for n, text in enumerate(texts) for gram in grams(text)])
         values = signature.hashvalues.astype(np.uint32)
         for candidate in self.index.query(signature):
             if np.mean(self.signatures[candidate] == values) >= self.threshold:

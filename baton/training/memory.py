@@ -205,8 +205,12 @@ def spread(size: float, name: str, sharding: Sharding) -> float:
 
 
 def head_gradient_bytes(model: nn.Module, adapter: bool) -> int:
-    """Bytes of the LM head's gradient of one pass, beside that of the step; an adapter does not train the head."""
-    return 0 if adapter else FLOAT32_BYTES * model.get_output_embeddings().weight.numel()
+    """Bytes of the LM head's gradient of one pass, beside that of the step.
+
+    An adapter does not train the head, and a reward model or critic has none.
+    """
+    head = model.get_output_embeddings()
+    return 0 if adapter or head is None else FLOAT32_BYTES * head.weight.numel()
 
 
 def offload(needs: dict[str, float], sharding: Sharding) -> dict[str, float]:

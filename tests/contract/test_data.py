@@ -241,6 +241,8 @@ def test_near_duplicates_are_texts_whose_3_grams_are_alike():
     assert all(near.is_new(text) for text in texts)
     assert not any(near.is_new(text + " end") or near.is_new(text.upper()) for text in texts)
     assert all(near.is_new(" ".join(text.split()[::-1])) for text in texts)
+    assert all(near.is_new("prompt", *pair) for pair in (texts[:2], texts[1::-1]))
+    assert all(near.is_new(texts[0], label=label) for label in (True, False))
 
 
 def test_near_duplicates_without_their_package_are_refused(monkeypatch):
