@@ -169,6 +169,7 @@ def test_a_run_without_a_reference_scores_none_and_takes_extra_responses(task, a
     done = run_program(
         "dpo_iteration/run_dpo.py", "--model_name_or_path", task / "base", "--dataset_name_or_path", annotated,
         "--output_dir", tmp_path / "policy", "--loss_type", "simpo", "--beta", 2.0, "--simpo_gamma", 1.0, "--max_steps", 2,
+        "--ref_model", tmp_path / "is not read",
         "--extra_responses", write_jsonl(tmp_path / "extra.jsonl", extra), "--min_edit_distance", 0.8,
         "--max_length", 128, "--max_prompt_length", 64, "--use_cpu", "true", "--bf16", "false", "--logging_steps", 1,
         "--learning_rate", 1e-3, "--eval_dir", annotated,
