@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from baton import ahead
-from baton.data.__main__ import flags as words_of_data
 from baton.launch.plan import plan, problems
 from baton.launch.unit import Unit
 from baton.training.known import CONFIGS, config_fields
@@ -74,7 +73,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def blocks(page: Path) -> list[tuple[str, list[str]]]:
-    """(the line before, its commands) of each indented block of a page, continued lines joined."""
+    """(THERE or HERE, or the line before it, and its commands) of each indented block of a page, continued lines joined."""
     found: list[tuple[str, list[str]]] = []
     label, lines = "", []
     for line in [*page.read_text(encoding="utf-8").splitlines(), "end"]:
@@ -83,20 +82,19 @@ def blocks(page: Path) -> list[tuple[str, list[str]]]:
         elif line.strip():
             if lines:
                 found.append((label, [each for each in "\n".join(lines).replace("\\\n", " ").splitlines() if each]))
-            label, lines = line.strip(), []
+            label, lines = next((end for end in (THERE, HERE) if line.endswith(end)), line), []
     return found
 
 
 def is_recipe(lines: list[str]) -> bool:
-    return all(re.match(r"[A-Z_]+=|#", line) for line in lines)
+    return all(re.fullmatch(r"[A-Z_]+=(\S+|\(.*\))|#.*", line) for line in lines)
 
 
 def unit_of(line: str) -> Unit | None:
     """The program that a line calls, with its words; None for a line that calls none of Baton's."""
-    words = shlex.split(line, comments=True)
+    words = [word for word in shlex.split(line, comments=True) if word != "&"]
     if words[:3] == ["python", "-m", "baton.data"]:
-        command, rest = words_of_data(words[3:])
-        return Unit(name=line, environment="either", program=(command, *rest))
+        words[:3] = ["python", "baton/data/__main__.py"]
     at = next((i for i, word in enumerate(words) if (match := PROGRAM.fullmatch(word)) and (ROOT / match[1]).is_file()), None)
     if at is None:
         return None
@@ -110,16 +108,13 @@ def look_at(lines: list[str]) -> str:
     """What is wrong with lines, in order; the empty text where nothing is."""
     units, said = [], []
     for unit in filter(None, map(unit_of, lines)):
-        file = Path(unit.program[0])
-        name = str(file.relative_to(ROOT)) if file.is_absolute() else ""
+        name = str(Path(unit.program[0]).relative_to(ROOT))
         if name.endswith("register_server.sh"):
             register_server.parse(list(unit.program[1:]))
         elif name == "scripts/run_loop.sh" or name in PLAIN:
             continue
         elif name.endswith(".sh"):
             said.append(f"{unit.name}: no rule says how this script is looked at")
-        elif not name:
-            continue  # `python -m baton.data`: see data_commands
         else:
             units.append(unit)
     return "\n".join([*said, problems(plan(units))]).strip()
