@@ -8,6 +8,7 @@ would make is there for the next. Nothing is run, and no hub is asked.
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -161,12 +162,24 @@ def test_a_line_that_is_not_accepted_is_found(line, message, folder):
     assert message in look_at([line])
 
 
+def test_the_losses_of_the_recipes_are_accepted_by_their_trainer(folder):
+    script = 'RUN_DIR=run; source "$1"; printf "%s\\n" "${DPO_CONFIG:-configs/training.yaml}" "${DPO_ARGS[@]}"'
+    units = []
+    for recipe in sorted(ROOT.glob("configs/recipes/*.env")):
+        done = subprocess.run(["bash", "-c", script, "bash", recipe], capture_output=True, text=True, check=True)
+        words = done.stdout.replace("data/gpt4_turbo_with_rewards", "data/scored").split()
+        own = ("--model_name_or_path", "a/b", "--dataset_name_or_path", "data/scored.jsonl", "--output_dir", f"out/{recipe.stem}")
+        units.append(Unit(recipe.stem, "training", (str(ROOT / "dpo_iteration/run_dpo.py"), *words, *own)))
+    assert problems(plan(units)) == ""
+
+
 def test_every_option_that_the_table_offers_is_one_of_a_program():
     known = {name for config in CONFIGS.values() for name in config_fields(config)} | set(NAMES)
     programs = [program for name in FOLDERS for program in (ROOT / name).glob("*.py") if "class Arguments(" in program.read_text()]
     flags = {flag for program in programs for flag in own_flags(str(program.relative_to(ROOT)))} | OF_LAUNCHERS
-    rows = [line.split(" | ") for line in OPTIONS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
-    assert len(rows) > 100
+    lines = OPTIONS.read_text(encoding="utf-8").splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ") and not line.startswith(("| ---", "| option"))]
+    assert len(rows) > 100 and all(len(row) == 3 for row in rows)
     named = {flag for row in rows for span in CODE_SPAN.findall(row[-1]) for flag in re.findall(r"(?<![\w-])--\w+", span)}
     assert {flag for flag in named - flags if flag[2:] not in known} == set()
 

@@ -215,6 +215,23 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
         assert f"--post_processor {processor}" in lines["round2-demonstrations"]
 
 
+PUBLISHED = [
+    *("llama3-8b-instruct-simpo", "llama3-8b-instruct-dpo", "mistral-7b-sppo", "openchat-7b-ilr-dpo", "gemma2-9b-wpo"),
+    "self-rewarding",
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_of_a_published_method_can_be_planned(name, folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("GPT4_RESPONSES", str(folder / "gpt4.jsonl"))
+    (folder / "gpt4.jsonl").write_text('{"prompt": "0", "responses": ["a"], "rewards": [1]}\n')
+    done = run_loop(f"configs/recipes/{name}.env", "--plan", "--run_dir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    rounds = [name for name in commands(done.stdout) if name.endswith("-train")]
+    assert len(rounds) == (3 if "sppo" in name or "ilr" in name else 1)
+
+
 def units_with_mistakes(folder: Path) -> list[Unit]:
     """Two trainings and a scoring: a mistyped setting, a missing file, a mistyped function."""
     settings = (("1", "--learning_rat", "1"), ("2", "--learning_rate", "1"))
