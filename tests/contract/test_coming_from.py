@@ -32,6 +32,7 @@ ENVIRONMENTS = {"generation": "inference", "annotate_data": "inference"}  # the 
 SCRIPTS = {"scripts/test_gen.sh": "generation/run_shards.py", "scripts/run_ppo.sh": "ppo/run_ppo.py"}
 # Scripts whose flags tests/contract/test_docs.py compares with theirs, and that have nothing else to look at.
 PLAIN = {"scripts/setup_envs.sh", "scripts/quickstart.sh", "report/summarize.py"}
+OF_LAUNCHERS = set("--config_file --num_processes --num_machines --machine_rank --main_process_ip --main_process_port".split())
 
 MESSAGES = [{"role": "user", "content": "q"}]
 SAMPLED = {"prompt": MESSAGES, "responses": ["a", "b", "c", "d"]}
@@ -168,22 +169,17 @@ def test_the_losses_of_the_recipes_are_accepted_by_their_trainer(folder):
     for recipe in sorted(ROOT.glob("configs/recipes/*.env")):
         done = subprocess.run(["bash", "-c", script, "bash", recipe], capture_output=True, text=True, check=True)
         words = done.stdout.replace("data/gpt4_turbo_with_rewards", "data/scored").split()
-        own = ("--model_name_or_path", "a/b", "--dataset_name_or_path", "data/scored.jsonl", "--output_dir", f"out/{recipe.stem}")
-        units.append(Unit(recipe.stem, "training", (str(ROOT / "dpo_iteration/run_dpo.py"), *words, *own)))
+        words += f"--model_name_or_path a/b --dataset_name_or_path data/scored.jsonl --output_dir out/{recipe.stem}".split()
+        units.append(Unit(recipe.stem, "training", (str(ROOT / "dpo_iteration/run_dpo.py"), *words)))
     assert problems(plan(units)) == ""
 
 
 def test_every_option_that_the_table_offers_is_one_of_a_program():
     known = {name for config in CONFIGS.values() for name in config_fields(config)} | set(NAMES)
-    programs = [program for name in FOLDERS for program in (ROOT / name).glob("*.py") if "class Arguments(" in program.read_text()]
-    flags = {flag for program in programs for flag in own_flags(str(program.relative_to(ROOT)))} | OF_LAUNCHERS
+    files = [file for name in FOLDERS for file in (ROOT / name).glob("*.py") if "class Arguments(" in file.read_text()]
+    flags = {flag for file in files for flag in own_flags(str(file.relative_to(ROOT)))} | OF_LAUNCHERS
     lines = OPTIONS.read_text(encoding="utf-8").splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ") and not line.startswith(("| ---", "| option"))]
     assert len(rows) > 100 and all(len(row) == 3 for row in rows)
     named = {flag for row in rows for span in CODE_SPAN.findall(row[-1]) for flag in re.findall(r"(?<![\w-])--\w+", span)}
     assert {flag for flag in named - flags if flag[2:] not in known} == set()
-
-
-# Of `accelerate launch`, scripts and vLLM.
-OF_LAUNCHERS = {"--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
-OF_LAUNCHERS |= {"--run_dir", "--plan"}

@@ -164,9 +164,7 @@ GOLD_SCORER=quickstart/score_gold.py
     assert "18 stages, 0 of them up to date" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("trainer", "program"), [("ppo", "ppo/run_ppo.py"), ("online_dpo", "dpo_iteration/run_online_dpo.py")]
-)
+@pytest.mark.parametrize(("trainer", "program"), [("ppo", "ppo/run_ppo.py"), ("online_dpo", "dpo_iteration/run_online_dpo.py")])
 def test_an_online_trainer_is_one_stage_of_a_round_and_is_evaluated_as_any_other(folder, trainer, program):
     (folder / "online.yaml").write_text("rollout_batch_size: 4\n")
     text = f"""
