@@ -27,7 +27,7 @@ from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
 from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
-from baton.pairs import ChooseType, PairSettings
+from baton.pairs import PairSettings
 from baton.prompts import mixed_records, read_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
@@ -39,6 +39,7 @@ from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, extra_responses, pairs_again, write_pairs
 from dpo_iteration.losses import OF_MARGINS, LossNumbers, check_loss_types, is_reference_free, loss_types, split_that_decides
 from dpo_iteration.online_rlhf import own_names
+from dpo_iteration.pair_arguments import PairArguments, pair_settings
 from dpo_iteration.rows import log_rows, rows_of_pairs
 
 log = logging.getLogger("baton")
@@ -48,7 +49,7 @@ IMPORTS = ("dpo_iteration.trainer", "baton.training.checkpoints", "baton.trainin
 HELD_OUT_PAIRS = 100  # of `eval_dir`, as in Online-RLHF
 
 
-class Arguments(LoraArguments):
+class Arguments(PairArguments, LoraArguments):
     """What this program adds to DPOConfig."""
 
     model_name_or_path: str = option(..., "the policy that this round starts from", changes_result=False)
@@ -77,12 +78,6 @@ class Arguments(LoraArguments):
         ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
     )
     pairs_path: str | None = option(None, "file for the chosen pairs; default: <output_dir>.pairs.jsonl", changes_result=False)
-    choose_type: ChooseType = option("max_min", "which two responses of a prompt make a pair")
-    len_penalty: float = option(0.0, "subtracted from the reward per character, with choose_type max_min_p", ge=0)
-    pairs_per_prompt: int = option(1, "most pairs of one prompt; each response is in at most one", ge=1)
-    min_margin: float = option(0.0, "smallest difference of rewards that makes a pair", ge=0)
-    max_length_ratio: float | None = option(None, "longest over shortest response of a pair, in characters", ge=1)
-    drop_truncated: bool = option(False, "leave out responses that were cut off by length")
     min_edit_distance: float = option(
         0.0, "least edit distance of a pair's texts, as a share of the longer one's characters", ge=0, le=1
     )
@@ -111,12 +106,6 @@ class Arguments(LoraArguments):
         changes_result=False,
     )
     compile: Compile = compile_option()
-
-
-def pair_settings(arguments: Arguments) -> PairSettings:
-    """How pairs are chosen, checked. Raises InputError on a combination that makes no sense."""
-    names = PairSettings.__dataclass_fields__
-    return PairSettings(**{name: getattr(arguments, name) for name in names})
 
 
 def loss_numbers(arguments: Arguments) -> LossNumbers:

@@ -16,26 +16,21 @@ from baton.arguments import option, parse
 from baton.errors import InputError
 from baton.launch.check import check_processes
 from baton.online.arguments import OnlineArguments, check_online, inputs_of, scorer_settings
-from baton.pairs import ChooseType, PairSettings
+from baton.pairs import PairSettings
 from baton.stage import Stage
 from baton.training.arguments import metrics_file
+from dpo_iteration.pair_arguments import PairArguments, pair_settings
 
 IMPORTS = ("baton.online.start", "baton.online.finish", "dpo_iteration.online")
 
 
-class Arguments(OnlineArguments):
+class Arguments(PairArguments, OnlineArguments):
     """What this program adds to what every online training has."""
 
     beta: float = option(0.1, "weight of the log-ratios in the loss", gt=0)
     loss_type: Literal["sigmoid", "ipo", "hinge"] = option("sigmoid", "loss of a pair")
     nll_coef: float = option(0.0, "weight of the chosen responses' negative log-likelihood (RPO)", ge=0)
     pairs_per_update: int | None = option(None, "pairs of an optimizer step; default: all of the step", ge=1)
-    choose_type: ChooseType = option("max_min", "which two responses of a prompt make a pair")
-    len_penalty: float = option(0.0, "subtracted from the reward per character, with choose_type max_min_p", ge=0)
-    pairs_per_prompt: int = option(1, "most pairs of one prompt; each response is in at most one", ge=1)
-    min_margin: float = option(0.0, "smallest difference of rewards that makes a pair", ge=0)
-    max_length_ratio: float | None = option(None, "longest over shortest response of a pair, in characters", ge=1)
-    drop_truncated: bool = option(False, "leave out responses that were cut off by length")
     metrics_path: str | None = option(None, "file of metrics; default: <output_dir>.metrics.jsonl", changes_result=False)
 
 
@@ -46,8 +41,7 @@ def check(arguments: Arguments) -> PairSettings:
         raise InputError("`K`: a pair needs at least 2 responses to a prompt")
     if arguments.prompts_per_update:
         raise InputError("`prompts_per_update`: here `pairs_per_update` says what an optimizer step takes")
-    names = PairSettings.__dataclass_fields__
-    return PairSettings(**{name: getattr(arguments, name) for name in names})
+    return pair_settings(arguments)
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ class Loop:
                 metrics |= of_rollouts(records, samples, step) | self.algorithm.step(records, samples, step)
                 metrics["training_seconds"] = time.monotonic() - training
                 if self.staleness and more:
-                    ahead.result() if ahead else None  # on disk before the weights that sample it change
+                    ahead = self._on_disk(ahead)  # before the weights that sample it change
                 if step % self.save_steps == 0 or not more:
                     whole = {"taken": taken, "algorithm": self.algorithm.state(), "metrics": metrics}
                     checkpoints.save(self.learner, self.folder, step, whole)
@@ -105,7 +105,7 @@ class Loop:
                 if more or self._evaluates(step):
                     metrics["sync_seconds"] = self.send(step)
                 metrics |= self._evaluate(step) if self._evaluates(step) else {}
-                if not self.staleness and more:
+                if more and (ahead is None or not self.staleness):
                     ahead = self._collect(background, step + 1, taken, step)
                 metrics["seconds"] = time.monotonic() - begun
                 metrics |= speed(self.learner, metrics, samples)
@@ -158,11 +158,25 @@ class Loop:
                 return dict(ahead.result())
             except FailuresListed:
                 # The weights that sample are those of this process now, and it has them whole.
-                if self.staleness or is_sharded(self.learner.models.actor) or not self.engines.restart_dead():
+                if is_sharded(self.learner.models.actor) or not self.engines.restart_dead():
                     raise
                 self.engines.take(weights_for_servers(self.learner.models.actor), version, last=True)
                 ahead = self._collect(background, step, taken, version)
         return {}
+
+    def _on_disk(self, ahead: Future | None) -> Future | None:
+        """Rollouts that were sampled ahead, once they are on disk; None where servers of ours have died.
+
+        Those start anew, and what is missing is sampled from the next weights.
+        """
+        try:
+            if ahead is not None:
+                ahead.result()
+            return ahead
+        except FailuresListed:
+            if not self.engines.restart_dead():
+                raise
+            return None
 
     def turn(self, to_servers: bool) -> None:
         """Where trainer and servers share GPUs, give their memory to the one or the other."""

@@ -93,7 +93,7 @@ def learner_of(
     size = outline(arguments.model_name_or_path, adapter_config(arguments))
     needs = estimate(size, config, sharding_of(config), arguments.tokens_per_row, reference=reference_in_memory(arguments))
     if critic is not None:
-        needs["critic"] = sum(estimate(size, config, sharding_of(config), 1).values())
+        needs["critic"] = sum(estimate(outline(critic), config, sharding_of(config), 1).values())
     check_memory(needs, config)
     dtype = getattr(torch, config.model_init_kwargs["dtype"])
     actor: nn.Module = load_actor(arguments.model_name_or_path, dtype)

@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,8 +103,8 @@ class Transfer:
 
     device: where the trainer's weights are. backend: nccl or gloo; the device's own if not given; gloo where a trainer shares a
     GPU with a server. host: the address of this machine on which to meet the servers. dtype: of the weights on their way; that
-    of the servers if not given. bucket_bytes: of tensors that are sent together; so many are held at once. timeout: seconds
-    for each step of a server, such as one bucket.
+    of the servers if not given. bucket_bytes: held at once, half of it on its way while the other half is filled. timeout:
+    seconds for each step of a server, such as one bucket.
     """
 
     def __init__(
@@ -139,10 +139,12 @@ class Transfer:
         began, failures = time.monotonic(), {}
         links = self._on_each(self._chosen(urls), self._connect, failures)
         dtype = self.dtype or common_dtype(links)
-        links = self._on_each(links, self._begin, failures)
+        doing = self._start(links, self._begin)
         try:
-            for bucket in buckets(weights, dtype, self.bucket_bytes, self.device):
-                links = self._on_each(links, partial(self._give, bucket), failures)
+            for bucket in buckets(weights, dtype, self.bucket_bytes // 2, self.device):
+                links = self._succeeded(doing, failures)
+                doing = self._start(links, partial(self._give, bucket))  # while the next one is filled
+            links = self._succeeded(doing, failures)
         except BaseException:
             for link in links:
                 log.warning("%s: has half of the weights: it stays paused until it is started anew", link.url)
@@ -210,11 +212,18 @@ class Transfer:
         return [link for link in self.links if chosen is None or link.url in chosen]
 
     def _on_each(self, links: list[Link], do: Callable[[Link], None], failures: dict[str, str]) -> list[Link]:
-        """Do something with servers, all at once; returns those with which it worked, and notes why it did not with others."""
+        """Do something with servers, all at once; returns what `_succeeded` does."""
+        return self._succeeded(self._start(links, do), failures)
+
+    def _start(self, links: list[Link], do: Callable[[Link], None]) -> list[tuple[Link, Future]]:
+        return [(link, self.pool.submit(do, link)) for link in links]
+
+    def _succeeded(self, doing: list[tuple[Link, Future]], failures: dict[str, str]) -> list[Link]:
+        """Wait until all is done; returns the servers with which it worked, and notes why it did not with others."""
         succeeded = []
-        for link, doing in [(link, self.pool.submit(do, link)) for link in links]:
+        for link, future in doing:
             try:
-                doing.result()
+                future.result()
                 succeeded.append(link)
             except (Failure, RuntimeError) as error:  # torch's own are RuntimeErrors
                 failures[link.url] = str(error)
@@ -283,9 +292,10 @@ def buckets(
 ) -> Iterator[Bucket]:
     """`weights`, as `dtype` where they are floats, in buckets of `size` bytes on `device`; a larger tensor has its own.
 
-    The next bucket takes the memory of the one before.
+    A bucket takes the memory of the last but one, which must not be used any more when it is asked for.
     """
     names, shapes, flat, filled = [], [], torch.empty(0, device=device), 0
+    other = flat
 
     def done() -> Bucket:
         if flat.is_cuda:
@@ -299,6 +309,7 @@ def buckets(
             if names:
                 yield done()
             names, shapes, filled = [], [], 0
+            flat, other = other, flat
             if wanted != flat.dtype or count > flat.numel():
                 del flat  # before there is another one
                 flat = torch.empty(max(size // wanted.itemsize, count), dtype=wanted, device=device)

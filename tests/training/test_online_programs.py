@@ -113,26 +113,34 @@ def test_a_run_that_was_killed_ends_with_the_same_weights_to_the_bit(uninterrupt
         assert torch.equal(ours[name], weight), name
 
 
-def test_online_dpo_learns_from_pairs_and_a_server_that_dies_is_started_anew(task, tmp_path):
+def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task, tmp_path):
+    """One of two policy servers and the reward server die inside a step."""
     output = tmp_path / "policy"
     words = words_of(
         "dpo_iteration/run_online_dpo.py", task, output, ["--scorer", REWARD], K=4, prompts_per_update=None,
         num_ppo_epochs=None, critic_learning_rate=None, total_steps=3, pairs_per_update=3,
+        num_servers=2, reproducible="false",
     )  # fmt: skip
     process = start(*words, output=tmp_path, env={**os.environ, "REWARD_API_KEY": "of another service"})
-    servers = tmp_path / "policy.servers"
+    folder = tmp_path / "policy.servers"
     wait_for((tmp_path / "policy.partial/checkpoint-1").exists, process, tmp_path)
-    os.environ["BATON_SERVERS"], before = str(servers), os.environ.get("BATON_SERVERS")
-    policy = next(server for server in processes.known() if str(task / "base") in server.model)
-    os.kill(policy.process.pid, signal.SIGKILL)
+    os.environ["BATON_SERVERS"], before = str(folder), os.environ.get("BATON_SERVERS")
+    policies, rewards = [], []
+    for server in processes.known():
+        (policies if str(task / "base") in server.model else rewards).append(server)
+    assert len(policies) == 2 and len(rewards) == 1
+    for server in (policies[0], rewards[0]):
+        os.kill(server.process.pid, signal.SIGKILL)
     os.environ.pop("BATON_SERVERS") if before is None else os.environ.update(BATON_SERVERS=before)
     process.join(300)
     said = (tmp_path / "stderr").read_text()
     assert process.exitcode == 0, said
-    assert "starts anew" in said
+    for server in (policies[0], rewards[0]):
+        assert f"the server on port {server.port} starts anew" in said
+    assert f"port {policies[1].port} starts anew" not in said
     lines = [line for line in read_jsonl(f"{output}.metrics.jsonl") if "pairs" in line]
     assert len(lines) == 3 and all(line["pairs"] > 0 for line in lines)
-    assert not servers.exists()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

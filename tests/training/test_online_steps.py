@@ -357,6 +357,42 @@ def test_what_ends_a_training_does_not_wait_for_rollouts(folder, tmp_path):
         server.shutdown()
 
 
+def test_rollouts_ahead_whose_servers_die_are_sampled_from_the_next_weights(folder, tmp_path):
+    """With a staleness of 1, the servers die while they sample step 2 and step 1 trains."""
+
+    class Dying:
+        """In the place of a collector: its first call for step 2 finds no server."""
+
+        def __init__(self):
+            self.asked = []
+
+        def collect(self, step, taken, version):
+            self.asked.append((step, taken, version))
+            if step == 2 and version == 0:
+                raise FailuresListed("no server is alive")
+            jsonl.write(tmp_path / f"rollouts/step{step:06}.jsonl", [{**rollout(random.Random(0), 0), TAKEN: step}])
+            return {}
+
+    class Nothing:
+        def step(self, records, samples, step):
+            return {"loss": 0.0}
+
+        def state(self):
+            return {}
+
+    learner, collector, sent = learner_of(folder, critic=False), Dying(), []
+    engines = SimpleNamespace(
+        take=lambda weights, version, last: sent.append((version, len(list(weights)) > 0)) or True, restart_dead=lambda: True
+    )
+    Loop(
+        learner=learner, algorithm=Nothing(), folder=tmp_path, metrics_path=tmp_path / "metrics.jsonl", engines=engines,
+        collector=collector, total_steps=3, save_steps=9, eval_steps=9, staleness=1, shares_gpus=False, evaluate=None,
+        warn=lambda *_: None,
+    ).run()  # fmt: skip
+    assert collector.asked == [(1, 0, 0), (2, 1, 0), (2, 1, 1), (3, 2, 1)]
+    assert sent == [(0, True), (1, True), (2, True)]
+
+
 class Asked:
     """In the place of servers, notes the seeds and gives one response each; in that of a service, gives `scored`."""
 

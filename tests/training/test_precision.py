@@ -105,12 +105,13 @@ def recipe_words(recipe):
     return done.stdout.split()
 
 
-# Those whose loss of a pair begins at ln 2; tests/contract/test_coming_from.py looks at the settings of the others.
-OTHER_LOSSES = ("--loss_type", "--length_alpha", "--use_weighting")
+# Those that train with DPO, and whose loss of a pair begins at ln 2; tests/contract/test_coming_from.py looks at the settings of
+# the others.
+OTHERS = ("\nTRAINER=", "--loss_type", "--length_alpha", "--use_weighting")
 RECIPES = {
     path.stem: path
     for path in sorted(ROOT.glob("configs/recipes/*.env"))
-    if not any(flag in path.read_text() for flag in OTHER_LOSSES)
+    if not any(word in path.read_text() for word in OTHERS)
 }
 
 
