@@ -223,21 +223,20 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
 @pytest.mark.parametrize(
     ("name", "variables", "rounds", "words"),
     [
-        ("gemma2-9b-wpo", {"GPT4_RESPONSES": "scored.jsonl"}, 1, "--extra_responses scored.jsonl"),
+        ("gemma2-9b-wpo", {"GPT4_RESPONSES": "prompts.jsonl"}, 1, "--extra_responses prompts.jsonl"),
         ("self-rewarding", {"rounds": "2"}, 2, "--min_margin 1"),
     ],
 )
 def test_a_recipe_takes_what_differs_between_its_users_from_the_environment(
     name, variables, rounds, words, folder, monkeypatch
 ):
-    (folder / "scored.jsonl").write_text('{"prompt": "0", "responses": ["a"], "rewards": [1]}\n')
+    there = str(folder / "prompts.jsonl")
     for variable, value in (variables | {"HF_HUB_OFFLINE": "1"}).items():
-        monkeypatch.setenv(variable, value.replace("scored.jsonl", str(folder / "scored.jsonl")))
+        monkeypatch.setenv(variable, value.replace("prompts.jsonl", there))
     done = run_loop(f"configs/recipes/{name}.env", "--plan", "--run_dir", folder / "run")
     assert done.returncode == 0, done.stderr
     lines = [line for name, line in commands(done.stdout).items() if name.endswith("-train")]
-    assert len(lines) == rounds
-    assert all(words.replace("scored.jsonl", str(folder / "scored.jsonl")) in line for line in lines)
+    assert len(lines) == rounds and all(words.replace("prompts.jsonl", there) in line for line in lines)
 
 
 def units_with_mistakes(folder: Path) -> list[Unit]:
