@@ -105,7 +105,7 @@ def recipe_words(recipe):
     return done.stdout.split()
 
 
-# Those that train with DPO, and whose loss of a pair begins at ln 2; tests/contract/test_coming_from.py has the others' settings.
+# Those whose DPO loss of a pair begins at ln 2; tests/contract/test_coming_from.py looks at the settings of the others.
 OTHERS = ("\nTRAINER=", "--loss_type", "--length_alpha", "--use_weighting")
 RECIPES = {
     path.stem: path
