@@ -9,6 +9,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from ppo import openrlhf
+
 ROOT = Path(__file__).resolve().parents[2]
 IGNORED = {line.strip("/*") for line in (ROOT / ".gitignore").read_text().splitlines()}
 FOLDERS = sorted(
@@ -24,7 +26,9 @@ PROJECT_FILE = re.compile(rf"(?<![\w./-])(?:\./)?((?:{'|'.join(FOLDERS)})/[\w./{
 PLACEHOLDER = re.compile(r"\b[A-Z]+\b")
 
 # Flags that a program passes on to another one.
-PASSES_ON = {"scripts/test_gen.sh": "generation/get_hf2.py"}
+PASSES_ON = {"scripts/test_gen.sh": "generation/get_hf2.py", "scripts/run_ppo.sh": "ppo/run_ppo.py"}
+# Names of another toolkit that a program understands beside its own.
+OTHER_NAMES = {"ppo/run_ppo.py": {*openrlhf.NAMES, *openrlhf.DONE_ANYWAY, "train_batch_size"}}
 PROGRAM = re.compile(r"(?:\./)?((?:\w+/)+\w+\.(?:py|sh))")
 
 ids = {"ids": lambda page: str(page.relative_to(ROOT))}
@@ -121,7 +125,8 @@ def own_flags(program: str) -> frozenset[str]:
     text = (ROOT / program).read_text(encoding="utf-8")
     if program.endswith(".py") and "class Arguments(" in text:
         module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-        return frozenset(f"--{name}" for name in module.Arguments.model_fields) | {"--help"}
+        names = {*module.Arguments.model_fields, *OTHER_NAMES.get(program, ()), "help"}
+        return frozenset(f"--{name}" for name in names)
     pattern = r'add_argument\(\s*"(--\w+)"' if program.endswith(".py") else r"(?<![\w-])(--\w+)"
     passed_on = own_flags(PASSES_ON[program]) if program in PASSES_ON else frozenset()
     return frozenset(re.findall(pattern, text)) | {"--help"} | passed_on

@@ -171,9 +171,7 @@ GOLD_SCORER=quickstart/score_gold.py
     assert "18 stages, 0 of them up to date" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("trainer", "program"), [("ppo", "ppo/run_ppo.py"), ("online_dpo", "dpo_iteration/run_online_dpo.py")]
-)
+@pytest.mark.parametrize(("trainer", "program"), [("ppo", "ppo/run_ppo.py"), ("online_dpo", "dpo_iteration/run_online_dpo.py")])
 def test_an_online_trainer_is_one_stage_of_a_round_and_is_evaluated_as_any_other(folder, trainer, program):
     (folder / "online.yaml").write_text("rollout_batch_size: 4\n")
     text = f"""
@@ -220,6 +218,25 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
     if trainer != "kto":
         processor = "rs" if trainer == "raft" else "ca"
         assert f"--post_processor {processor}" in lines["round2-demonstrations"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "rounds", "words"),
+    [
+        ("gemma2-9b-wpo", {"GPT4_RESPONSES": "prompts.jsonl"}, 1, "--extra_responses prompts.jsonl"),
+        ("self-rewarding", {"rounds": "2"}, 2, "--min_margin 1"),
+    ],
+)
+def test_a_recipe_takes_what_differs_between_its_users_from_the_environment(
+    name, variables, rounds, words, folder, monkeypatch
+):
+    there = str(folder / "prompts.jsonl")
+    for variable, value in (variables | {"HF_HUB_OFFLINE": "1"}).items():
+        monkeypatch.setenv(variable, value.replace("prompts.jsonl", there))
+    done = run_loop(f"configs/recipes/{name}.env", "--plan", "--run_dir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    lines = [line for name, line in commands(done.stdout).items() if name.endswith("-train")]
+    assert len(lines) == rounds and all(words.replace("prompts.jsonl", there) in line for line in lines)
 
 
 def units_with_mistakes(folder: Path) -> list[Unit]:
