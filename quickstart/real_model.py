@@ -55,8 +55,6 @@ def main() -> None:
         model, tokenizer = from_gguf(unpacked(stage.partial_folder / PACKAGES))
     else:
         model, tokenizer = from_checkpoint(source)
-    if tokenizer.chat_template is None:
-        raise InputError(f"{source}: its tokenizer has no chat template; name a chat model")
     model.save_pretrained(stage.partial_folder)
     tokenizer.save_pretrained(stage.partial_folder)
     facts = {"source": source, "parameters": model.num_parameters(), "commit": getattr(model.config, "_commit_hash", None)}
@@ -112,13 +110,18 @@ def from_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def from_checkpoint(source: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or of the hub; the weights as float32. Raises InputError where they cannot be loaded."""
+    """Model and tokenizer of a folder or of the hub; the weights as float32.
+
+    Raises InputError where they cannot be loaded, or have no chat template.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with loading(source):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.chat_template is None:
+            raise InputError(f"{source}: its tokenizer has no chat template; name a chat model")
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), tokenizer
 
 
 if __name__ == "__main__":

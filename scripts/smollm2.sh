@@ -41,7 +41,7 @@ source "$recipe"
 labelled=$run_dir/labelled
 stage model training quickstart/real_model.py --output_dir "$INITIAL_POLICY" --source "$source"
 stage prompts training quickstart/make_prompts.py --output_dir "$run_dir/prompts" --seed "$seed" --rounds "$ROUNDS" \
-  --prompts_per_round "$prompts_per_round" --reward_model_prompts "$reward_model_prompts" --heldout_prompts "$heldout_prompts"
+  --prompts_per_round "$prompts_per_round" --reward_model_prompts "$prompts_for_reward_model" --heldout_prompts "$prompts_for_evaluation"
 stage sample inference generation/run_shards.py --model_name_or_path "$INITIAL_POLICY" \
   --dataset_name_or_path "$run_dir/prompts/reward_model.jsonl" --output_dir "$labelled/gen_data" --seed "$seed" --K "$K" \
   --max_new_tokens "$MAX_NEW_TOKENS" --max_model_len "$MAX_MODEL_LEN" "${GENERATE_ARGS[@]}"

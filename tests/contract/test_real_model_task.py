@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quickstart import make_prompts, sentiment
+from baton.errors import InputError
+from quickstart import make_prompts, real_model, sentiment
 from tests.contract.test_environments import ANSWERS, RECORDER, RECORDS, run
 from tests.contract.test_quickstart_task import content, read
 from tests.environments import made_for, on_path
-from tests.programs import ROOT
+from tests.programs import ROOT, run_program
 
 SIZES = ["--prompts_per_round", 8, "--reward_model_prompts", 20, "--heldout_prompts", 10]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "HF_HOME": "/nowhere"}
@@ -111,15 +112,14 @@ def test_a_folders_model_is_written_in_float32_once_and_one_that_cannot_chat_is_
         tokenizer.chat_template = template
         for part in (model, tokenizer):
             part.save_pretrained(tmp_path / name)
-    of_chat = ["real_model.py", "--output_dir", tmp_path / "base", "--source", tmp_path / "chat"]
-    done = program(*of_chat)
+    of_chat = ("quickstart/real_model.py", "--output_dir", tmp_path / "base", "--source", tmp_path / "chat")
+    done = run_program(*of_chat)
     assert done.returncode == 0, done.stderr
     assert {tensor.dtype for tensor in load_file(tmp_path / "base/model.safetensors").values()} == {torch.float32}
-    again = program(*of_chat)
+    again = program("real_model.py", *of_chat[1:])
     assert again.returncode == 0 and "up to date" in again.stderr
-    refused = program("real_model.py", "--output_dir", tmp_path / "other", "--source", tmp_path / "mute")
-    assert refused.returncode == 2 and "its tokenizer has no chat template" in refused.stderr
-    assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match="its tokenizer has no chat template"):
+        real_model.from_checkpoint(str(tmp_path / "mute"))
 
 
 # The script and its recipe
