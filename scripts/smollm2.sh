@@ -37,6 +37,8 @@ export CUDA_VISIBLE_DEVICES=${gpus%% *}
 RUN_DIR=$run_dir GPUS=${CUDA_VISIBLE_DEVICES:+1} prepares=yes
 # shellcheck source=configs/recipes/smollm2-135m-cpu.env
 source "$recipe"
+[[ -n ${prompts_per_round:-} ]] ||
+  die "$recipe: sets no prompts_per_round: begin it with 'source configs/recipes/smollm2-135m-cpu.env', and change what follows"
 
 labelled=$run_dir/labelled
 stage model training quickstart/real_model.py --output_dir "$INITIAL_POLICY" --source "$source"

@@ -125,13 +125,18 @@ def test_a_folders_model_is_written_in_float32_once_and_one_that_cannot_chat_is_
 # The script and its recipe
 
 
-def started(folder, *words):
-    """The stages that smollm2.sh starts, each as its words, by name; nothing runs."""
+def call(folder, *words):
+    """smollm2.sh, finished; nothing of what it starts runs, but `folder/record` has it."""
     path = on_path(folder / "commands", **ANSWERS["no gpu"], records=RECORDS)
     variables = {"PATH": path, "RECORD": str(folder / "record"), "RECORDER": RECORDER, "REAL": sys.executable}
     envs = made_for("cpu", folder / "envs", python=folder / "commands/records")
     command = ["bash", "scripts/smollm2.sh", "--run_dir", folder / "run", *words]
-    done = run(*command, BATON_ENVS=str(envs), CUDA_VISIBLE_DEVICES="", **variables)
+    return run(*command, BATON_ENVS=str(envs), CUDA_VISIBLE_DEVICES="", **variables)
+
+
+def started(folder, *words):
+    """The stages that smollm2.sh starts, each as its words, by name."""
+    done = call(folder, *words)
     assert done.returncode == 0, done.stderr
     lines = [line.partition("|")[2].split() for line in (folder / "record").read_text().splitlines()]
     return {words[1]: words for words in lines}
@@ -163,3 +168,9 @@ def test_a_recipe_of_ones_own_gives_the_sizes(tmp_path):
     assert value(stages["prompts"], "--prompts_per_round") == "4" and value(stages["prompts"], "--rounds") == "1"
     assert value(stages["sample"], "--K") == "2" and "round2-train" not in stages
     assert value(stages["model"], "--source") == str(tmp_path)
+
+
+def test_a_recipe_that_gives_no_sizes_is_refused_before_any_stage(tmp_path):
+    done = call(tmp_path, "--recipe", ROOT / "configs/recipes/quickstart.env")
+    assert done.returncode == 2 and "quickstart.env: sets no prompts_per_round: begin it with" in done.stderr
+    assert not (tmp_path / "record").exists()
