@@ -34,12 +34,12 @@ K=8 TEMPERATURE=1.0 TOP_P=1.0 MAX_NEW_TOKENS=1024 MAX_MODEL_LEN=4096 GENERATE_WI
 SCORERS=() WEIGHTS=() REWARD_ARGS=()
 GPUS=${#gpus[@]} ACCELERATE_CONFIG=configs/zero2.yaml DPO_CONFIG=configs/training.yaml DPO_ARGS=()
 TRAINER=dpo TRAIN_CONFIG="" TRAIN_ARGS=() SERVER_GPUS=0
-HELDOUT_PROMPTS="" HELDOUT_K=1 HELDOUT_ARGS=() EVAL_SCORERS=() GOLD_SCORER=""
+HELDOUT_PROMPTS="" HELDOUT_K=1 HELDOUT_ARGS=() EVAL_SCORERS=() GOLD_SCORER="" SAMPLES=3
 variables=(
   INITIAL_POLICY REWARD_MODEL ROUNDS REFERENCE SEED DATASET_KEY ROLLOUT_BATCH_SIZE SYSTEM_PROMPT CHAT_TEMPLATE
   K TEMPERATURE TOP_P MAX_NEW_TOKENS MAX_MODEL_LEN GENERATE_WITH GPUS ACCELERATE_CONFIG DPO_CONFIG
   TRAINER TRAIN_CONFIG SERVER_GPUS
-  HELDOUT_PROMPTS HELDOUT_K GOLD_SCORER
+  HELDOUT_PROMPTS HELDOUT_K GOLD_SCORER SAMPLES
 )
 lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS TRAIN_ARGS HELDOUT_ARGS EVAL_SCORERS)
 export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
@@ -87,6 +87,7 @@ for variable in K HELDOUT_K ROUNDS ROLLOUT_BATCH_SIZE MAX_NEW_TOKENS MAX_MODEL_L
   [[ ${!variable} =~ ^([1-9][0-9]*)?$ ]] || die "$recipe: $variable is a whole number from 1, not '${!variable}'"
 done
 [[ $SERVER_GPUS =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SERVER_GPUS is a whole number, not '$SERVER_GPUS'"
+[[ $SAMPLES =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SAMPLES is a whole number, not '$SAMPLES'"
 [[ $GPUS =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: GPUS is a whole number, not '$GPUS'"
 [[ $SEED =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SEED is a whole number, not '$SEED'"
 ((SERVER_GPUS == 0 || SERVER_GPUS < GPUS)) || die "$recipe: SERVER_GPUS=$SERVER_GPUS of GPUS=$GPUS: none is left to train"
@@ -307,7 +308,7 @@ weights=("${WEIGHTS[@]}")
   fi
   resolved_recipe >"$run_dir/recipe.env"
   relay
-  in_env training python report/summarize.py --run_dir "$run_dir"
+  in_env training python report/summarize.py --run_dir "$run_dir" --samples "$SAMPLES"
   say "done: the last policy is $policy"
   exit
 }
