@@ -332,12 +332,6 @@ def with_logps(rows: Any, logps: Any) -> Any:
     return rows.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
 
-def last_evaluation(history: list[dict[str, float]]) -> dict[str, float]:
-    """The numbers of the last evaluation among what the trainer has logged."""
-    last = next((line for line in reversed(history) if "eval_loss" in line), {})
-    return {name: value for name, value in last.items() if name.startswith("eval_")}
-
-
 def main() -> None:
     arguments, settings = parse_training("dpo_iteration/run_dpo.py", Arguments, __doc__, config_class, rewrite=own_names)
     check(arguments, settings)
@@ -358,7 +352,7 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, history_of_export, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, last_evaluation, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
     chosen = Account()
@@ -389,7 +383,7 @@ def main() -> None:
         stop_at_end_of_turn(stage.partial_folder, tokenizer, conversation, where)
         log.info("pairs: %s", in_words(account.counted))
         if held_out is not None:
-            metrics |= last_evaluation(history_of_export(trainer))
+            metrics |= last_evaluation(trainer)
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         stage.finish(**counts, pairs=account.facts, metrics=metrics, scratch=SCRATCH)
         if warning := template_warning(account.counted, tokenizer):

@@ -83,6 +83,12 @@ def history_of_export(trainer: Any) -> list[dict[str, Any]]:
     return [line for line in trainer.state.log_history if line["step"] <= step]
 
 
+def last_evaluation(trainer: Any) -> dict[str, float]:
+    """The numbers of the last evaluation of the weights that are exported, or of those before them."""
+    last = next((line for line in reversed(history_of_export(trainer)) if "eval_loss" in line), {})
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
+
+
 def stop_at_end_of_turn(folder: Path, tokenizer: Any, messages: Messages, where: str) -> None:
     """Have engines stop a finished model's responses at the token that it has learnt to end them with.
 
