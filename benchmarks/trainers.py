@@ -12,8 +12,8 @@ float32, or with `--device cuda` in bfloat16 under autocast. A side is `packed`,
 losses are equal.
 
 Each side runs in a process of its own, so that peak memory is its own. `steady` is needed tokens a second by the median
-optimizer step: a prompt once, no padding. `share` is what the matrix products of those tokens would take at the speed of a large
-product, timed in the same process, over what the step takes; 1 is the ceiling. Attention's own products are not counted.
+optimizer step: a prompt once, no padding. `share` is what the matrix products of those tokens would take at the speed of a
+large product, timed in the same process, over what the step takes; 1 is the ceiling. Attention's own products are not counted.
 """
 
 import argparse

@@ -33,7 +33,7 @@ from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import Compile, compile_option, metrics_file, parse_training
+from baton.training.arguments import Compile, compile_option, metrics_file, parse_training, tokens_per_row_option
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, extra_responses, pairs_again, write_pairs
@@ -103,13 +103,7 @@ class Arguments(LoraArguments):
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     seed: int = option(42, "seed of the training and of random pairs")
     forward: Literal["packed", "trl"] = option("packed", "packed rows that share prefixes, or TRL's own padded batches")
-    tokens_per_row: int = option(
-        4096,
-        "most tokens of a packed row, which one forward and backward pass computes: it bounds the memory of activations. A "
-        "step runs as many rows as its pairs fill; a longer pair has a row of its own",
-        ge=1,
-        changes_result=False,
-    )
+    tokens_per_row: int = tokens_per_row_option("pair")
     compile: Compile = compile_option()
 
 

@@ -32,7 +32,14 @@ from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import Compile, compile_option, metrics_file, parse_training, tokens_per_row_option
+from baton.training.arguments import (
+    Compile,
+    compile_option,
+    keep_checkpoints_option,
+    metrics_file,
+    parse_training,
+    tokens_per_row_option,
+)
 from baton.training.reports import check_outside, place_reports
 from reward_model.quality import quality
 from reward_model.rows import rows_of_preferences
@@ -91,6 +98,7 @@ class Arguments(LoraArguments):
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     tokens_per_row: int = tokens_per_row_option("pair")
     compile: Compile = compile_option()
+    keep_checkpoints: bool = keep_checkpoints_option()
 
 
 def training_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
@@ -261,7 +269,7 @@ def main() -> None:
     count, no_pairs = count_pairs(arguments)
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, train
+    from baton.training.checkpoints import scratch, train
     from baton.training.config import log_training
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
@@ -286,7 +294,8 @@ def main() -> None:
         log_quality(found)
         held_out_facts = found | {"loss": loss, "pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}
         counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}
-        stage.finish(**counts, no_pairs=dict(no_pairs.counts), held_out=held_out_facts, metrics=metrics, scratch=SCRATCH)
+        facts = {"no_pairs": dict(no_pairs.counts), "held_out": held_out_facts, "metrics": metrics}
+        stage.finish(**counts, **facts, scratch=scratch(arguments.keep_checkpoints))
 
 
 if __name__ == "__main__":

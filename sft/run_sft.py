@@ -34,7 +34,14 @@ from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import Compile, compile_option, metrics_file, parse_training, tokens_per_row_option
+from baton.training.arguments import (
+    Compile,
+    compile_option,
+    keep_checkpoints_option,
+    metrics_file,
+    parse_training,
+    tokens_per_row_option,
+)
 from baton.training.demonstrations import Demonstration, demonstration_in, rows_of_demonstrations
 from baton.training.reports import check_outside, place_reports
 
@@ -83,6 +90,7 @@ class Arguments(LoraArguments):
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     tokens_per_row: int = tokens_per_row_option("demonstration")
     compile: Compile = compile_option()
+    keep_checkpoints: bool = keep_checkpoints_option()
 
 
 def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
@@ -234,7 +242,7 @@ def main() -> None:
     count = sum(1 for _ in training_demonstrations(arguments))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, last_evaluation, stop_at_end_of_turn, train
+    from baton.training.checkpoints import last_evaluation, scratch, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
@@ -264,7 +272,8 @@ def main() -> None:
         if held_out_rows is not None:
             of_held_out = aside - held_out_drops.counts.total()
             facts["held_out"] = held_out_facts(last_evaluation(trainer), of_held_out, held_out_drops)
-        stage.finish(records_in=count, records_out=out, drops=drops, scratch=SCRATCH, **facts)
+        counts = {"records_in": count, "records_out": out, "drops": drops}
+        stage.finish(**counts, **facts, scratch=scratch(arguments.keep_checkpoints))
         if warning:
             log.warning("%s", warning)
 

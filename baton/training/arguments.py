@@ -45,6 +45,15 @@ def tokens_per_row_option(member: str) -> Any:
     )
 
 
+def keep_checkpoints_option() -> Any:
+    """The argument `keep_checkpoints` of a program that ends with `checkpoints.scratch`."""
+    return option(
+        False,
+        "leave the trainer's checkpoints in the finished folder, as many as `save_total_limit` says (default: the last one)",
+        changes_result=False,
+    )
+
+
 def metrics_file(output: str | Path, metrics_path: str | None) -> Path:
     """The file of a training's metrics: `metrics_path`, by default `<output>.metrics.jsonl`."""
     return Path(metrics_path or f"{output}.metrics.jsonl")

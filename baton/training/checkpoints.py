@@ -29,7 +29,8 @@ from baton.training.sharding import keep_outputs
 log = logging.getLogger("baton")
 
 # What of `<output>.partial` is not the model or the tokenizer; for `Stage.finish`.
-SCRATCH = ("checkpoint-*", "rows", "training_args.bin")
+CHECKPOINTS = "checkpoint-*"
+SCRATCH = (CHECKPOINTS, "rows", "training_args.bin")
 
 UNSHARDED, DEEPSPEED, ZERO_1_2, ZERO_3, FSDP = "no sharding", "DeepSpeed without ZeRO", "ZeRO-1 or ZeRO-2", "ZeRO-3", "FSDP"
 
@@ -69,6 +70,11 @@ def train(
     metrics |= export(trainer, stage.partial_folder, export_dtype)
     trainer.create_model_card()
     return metrics
+
+
+def scratch(keep_checkpoints: bool) -> tuple[str, ...]:
+    """What to delete when a training ends: all that is not the model or the tokenizer, perhaps but for the checkpoints."""
+    return tuple(name for name in SCRATCH if name != CHECKPOINTS or not keep_checkpoints)
 
 
 def _write_card(trainer: Any, stage: Stage, counts: dict[str, Any] | None) -> None:

@@ -163,12 +163,16 @@ def test_held_out_numbers_stand_in_the_manifest_of_a_merged_adapter_and_long_tex
         "sft/run_sft.py", "--model_name_or_path", task / "base", "--dataset_name_or_path",
         write_jsonl(tmp_path / "data.jsonl", records), "--output_dir", tmp_path / "policy", "--eval_every", 10, "--packing",
         "true", "--neftune_noise_alpha", 5, "--use_peft", "--merge_adapter", "--learning_rate", 1e-2, "--max_steps", 3, *SHORT,
+        "--keep_checkpoints", "--load_best_model_at_end", "true", "--lr_scheduler_type", "constant",
+        *(word for name in ("eval", "save") for word in (f"--{name}_strategy", "steps", f"--{name}_steps", 1)),
     ]  # fmt: skip
     done = run_program(*words)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "policy.manifest.json").read_text())
     assert manifest["counts"] == {"in": 36, "out": 36, "dropped": {}}
     held_out = manifest["held_out"]
+    evaluated = [line["eval_loss"] for line in read_jsonl(tmp_path / "policy.metrics.jsonl") if "eval_loss" in line]
+    assert held_out["loss"] == min(evaluated) and len(evaluated) == 3 and list((tmp_path / "policy").glob("checkpoint-*"))
     assert held_out["demonstrations"] == 4 and held_out["perplexity"] == pytest.approx(math.exp(held_out["loss"]))
     assert "further pieces of plain texts" in done.stderr and "`packing`: rows are packed in any case" in done.stderr
     assert (tmp_path / "policy/model.safetensors").exists() and not list((tmp_path / "policy").glob("adapter*"))
