@@ -19,7 +19,7 @@ from baton.errors import InputError
 from baton.models.attention import NAME
 from baton.models.forward import TOKENS_PER_ROW, attention, hidden_states, obstacle
 from baton.models.logps import gathered
-from baton.models.scoring import STATE_LIMIT
+from baton.models.scoring import STATE_LIMIT, without_padding
 from baton.models.trees import Row
 from baton.parallel import model_parallel_size
 from baton.training.arguments import Compile
@@ -144,9 +144,9 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
 
     def _own_state(self, model: Any, inputs: dict[str, Any], number: int) -> Tensor:
         """The hidden state that the model's own forward pass of one conversation gives where its reward is read, (H,)."""
-        ids = inputs["input_ids"][number, inputs["attention_mask"][number] > 0]
-        ids = ids[: int(ids.ne(self.data_collator.pad).nonzero()[-1]) + 1]
-        return model(input_ids=ids[None], use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1].float()
+        whole = inputs["input_ids"][number, inputs["attention_mask"][number] > 0].tolist()
+        ids = torch.tensor([without_padding(whole, self.data_collator.pad)], device=inputs["input_ids"].device)
+        return model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1].float()
 
     def _most(self, count: int) -> int:
         """The greatest of all processes' counts: a sharded model needs as many forward passes in each."""

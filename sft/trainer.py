@@ -81,18 +81,17 @@ class PackedSFTTrainer(MeasuresRows, KeepsFloat32, SFTTrainer):
     def measure(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         """The mean loss over the learnt tokens of a packed row, and TRL's metrics.
 
-        `nll` is -ln p of a token; with TRL's loss_type `dft` (arXiv 2508.05629) the loss is p times that, p without gradients.
+        It is the mean of -ln p; with TRL's loss_type `dft` (arXiv 2508.05629) that of p times this, p without gradients, and
+        the former is logged as `nll`.
         """
         if self._noise is not None:
             self._noise.layout = inputs["row"].layout
         scores = model(row=inputs["row"])
-        nll = -scores.log_probs
-        loss = (nll * scores.log_probs.exp().detach() if self.args.loss_type == "dft" else nll).mean()
-        numbers = {
-            "nll": nll.mean(),
-            "entropy": scores.entropy.mean(),
-            "mean_token_accuracy": scores.is_top1.float().mean(),
-        }
+        loss = nll = -scores.log_probs.mean()
+        numbers = {"entropy": scores.entropy.mean(), "mean_token_accuracy": scores.is_top1.float().mean()}
+        if self.args.loss_type == "dft":
+            loss = -(scores.log_probs * scores.log_probs.exp().detach()).mean()
+            numbers["nll"] = nll
         values = torch.stack([value.detach() for value in numbers.values()]).tolist()
         return loss, dict(zip(numbers, values, strict=True))
 
