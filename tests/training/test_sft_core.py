@@ -16,6 +16,7 @@ from baton.models import attention
 from baton.models.attention import by_trees
 from baton.models.trees import Layout
 from baton.training.learnt import collate
+from sft import run_sft
 from sft.trainer import PackedSFTTrainer
 from tests.models.tiny_models import SHAPE, model_of, one_thread
 from tests.programs import read_jsonl, run_program, write_jsonl
@@ -65,7 +66,7 @@ def test_loss_and_gradients_are_those_of_trl(family, loss_type, tokenizer):
 def test_training_steps_are_those_of_trl_in_rows_of_any_size(setting, tokenizer, tmp_path):
     rows, runs = random_rows(), []
     batch = 12 // setting.get("gradient_accumulation_steps", 1)
-    config = {"per_device_train_batch_size": batch, "max_steps": 3, "learning_rate": 1e-3, **setting}
+    config = {"per_device_train_batch_size": batch, "max_steps": 2, "learning_rate": 1e-3, **setting}
     for trl, tokens in ((True, None), (False, 10_000), (False, 30)):
         torch.manual_seed(0)
         more = {} if trl else {"tokens_per_row": tokens, "check_first_batch": True}
@@ -73,7 +74,7 @@ def test_training_steps_are_those_of_trl_in_rows_of_any_size(setting, tokenizer,
         trainer.train()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         runs.append([[entry[name] for name in ("loss", "grad_norm", "mean_token_accuracy")] for entry in history])
-    assert len(runs[0]) == 3
+    assert len(runs[0]) == 2
     for run in runs[1:]:
         for first, second in zip(runs[0], run, strict=True):
             assert first[:2] == pytest.approx(second[:2], rel=1e-4, abs=1e-5)
@@ -178,13 +179,11 @@ def test_held_out_numbers_stand_in_the_manifest_of_a_merged_adapter_and_long_tex
     assert (tmp_path / "policy/model.safetensors").exists() and not list((tmp_path / "policy").glob("adapter*"))
 
 
-def test_in_pretrain_mode_a_record_is_a_text(task, tmp_path):
-    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "Film?", "body": "A warm film."}] * 8)
-    words = [
-        "sft/run_sft.py", "--model_name_or_path", task / "base", "--dataset_name_or_path", data, "--output_dir",
-        tmp_path / "policy", "--pretrain_mode", "--dataset_key", "body", "--max_steps", 1, *SHORT,
-    ]  # fmt: skip
-    done = run_program(*words)
-    assert done.returncode == 0 and "8 plain texts, learnt whole" in done.stderr, done.stderr
-    refused = run_program(*words, "--output_key", "body", "--overwrite")
-    assert refused.returncode == 2 and "`pretrain_mode` reads one text of a record" in refused.stderr
+def test_in_pretrain_mode_a_record_is_a_text(tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "Film?", "body": "A warm film."}])
+    given = {"model_name_or_path": str(tmp_path), "dataset_name_or_path": str(data), "output_dir": "unused"}
+    arguments = run_sft.Arguments(**given, pretrain_mode=True, dataset_key="body")
+    assert [each.messages for each in run_sft.demonstrations(arguments)] == ["A warm film."]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="`pretrain_mode` reads one text of a record"):
+        run_sft.check(run_sft.Arguments(**given, pretrain_mode=True, output_key="body"))
