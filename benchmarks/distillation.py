@@ -158,7 +158,8 @@ def packed(args, rows, tokenizer, student):
     """The trainer of distillation/run_kd.py, and the seconds that the teacher took."""
     from trl import SFTConfig
 
-    from distillation.teacher import kept_teacher, outline
+    from baton.training.learnt import outline
+    from distillation.teacher import kept_teacher
     from distillation.trainer import PackedKDTrainer
 
     config, vocabulary = SFTConfig(**settings_of(args, args.rows_per_step)), MODELS[args.model][5]
@@ -178,10 +179,11 @@ def trl(args, rows, tokenizer, student):
     """TRL's GKDTrainer on given rows; its teacher runs within the steps."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    from distillation.trainer import _padded
+    from baton.training.learnt import right_padded
 
     def collate(examples: list[dict]) -> dict:
-        ids, labels = (_padded([row[name] for row in examples], value) for name, value in (("input_ids", 0), ("labels", -100)))
+        columns = (("input_ids", 0), ("labels", -100))
+        ids, labels = (right_padded([row[name] for row in examples], value) for name, value in columns)
         lengths = torch.tensor([len(row["input_ids"]) for row in examples])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}

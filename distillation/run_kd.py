@@ -31,10 +31,11 @@ from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import metrics_file, parse_training
+from baton.training.arguments import metrics_file, parse_training, tokens_per_row_option
+from baton.training.demonstrations import Demonstration, rows_of_demonstrations
 from baton.training.reports import check_outside, place_reports
 from distillation.losses import LossName
-from distillation.rows import Example, examples_of, rows_of_examples
+from distillation.rows import examples_of
 
 log = logging.getLogger("baton")
 
@@ -84,13 +85,7 @@ class Arguments(LoraArguments):
     )
     max_length: int = option(2048, "longest conversation, in tokens; longer ones are dropped and counted", ge=2)
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
-    tokens_per_row: int = option(
-        4096,
-        "most tokens of a packed row, which one forward and backward pass computes: it bounds the memory of activations. A "
-        "step runs as many rows as its conversations fill; a longer conversation has a row of its own",
-        ge=1,
-        changes_result=False,
-    )
+    tokens_per_row: int = tokens_per_row_option("conversation")
 
 
 def config_class() -> type:
@@ -123,7 +118,7 @@ def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
     return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
 
 
-def examples(arguments: Arguments, source: str) -> Iterator[Example]:
+def examples(arguments: Arguments, source: str) -> Iterator[Demonstration]:
     """Yield what is to be learnt of `source`, of the first `max_samples` records. Raises InputError on the first bad one."""
     trained_on = source == arguments.dataset_name_or_path
     probs, most = (dataset_probs(arguments), arguments.max_samples) if trained_on else (None, None)
@@ -142,7 +137,7 @@ def rows_of(arguments: Arguments, source: str, tokenizer: Any, config: Any, name
 
     count = sum(1 for _ in examples(arguments, source)) if program.rank() == 0 else 0
     drops, counted = Drops(), Counter()
-    make = partial(rows_of_examples, tokenizer, arguments.max_length)
+    make = partial(rows_of_demonstrations, tokenizer, arguments.max_length)
 
     def token_ids():
         yield from tokenised(make, examples(arguments, source), drops, counted, count)
@@ -157,22 +152,15 @@ def rows_of(arguments: Arguments, source: str, tokenizer: Any, config: Any, name
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's SFTConfig. Raises InputError for settings that cannot train."""
     check_outside(settings, [arguments.model_name_or_path, arguments.teacher_model], ahead=arguments.check)
-    from baton.training.checks import check_settings
+    from baton.training.checks import check_order, check_settings
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
 
     # TRL prepares texts; these rows are token ids already.
     settings = settings | {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
     config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
-    sharding = sharding_of(config)
-    check_settings(config, sharding, evaluates=bool(arguments.eval_dataset))
-    if arguments.load_in_4bit and sharding.stage == 3:
-        raise InputError("`load_in_4bit` does not go with ZeRO-3 or FSDP, which cannot spread 4-bit weights")
-    if config.train_sampling_strategy not in ("random", "sequential"):
-        raise InputError(
-            f"`train_sampling_strategy`: {config.train_sampling_strategy} saves padding, of which packed rows have none: leave "
-            "it out"
-        )
+    check_settings(config, sharding_of(config), arguments, evaluates=bool(arguments.eval_dataset))
+    check_order(config)
     return config
 
 
@@ -191,9 +179,9 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, h
 
     Logs the memory that this takes, before anything is loaded. `held_out` are rows to evaluate on.
     """
+    from baton.training.learnt import outline as outline_rows
     from baton.training.memory import check_memory, estimate, estimate_reference, outline, sharding_of
     from distillation.teacher import check_packable, kept_teacher, teacher_config
-    from distillation.teacher import outline as outline_rows
     from distillation.trainer import PackedKDTrainer
 
     adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
@@ -240,12 +228,6 @@ def step_size(config: Any) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
-def last_evaluation(history: list[dict[str, float]]) -> dict[str, float]:
-    """The numbers of the last evaluation among what the trainer has logged."""
-    last = next((line for line in reversed(history) if "eval_loss" in line), {})
-    return {name: value for name, value in last.items() if name.startswith("eval_")}
-
-
 def main() -> None:
     arguments, settings = parse_training("distillation/run_kd.py", Arguments, __doc__, config_class)
     check(arguments, settings)
@@ -264,7 +246,7 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, history_of_export, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, last_evaluation, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from distillation.teacher import check_tokenizers
 
@@ -283,7 +265,8 @@ def main() -> None:
     with loading(student, teacher):
         trainer = make_trainer(arguments, config, tokenizer, rows, held_out, output.parent)
     log_training(trainer)
-    counts = {"in": count, "out": len(rows), "dropped": dict(drops.counts)}
+    out = count - drops.counts.total()  # a long text gives several rows
+    counts = {"in": count, "out": out, "dropped": dict(drops.counts)}
     metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
     if program.rank() == 0:
         if arguments.merge_adapter:
@@ -292,8 +275,8 @@ def main() -> None:
         if first := next((each for each in every if not isinstance(each.messages, str)), None):
             stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
         if held_out is not None:
-            metrics |= last_evaluation(history_of_export(trainer))
-        stage.finish(records_in=count, records_out=len(rows), drops=drops, metrics=metrics, scratch=SCRATCH)
+            metrics |= last_evaluation(trainer)
+        stage.finish(records_in=count, records_out=out, drops=drops, metrics=metrics, scratch=SCRATCH)
         if warning:
             log.warning("%s", warning)
 

@@ -15,10 +15,9 @@ import types
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -36,8 +35,8 @@ from baton.parallel import data_parallel, model_parallel_size
 from baton.progress import Progress
 from baton.training import sharding
 from baton.training.config import computing_dtype
+from baton.training.learnt import Cut, Outline, cut, learnt_rows
 from baton.training.reference import load_as_policy
-from distillation.packing import Cut, cut, learnt_rows
 
 log = logging.getLogger("baton")
 
@@ -48,34 +47,6 @@ OPEN_FILES = 256
 REMEDY = "Distillation has no other forward pass: use another GPU, driver or version of torch"
 
 PROBE = "Ein Maß, naïve café: 12,345.67 €\n\n\tdef f(x):  return x ** 2  # ±½ «да» 你好 🙂"
-
-
-class Outline(NamedTuple):
-    """What is held of all rows: tokens before the first learnt one, those from it on, and learnt ones, int64 (rows,) each."""
-
-    prompts: np.ndarray
-    responses: np.ndarray
-    learnt: np.ndarray
-    digest: str
-
-
-def outline(rows: Any) -> Outline:
-    """The outline of a Dataset of `input_ids` and `labels`; `digest` is that of all of them."""
-    parts, digest = [], hashlib.sha256()
-    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=10_000):
-        ids, labels = (_flat(batch.column(name)) for name in ("input_ids", "labels"))
-        lengths = batch.column("input_ids").combine_chunks().value_lengths().to_numpy().astype("<i8")
-        for values in (lengths, ids, labels):
-            digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
-        starts = np.cumsum(lengths) - lengths
-        learnt = labels != -100
-        first = np.flatnonzero(learnt)[np.searchsorted(np.flatnonzero(learnt), starts)] - starts
-        parts.append((first, lengths - first, np.add.reduceat(learnt.astype(np.int64), starts)))
-    return Outline(*(np.concatenate(columns) for columns in zip(*parts, strict=True)), digest.hexdigest())
-
-
-def _flat(column: pyarrow.ChunkedArray) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy()
 
 
 class Kept:

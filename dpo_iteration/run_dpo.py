@@ -33,7 +33,7 @@ from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import Compile, compile_option, metrics_file, parse_training
+from baton.training.arguments import Compile, compile_option, metrics_file, parse_training, tokens_per_row_option
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, extra_responses, pairs_again, write_pairs
@@ -98,13 +98,7 @@ class Arguments(PairArguments, LoraArguments):
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     seed: int = option(42, "seed of the training and of random pairs")
     forward: Literal["packed", "trl"] = option("packed", "packed rows that share prefixes, or TRL's own padded batches")
-    tokens_per_row: int = option(
-        4096,
-        "most tokens of a packed row, which one forward and backward pass computes: it bounds the memory of activations. A "
-        "step runs as many rows as its pairs fill; a longer pair has a row of its own",
-        ge=1,
-        changes_result=False,
-    )
+    tokens_per_row: int = tokens_per_row_option("pair")
     compile: Compile = compile_option()
 
 
@@ -323,12 +317,6 @@ def with_logps(rows: Any, logps: Any) -> Any:
     return rows.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
 
-def last_evaluation(history: list[dict[str, float]]) -> dict[str, float]:
-    """The numbers of the last evaluation among what the trainer has logged."""
-    last = next((line for line in reversed(history) if "eval_loss" in line), {})
-    return {name: value for name, value in last.items() if name.startswith("eval_")}
-
-
 def main() -> None:
     arguments, settings = parse_training("dpo_iteration/run_dpo.py", Arguments, __doc__, config_class, rewrite=own_names)
     check(arguments, settings)
@@ -349,7 +337,7 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, history_of_export, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, last_evaluation, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
     chosen = Account()
@@ -379,7 +367,7 @@ def main() -> None:
         stop_at_end_of_turn(stage.partial_folder, tokenizer, conversation, where)
         log.info("pairs: %s", in_words(account.counted))
         if held_out is not None:
-            metrics |= last_evaluation(history_of_export(trainer))
+            metrics |= last_evaluation(trainer)
         counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
         stage.finish(**counts, pairs=account.facts, metrics=metrics, scratch=SCRATCH)
         if warning := template_warning(account.counted, tokenizer):

@@ -21,7 +21,6 @@ from trl import DPOConfig, DPOTrainer
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
 from baton.models.trees import distinct_tokens
-from baton.parallel import data_parallel
 from baton.training.arguments import Compile
 from baton.training.checks import check_packing
 from baton.training.compiling import compile_where_it_pays
@@ -30,7 +29,7 @@ from baton.training.dealing import model_size, tree_costs, tree_tokens
 from baton.training.memory import sharding_of
 from baton.training.metrics import EvaluateAtEnd, LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 from baton.training.sharding import KeepsFloat32
-from baton.training.steps import TrainsRowByRow
+from baton.training.steps import TrainsRowByRow, needs_its_own_batches
 from dpo_iteration.losses import OF_MARGINS, OVER_TOKENS, OWN_LOSSES, LossNumbers, is_reference_free, over_a_batch
 from dpo_iteration.margin import check_offset, with_margin
 from dpo_iteration.own_losses import LOSSES, Pairs, check_own_losses, mean_loss, offset_difference, pairs_said
@@ -129,7 +128,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
             if self._token_counts is None and compile_layers == "on":
                 raise InputError("`compile`: on, but this model's batches are padded, which is not compiled; leave it out")
             if self._token_counts is not None:
-                flops = self._line.passes * 2 * weights[0] * self._per_process(costs.sum() / 1000)
+                flops = self._line.passes * 2 * weights[0] * self.per_process(costs.sum() / 1000)
                 in_4_bit = kwargs.get("quantization_config") is not None
                 compile_where_it_pays(self.model, compile_layers, flops, self.args, sharding_of(self.args), in_4_bit)
             self._divide_steps(costs, *lengths)
@@ -160,13 +159,6 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         lengths = (pyarrow.compute.list_value_length(ids.column(name)).to_numpy().astype(np.int64) for name in columns)
         prompts, chosen, rejected = lengths
         return prompts, np.stack([chosen, rejected], axis=1)
-
-    def _per_process(self, epoch: float) -> float:
-        """One process's share of what the whole training comes to, where an epoch comes to so much."""
-        args, processes = self.args, data_parallel().size
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-        epochs = args.max_steps * size / len(self.train_dataset) if args.max_steps > 0 else args.num_train_epochs
-        return epochs * epoch / processes
 
     def _divide_steps(self, costs: np.ndarray, prompts: np.ndarray, responses: np.ndarray) -> None:
         """Have each optimizer step's pairs dealt to processes and rows by what they cost, where the loss is a sum over rows."""
@@ -306,18 +298,7 @@ def needs_whole_batches(model: torch.nn.Module, config: DPOConfig) -> str | None
     """Why a process's batch of packed trees cannot be computed row by row, or None where it can."""
     if names := over_a_batch(config.loss_type, config.use_weighting):
         return f"loss_type {', '.join(names)} compares the pairs of a batch"
-    if balances_router(model, config):
-        return "the router's loss is one over a batch"
-    optimizer = config.optim.value
-    return f"optim {optimizer} steps in the backward pass" if "lomo" in optimizer or "layerwise" in optimizer else None
-
-
-def balances_router(model: torch.nn.Module, config: DPOConfig) -> bool:
-    """Whether TRL adds the router's loss of a mixture of experts, and so runs the model's own forward pass."""
-    text = model.config.get_text_config()
-    coefficient = config.router_aux_loss_coef
-    own = getattr(text, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
-    return hasattr(text, "output_router_logits") and own != 0.0
+    return needs_its_own_batches(model, config)
 
 
 def why_padded(model: torch.nn.Module) -> str | None:

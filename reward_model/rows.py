@@ -7,12 +7,16 @@ from typing import Any
 from baton.drops import Drops
 from baton.jsonl import Record
 from baton.models.templates import conversation_token_ids
+from baton.pairs import checked_pair
 
 
 def rows_of_preferences(
     tokenizer: Any, max_length: int, pairs: Iterable[tuple[str, Record]], drops: Drops, _: Counter[str]
-) -> Iterator[dict[str, list[int]]]:
-    """Yield a row `chosen_ids`, `rejected_ids` for each ("where", pair) that fits; `drops` gets the others."""
+) -> Iterator[dict[str, Any]]:
+    """Yield a row `chosen_ids`, `rejected_ids`, `margin` for each ("where", pair) that fits; `drops` gets the others.
+
+    The margin is the pair's `margin`, or else its `chosen_reward` minus `rejected_reward`; None where it has neither.
+    """
     for where, record in pairs:
         row = {}
         for side in ("chosen", "rejected"):
@@ -21,4 +25,5 @@ def rows_of_preferences(
         if max(map(len, row.values())) > max_length:
             drops.add(f"longer than max_length {max_length} tokens", where)
         else:
-            yield row
+            margin = checked_pair(record, where).get("margin")
+            yield {**row, "margin": None if margin is None else float(margin)}

@@ -1,11 +1,13 @@
-"""Train a Bradley-Terry reward model from preference pairs, on TRL's RewardTrainer.
+"""Train a Bradley-Terry reward model from preference pairs, on TRL's RewardTrainer with packed rows.
 
     python reward_model/run_rm.py configs/rm.yaml                                                     # one process
     accelerate launch --config_file configs/zero2.yaml reward_model/run_rm.py configs/rm.yaml         # eight GPUs
 
-Pairs are {"prompt", "chosen", "rejected"} in any of the common shapes. The loss is -log sigmoid(r_chosen - r_rejected)
-(Bradley and Terry, 1952; Ouyang et al., 2022, arXiv 2203.02155, equation 1). The held-out accuracy and the mean rewards of
-chosen and rejected responses go into the manifest. Every field of TRL's RewardConfig is accepted too.
+Pairs are {"prompt", "chosen", "rejected"} in any of the common shapes. Chosen and rejected share their prompt, which is
+computed once. The loss is -log sigmoid(r_chosen - r_rejected) (Bradley and Terry, 1952; Ouyang et al., 2022, arXiv 2203.02155,
+equation 1), with the pair's margin subtracted from the difference if --margin_scale says so. The held-out accuracy with its
+interval, by margin too, the calibration, and the mean rewards of chosen and rejected responses go into the manifest. Every
+field of TRL's RewardConfig is accepted too.
 """
 
 import logging
@@ -13,9 +15,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from baton import program
+from baton.ahead import note_adapter
 from baton.arguments import option
 from baton.drops import Drops
 from baton.errors import InputError
@@ -28,18 +31,27 @@ from baton.preferences import preference_records
 from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
-from baton.training.arguments import TrainingProgramArguments, metrics_file, parse_training
+from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
+from baton.training.arguments import (
+    Compile,
+    compile_option,
+    keep_checkpoints_option,
+    metrics_file,
+    parse_training,
+    tokens_per_row_option,
+)
 from baton.training.reports import check_outside, place_reports
+from reward_model.quality import quality
 from reward_model.rows import rows_of_preferences
 
 log = logging.getLogger("baton")
 
 POOR_ACCURACY = 0.6
 
-IMPORTS = ("trl.trainer.reward_trainer", "baton.training.checkpoints", "baton.training.rows")
+IMPORTS = ("reward_model.trainer", "baton.training.checkpoints", "baton.training.rows")
 
 
-class Arguments(TrainingProgramArguments):
+class Arguments(LoraArguments):
     """What this program adds to RewardConfig."""
 
     model_name_or_path: str = option(..., "the model to start from: a folder or a Hugging Face name", changes_result=False)
@@ -66,8 +78,27 @@ class Arguments(TrainingProgramArguments):
         "folder of the finished reward model (in generation/ and annotate_data/ this flag names a file)",
         changes_result=False,
     )
+    loss: Literal["log_sig", "log_exp"] = option(
+        "log_sig",
+        "ColossalChat's two names for one formula, which is written twice there: -log sigmoid(d) = log(1 + exp(-d))",
+        changes_result=False,
+    )
+    margin_scale: float = option(
+        0.0,
+        "the loss takes so many times a pair's margin from the difference of its rewards; 1: as TRL does with a `margin`. The "
+        "margin is `margin`, or `chosen_reward` minus `rejected_reward`",
+        ge=0,
+    )
+    head_init: Literal["default", "normal"] = option(
+        "default",
+        "what the score head starts from: normal: N(0, 1 / (d + 1)) of the hidden size d, default: the model's own "
+        "initialisation, or its head if it has one",
+    )
     max_length: int = option(2048, "longest conversation, in tokens; pairs with a longer one are dropped and counted", ge=2)
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
+    tokens_per_row: int = tokens_per_row_option("pair")
+    compile: Compile = compile_option()
+    keep_checkpoints: bool = keep_checkpoints_option()
 
 
 def training_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
@@ -114,25 +145,34 @@ def _is_held_out(number: int, arguments: Arguments, count: int) -> bool:
     return number % every == every - 1
 
 
-def rows_of(pairs: Iterable[tuple[str, Record]], name: str, tokenizer: Any, config: Any) -> tuple[Any, Drops]:
-    """The token ids of pairs, a dataset called `name`, and what was dropped: in process 0, which alone reads the pairs."""
+def rows_of(
+    pairs: Iterable[tuple[str, Record]], name: str, tokenizer: Any, config: Any, margin_scale: float
+) -> tuple[Any, Any, Drops]:
+    """The token ids of pairs, a dataset called `name`, their margins, and what was dropped.
+
+    The margins are (N,), NaN where a pair has none; with `margin_scale` so many times each is the dataset's `margin`. Process 0
+    alone reads the pairs, and alone knows what was dropped. Raises InputError where a margin is needed that a pair has not.
+    """
+    import numpy as np
+    from datasets import Features, List, Value
+
     from baton.training.rows import rows_on_disk
     from baton.training.tokenising import tokenised
 
     drops = Drops()
     make = partial(rows_of_preferences, tokenizer, config.max_length)
-    return rows_on_disk(lambda: tokenised(make, pairs, drops, Counter()), config, name), drops
-
-
-def held_out_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """The reward model's quality on held-out pairs, from RewardTrainer's evaluation (means over batches)."""
-    mean, margin = metrics["eval_mean_reward"], metrics["eval_margin"]
-    return {
-        "accuracy": metrics["eval_accuracy"],
-        "mean_chosen_reward": mean + margin / 2,
-        "mean_rejected_reward": mean - margin / 2,
-        "loss": metrics["eval_loss"],
-    }
+    features = Features({**dict.fromkeys(("chosen_ids", "rejected_ids"), List(Value("int64"))), "margin": Value("float64")})
+    rows = rows_on_disk(lambda: tokenised(make, pairs, drops, Counter()), config, name, features)
+    margins = np.array(rows["margin"][:], dtype=np.float64)
+    rows = rows.remove_columns("margin")
+    if not margin_scale:
+        return rows, margins, drops
+    if without := int(np.isnan(margins).sum()):
+        raise InputError(
+            f"`margin_scale` needs the margin of every pair, but {without} pairs have neither `margin` nor `chosen_reward` and "
+            "`rejected_reward`; leave them out, or leave `margin_scale` at 0"
+        )
+    return rows.add_column("margin", margin_scale * margins), margins, drops
 
 
 def config_class() -> type:
@@ -155,31 +195,64 @@ def count_pairs(arguments: Arguments) -> tuple[int, Drops]:
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's RewardConfig. Raises InputError for settings that cannot train."""
     check_outside(settings, [arguments.model_name_or_path], ahead=arguments.check)
-    from baton.training.checks import check_settings
+    from baton.training.checks import check_order, check_settings
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
 
     settings = settings | {"max_length": arguments.max_length}
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage)
-    check_settings(config, sharding_of(config), evaluates=True)
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
+    check_settings(config, sharding_of(config), arguments, evaluates=True)
+    check_order(config)
     return config
 
 
-def log_quality(quality: dict[str, float]) -> None:
-    """Log the `held_out_metrics`, and a warning where they say that the reward model is of no use."""
-    log.info("held out: %s", ", ".join(f"{name} {value:.3f}" for name, value in quality.items()))
-    if quality["accuracy"] < POOR_ACCURACY:
+def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, held_out: Any) -> Any:
+    """The trainer, its model loaded; `held_out` are rows to evaluate on."""
+    from transformers import set_seed
+
+    from reward_model.trainer import PackedRewardTrainer
+
+    set_seed(config.seed)  # the head's random weights are drawn before the trainer does this
+    return PackedRewardTrainer(
+        arguments.model_name_or_path,
+        args=config,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=adapter_config(arguments, "SEQ_CLS"),
+        quantization_config=quantization_config(arguments, config),
+        tokens_per_row=arguments.tokens_per_row,
+        head_init=arguments.head_init,
+        compile_layers=arguments.compile,
+    )
+
+
+def log_quality(found: dict[str, Any]) -> None:
+    """Log the `quality` of the rewards, and a warning where it says that the reward model is of no use."""
+    low, high = found["accuracy_interval"]
+    numbers = {name: value for name, value in found.items() if isinstance(value, float)}
+    log.info("held out: %s", ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    log.info("held out: 95 %% interval of the accuracy %.3f to %.3f", low, high)
+    for bucket in found["by_margin"]:
+        log.info("held out: margin %(from).3g to %(to).3g: accuracy %(accuracy).3f of %(pairs)d pairs", bucket)
+    if found["accuracy"] < POOR_ACCURACY:
         log.warning(
             "held-out accuracy %.2f is little better than chance: a policy trained on these rewards learns noise. "
             "Check the pairs' labels, the learning rate and the chat template",
-            quality["accuracy"],
+            found["accuracy"],
         )
+
+
+def check(arguments: Arguments) -> None:
+    """Raise InputError for what can be refused before anything is read or imported."""
+    check_lora(arguments)
+    check_start(arguments.model_name_or_path)
+    dataset_probs(arguments)
 
 
 def main() -> None:
     arguments, settings = parse_training("reward_model/run_rm.py", Arguments, __doc__, config_class)
-    check_start(arguments.model_name_or_path)
-    dataset_probs(arguments)
+    check(arguments)
     held_out = arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, **source_inputs("pairs", arguments.dataset_name_or_path)}
     inputs |= source_inputs("held-out pairs", held_out) if held_out else {}
@@ -187,6 +260,8 @@ def main() -> None:
     metrics_path = metrics_file(arguments.output_dir, arguments.metrics_path)
     refuse_input(metrics_path, inputs, "--metrics_path", arguments.output_dir)
     checked = partial(checked_config, arguments, settings)
+    if arguments.use_peft and not arguments.merge_adapter:
+        note_adapter(Path(arguments.output_dir))
     stage = Stage.begin("reward model", arguments, Path(arguments.output_dir), inputs, settings, config_class, checked)
     if stage is None:
         return
@@ -194,37 +269,33 @@ def main() -> None:
     count, no_pairs = count_pairs(arguments)
     config = checked(stage)
 
-    from transformers import set_seed
-    from trl import RewardTrainer
-
-    from baton.training.checkpoints import SCRATCH, train
+    from baton.training.checkpoints import scratch, train
     from baton.training.config import log_training
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
-    rows, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config)
-    held_out_rows, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config)
+    scale = arguments.margin_scale
+    rows, _, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config, scale)
+    held_out_rows, margins, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config, scale)
     place_reports(settings, metrics_path)
-    set_seed(config.seed)  # the head's random weights are drawn before the trainer does this
     with loading(arguments.model_name_or_path):
-        trainer = RewardTrainer(
-            model=arguments.model_name_or_path,
-            args=config,
-            train_dataset=rows,
-            eval_dataset=held_out_rows,
-            processing_class=tokenizer,
-        )
+        trainer = make_trainer(arguments, config, tokenizer, rows, held_out_rows)
     log_training(trainer)
     records_in = count if held_out else count - len(held_out_rows) - held_out_drops.counts.total()
     counts = {"in": records_in, "out": len(rows), "dropped": dict(drops.counts)}
     metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
     log.info("evaluating on %d held-out pairs", len(held_out_rows))
-    quality = held_out_metrics(trainer.evaluate())
+    loss = trainer.evaluate()["eval_loss"]
     trainer.create_model_card()
     if program.rank() == 0:
-        log_quality(quality)
-        held_out_facts = quality | {"pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}
+        if arguments.merge_adapter:
+            pad = trainer.processing_class.pad_token_id
+            metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype, pad)
+        found = quality(trainer.rewards, margins)
+        log_quality(found)
+        held_out_facts = found | {"loss": loss, "pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}
         counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}
-        stage.finish(**counts, no_pairs=dict(no_pairs.counts), held_out=held_out_facts, metrics=metrics, scratch=SCRATCH)
+        facts = {"no_pairs": dict(no_pairs.counts), "held_out": held_out_facts, "metrics": metrics}
+        stage.finish(**counts, **facts, scratch=scratch(arguments.keep_checkpoints))
 
 
 if __name__ == "__main__":

@@ -158,7 +158,11 @@ def next_token_shares(model: PreTrainedModel, sequences: list[list[int]], tokens
 
 def read_part(model: PreTrainedModel, sequence: Tokens) -> Tokens:
     """What a reward depends on: transformers reads it at the last token that is not the padding token."""
-    pad = model.config.get_text_config().pad_token_id
+    return without_padding(sequence, model.config.get_text_config().pad_token_id)
+
+
+def without_padding(sequence: Tokens, pad: int | None) -> Tokens:
+    """A sequence up to its last token that is not the padding token; at least one token."""
     end = len(sequence)
     while end > 1 and sequence[end - 1] == pad:
         end -= 1

@@ -19,10 +19,14 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 class LoraArguments(TrainingProgramArguments):
     """Arguments of a program that can train an adapter instead of the whole model."""
 
-    use_peft: bool = option(False, "train a LoRA adapter; the model itself stays as it is and is the reference")
+    use_peft: bool = option(
+        False, "train a LoRA adapter; the model itself stays as it is, and is the reference where there is one"
+    )
     lora_r: int = option(16, "rank of the adapter's matrices", ge=1)
     lora_alpha: int = option(32, "the adapter's output is multiplied by lora_alpha / lora_r", ge=1)
-    lora_dropout: float = option(0.0, "dropout in the adapter, a share; needs `disable_dropout: false`", ge=0, lt=1)
+    lora_dropout: float = option(
+        0.0, "dropout in the adapter, a share; where the trainer has `disable_dropout` it needs to be false", ge=0, lt=1
+    )
     lora_target_modules: str | list[str] | None = option(
         None, "names of the modules that get an adapter, or `all-linear`; default: PEFT's choice for the architecture"
     )
@@ -60,12 +64,15 @@ def check_lora(arguments: LoraArguments) -> None:
         raise InputError("`load_in_4bit` needs a CUDA GPU, and this machine has none; LoRA without it runs anywhere")
 
 
-def adapter_config(arguments: LoraArguments) -> Any:
-    """PEFT's configuration of the adapter, or None where the whole model is trained."""
+def adapter_config(arguments: LoraArguments, task: str = "CAUSAL_LM") -> Any:
+    """PEFT's configuration of the adapter, or None where the whole model is trained.
+
+    With the `task` SEQ_CLS, a reward model's, the score head is trained too, and stands in the adapter.
+    """
     from trl import ModelConfig, get_peft_config
 
     names = ("use_peft", "lora_r", "lora_alpha", "lora_dropout")
-    settings = ModelConfig(**{name: getattr(arguments, name) for name in names})
+    settings = ModelConfig(**{name: getattr(arguments, name) for name in names}, lora_task_type=task)
     modules = arguments.lora_target_modules
     # Set after ModelConfig's own check, which makes a list of one name a text, and so a pattern for PEFT.
     settings.lora_target_modules = "all-linear" if modules == ["all-linear"] else modules
@@ -81,21 +88,32 @@ def quantization_config(arguments: LoraArguments, config: Any) -> Any:
     return get_quantization_config(ModelConfig(load_in_4bit=arguments.load_in_4bit, dtype=computing_dtype(config)))
 
 
-def merge_adapter(model: str, folder: Path, config: Any, dtype: ExportDtype) -> dict[str, float]:
+def merge_adapter(
+    model: str, folder: Path, config: Any, dtype: ExportDtype, pad_token_id: int | None = None
+) -> dict[str, float]:
     """Replace the adapter in `folder` by `model` with the adapter merged in, a plain Hugging Face folder.
 
     The model is loaded on the CPU and merged in float32, and not in 4 bits: QLoRA's merged policy differs from the trained one
     by the rounding to 4 bits. Returns what the rounding to `dtype` takes away of the update (`export.Rounding.facts`). To be
     called by process 0, when `folder` is complete.
+
+    Args:
+        pad_token_id: of a reward model, a sequence classifier with one output; None: a causal language model.
     """
     from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
     from trl.trainer.utils import create_model_from_path
 
     from baton.training.export import tensors_of, write_model
     from baton.training.sharding import unsharded
 
+    given, architecture = {**(config.model_init_kwargs or {}), "device_map": None, "dtype": "float32"}, None
+    if pad_token_id is not None:
+        given, architecture = given | {"num_labels": 1}, AutoModelForSequenceClassification
     with unsharded(config):
-        base = create_model_from_path(model, **{**(config.model_init_kwargs or {}), "device_map": None, "dtype": "float32"})
+        base = create_model_from_path(model, architecture, **given)
+        if pad_token_id is not None:
+            base.config.get_text_config().pad_token_id = pad_token_id
         merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload(safe_merge=True)
         facts = write_model(merged, tensors_of(merged), folder, model, dtype)
     for name in ADAPTER_FILES:

@@ -34,6 +34,26 @@ def compile_option() -> Any:
     )
 
 
+def tokens_per_row_option(member: str) -> Any:
+    """The argument `tokens_per_row` of a program whose trainer packs rows; `member` is what a step has, such as `pair`."""
+    return option(
+        4096,
+        "most tokens of a packed row, which one forward and backward pass computes: it bounds the memory of activations. A "
+        f"step runs as many rows as its {member}s fill; a longer {member} has a row of its own",
+        ge=1,
+        changes_result=False,
+    )
+
+
+def keep_checkpoints_option() -> Any:
+    """The argument `keep_checkpoints` of a program that ends with `checkpoints.scratch`."""
+    return option(
+        False,
+        "leave the trainer's checkpoints in the finished folder, as many as `save_total_limit` says (default: the last one)",
+        changes_result=False,
+    )
+
+
 def metrics_file(output: str | Path, metrics_path: str | None) -> Path:
     """The file of a training's metrics: `metrics_path`, by default `<output>.metrics.jsonl`."""
     return Path(metrics_path or f"{output}.metrics.jsonl")

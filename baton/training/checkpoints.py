@@ -29,7 +29,8 @@ from baton.training.sharding import keep_outputs
 log = logging.getLogger("baton")
 
 # What of `<output>.partial` is not the model or the tokenizer; for `Stage.finish`.
-SCRATCH = ("checkpoint-*", "rows", "training_args.bin")
+CHECKPOINTS = "checkpoint-*"
+SCRATCH = (CHECKPOINTS, "rows", "training_args.bin")
 
 UNSHARDED, DEEPSPEED, ZERO_1_2, ZERO_3, FSDP = "no sharding", "DeepSpeed without ZeRO", "ZeRO-1 or ZeRO-2", "ZeRO-3", "FSDP"
 
@@ -71,6 +72,11 @@ def train(
     return metrics
 
 
+def scratch(keep_checkpoints: bool) -> tuple[str, ...]:
+    """What to delete when a training ends: all that is not the model or the tokenizer, perhaps but for the checkpoints."""
+    return tuple(name for name in SCRATCH if name != CHECKPOINTS or not keep_checkpoints)
+
+
 def _write_card(trainer: Any, stage: Stage, counts: dict[str, Any] | None) -> None:
     if counts is not None and program.rank() == 0:
         write_card(stage.partial_folder, stage.manifest, counts, history_of_export(trainer))
@@ -81,6 +87,12 @@ def history_of_export(trainer: Any) -> list[dict[str, Any]]:
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
     return [line for line in trainer.state.log_history if line["step"] <= step]
+
+
+def last_evaluation(trainer: Any) -> dict[str, float]:
+    """The numbers of the last evaluation of the weights that are exported, or of those before them."""
+    last = next((line for line in reversed(history_of_export(trainer)) if "eval_loss" in line), {})
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 
 def stop_at_end_of_turn(folder: Path, tokenizer: Any, messages: Messages, where: str) -> None:

@@ -83,9 +83,18 @@ def check_checkpoints(config: Any) -> None:
         )
 
 
+def check_order(config: Any) -> None:
+    """Raise InputError where rows are to be ordered by their length."""
+    if config.train_sampling_strategy not in ("random", "sequential"):
+        raise InputError(
+            f"`train_sampling_strategy`: {config.train_sampling_strategy} saves padding, of which packed rows have none: leave "
+            "it out"
+        )
+
+
 def check_adapter(lora: LoraArguments, config: Any, sharding: Sharding) -> None:
     """Raise InputError for settings of an adapter that the trainer's settings make void, or that its sharding cannot hold."""
-    if lora.lora_dropout and config.disable_dropout:
+    if lora.lora_dropout and getattr(config, "disable_dropout", False):
         raise InputError("`lora_dropout` does nothing with `disable_dropout`, TRL's default: add --disable_dropout false")
     if lora.load_in_4bit and sharding.stage == 3:
         raise InputError(

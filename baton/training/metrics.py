@@ -44,13 +44,15 @@ def peak_flops_of(gpu: str) -> float | None:
 def weights_of(model: nn.Module) -> tuple[int, int]:
     """How many weights of a causal language model take part in matrix products: `(body, LM head)`.
 
-    The embedding is looked up, not multiplied, unless it is the head as well. Of a mixture of experts all experts
-    are counted. Weights that ZeRO-3 has sharded or bitsandbytes packed count in full.
+    A sequence classifier has no LM head; its score head is part of the body. The embedding is looked up, not multiplied, unless
+    it is the head as well. Of a mixture of experts all experts are counted. Weights that ZeRO-3 has sharded or bitsandbytes
+    packed count in full.
     """
-    head = model.get_output_embeddings().weight
+    output = model.get_output_embeddings()
+    head = None if output is None else output.weight
     lookup = model.get_input_embeddings().weight
     body = sum(_count(p) for p in model.parameters() if p is not head and p is not lookup)
-    return body, _count(head)
+    return body, 0 if head is None else _count(head)
 
 
 def _count(parameter: Tensor) -> int:

@@ -123,6 +123,13 @@ class TrainsRowByRow:
         size = args.per_device_train_batch_size * process.size
         self._steps = StepSampler(order, size, costs, tokens, amounts, tokens_per_row, args.dataloader_drop_last, process)
 
+    def per_process(self, epoch: float) -> float:
+        """One process's share of what the whole training comes to, where an epoch comes to so much."""
+        args, processes = self.args, data_parallel().size
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        epochs = args.max_steps * size / len(self.train_dataset) if args.max_steps > 0 else args.num_train_epochs
+        return epochs * epoch / processes
+
     def get_train_dataloader(self) -> DataLoader:
         if self._steps is None:
             return super().get_train_dataloader()
@@ -202,6 +209,31 @@ class TrainsRowByRow:
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         super()._track_num_input_tokens(_flat(inputs))
+
+
+def needs_its_own_batches(model: torch.nn.Module, config: Any) -> str | None:
+    """Why TRL has to compute a language model's step in batches of its own, whatever the loss, or None where rows can be dealt.
+
+    Args:
+        config: a TrainingArguments of TRL's.
+    """
+    if balances_router(model, config):
+        return "the router's loss is one over a batch"
+    return steps_in_backward(config)
+
+
+def steps_in_backward(config: Any) -> str | None:
+    """Why a step cannot have several backward passes, or None where it can."""
+    optimizer = config.optim.value
+    return f"optim {optimizer} steps in the backward pass" if "lomo" in optimizer or "layerwise" in optimizer else None
+
+
+def balances_router(model: torch.nn.Module, config: Any) -> bool:
+    """Whether TRL adds the router's loss of a mixture of experts, and so runs the model's own forward pass."""
+    text = model.config.get_text_config()
+    coefficient = config.router_aux_loss_coef
+    own = getattr(text, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
+    return hasattr(text, "output_router_logits") and own != 0.0
 
 
 @contextmanager

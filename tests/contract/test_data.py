@@ -151,7 +151,7 @@ def test_check_shows_what_a_model_reads_and_marks_what_it_learns(
 
 def test_of_a_plain_text_every_token_is_learnt_and_its_end(tokenizer_folder):
     from baton.models.templates import load_tokenizer
-    from sft.rows import PLAIN, Demonstration, row_of
+    from baton.training.demonstrations import PLAIN, Demonstration, row_of
 
     tokenizer = load_tokenizer(str(tokenizer_folder))
     row, source = row_of(tokenizer, Demonstration("here", "a warm film", None, None))

@@ -29,13 +29,14 @@ from baton.models.templates import load_tokenizer
 from baton.models.trees import Layout
 from baton.training.arguments import parse_training
 from baton.training.checks import check_settings
+from baton.training.demonstrations import rows_of_demonstrations
+from baton.training.learnt import cut, learnt_rows, outline
 from baton.training.memory import Sharding
 from distillation import teacher as of_teacher
 from distillation.losses import divergence, forward_kl, jensen_shannon, reverse_kl, with_rest
-from distillation.packing import cut, learnt_rows
-from distillation.rows import examples_of, rows_of_examples
+from distillation.rows import examples_of
 from distillation.run_kd import Arguments, check
-from distillation.teacher import CHUNK, check_tokenizers, chunks_of, kept_teacher, outline
+from distillation.teacher import CHUNK, check_tokenizers, chunks_of, kept_teacher
 from distillation.trainer import PackedKDTrainer
 from tests.models.tiny_models import FAMILIES, VOCABULARY, model_of, one_thread
 from tests.programs import ROOT, read_jsonl, run_program, start, write_jsonl
@@ -129,7 +130,7 @@ def student_with(models, tokenizer, tmp_path_factory):
     def measured(top, name, beta, kd_coef):
         trainer.data_collator.teacher = kept_of(rows, models[2], folder, top)
         trainer._distance, trainer._whole, trainer._kd_coef = divergence(name, beta), top == VOCABULARY, kd_coef
-        return trainer.model, *trainer._measure(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+        return trainer.model, *trainer.measure(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
 
     return measured
 
@@ -270,7 +271,7 @@ def test_a_teacher_with_a_larger_padded_head_gives_only_tokens_that_the_student_
         p = logits_of_learnt(padded, rows)[0].log_softmax(-1)
     assert torch.allclose(p.gather(1, ids), values, atol=1e-5)
     trainer = trainer_of(student, rows, kept, tokenizer, whole=False)
-    loss, _ = trainer._measure(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    loss, _ = trainer.measure(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
     assert loss.isfinite()
 
 
@@ -336,7 +337,7 @@ def test_packed_rows_of_any_size_train_alike_and_held_out_numbers_are_those_of_a
         batch = trainer.data_collator(list(trainer.train_dataset))
         trainer.model.eval()
         with torch.no_grad():
-            loss, metrics = trainer._measure(trainer.model, batch)
+            loss, metrics = trainer.measure(trainer.model, batch)
         evaluated = next(line for line in reversed(history) if "eval_loss" in line)
         assert evaluated["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
         for name, value in metrics.items():
@@ -390,17 +391,17 @@ def test_sampled_token_ids_are_used_as_they_are_and_of_generated_records_nothing
     counted = Counter()
     first, second, third = (
         [label for label in row["labels"] if label != -100]
-        for row in rows_of_examples(tokenizer, 200, examples, Drops(), counted)
+        for row in rows_of_demonstrations(tokenizer, 200, examples, Drops(), counted)
     )
     assert first == letters and second[-1] == tokenizer.eos_token_id and tokenizer.decode(second[:-1]) == "Cold."
     assert third[-len(letters) :] == letters and tokenizer.decode(third[: -len(letters)]).startswith("B")
     assert [counted[f"responses with {name}"] for name in ("sampled token ids", "another tokenizer's token ids")] == [2, 1]
 
-    (text,) = rows_of_examples(tokenizer, 200, examples_of({"text": "Warm."}, "file:2"), Drops(), counted)
+    (text,) = rows_of_demonstrations(tokenizer, 200, examples_of({"text": "Warm."}, "file:2"), Drops(), counted)
     assert text["labels"] == [-100, *text["input_ids"][1:]] and text["input_ids"][-1] == tokenizer.eos_token_id
 
     drops = Drops()
-    assert list(rows_of_examples(tokenizer, 5, examples, drops, Counter())) == []
+    assert list(rows_of_demonstrations(tokenizer, 5, examples, drops, Counter())) == []
     assert drops.counts == {"longer than max_length 5 tokens": 3}
 
 

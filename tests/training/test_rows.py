@@ -33,12 +33,12 @@ from baton.pairs import PairSettings
 from baton.preferences import preference_of
 from baton.training import reference
 from baton.training.checkpoints import stop_at_end_of_turn
+from baton.training.demonstrations import Demonstration, row_of, rows_of_demonstrations
 from baton.training.reference import DatasetPairs
 from baton.training.rows import rows_on_disk
 from dpo_iteration.choose import at_least_one, choose_pairs, earlier_pairs, pairs_again
 from dpo_iteration.rows import Rows, log_rows, shown
 from sft import run_sft
-from sft.rows import Demonstration, row_of, rows_of_demonstrations
 from tests.programs import write_jsonl
 
 PROMPT = [{"role": "user", "content": "Continue this review: It opens at sea."}]

@@ -116,7 +116,7 @@ def test_a_death_in_the_held_out_evaluation_costs_no_training(task, tmp_path):
         "reward_model/run_rm.py", "--model_name_or_path", task / "base",
         "--dataset_name_or_path", task / "data/rm_test.jsonl", "--eval_dataset_name_or_path", task / "data/rm_train.jsonl",
         "--output_dir", tmp_path / "rm", "--max_steps", 2, "--lr_scheduler_type", "constant", "--learning_rate", 1e-3,
-        "--per_device_eval_batch_size", 1, *SHORT,
+        "--tokens_per_row", 1, *SHORT,
     ]  # fmt: skip
     killed, errors = start(*words, output=str(tmp_path)), tmp_path / "stderr"
     while not errors.exists() or "evaluating on 200 held-out pairs" not in errors.read_text():

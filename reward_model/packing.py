@@ -1,0 +1,52 @@
+"""Preference pairs as trees of packed rows: the prompt once, then chosen and rejected, each read at its last token."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow
+import torch
+
+from baton.models.scoring import without_padding
+from baton.models.trees import pack, with_prompts
+from baton.training.learnt import padded
+
+SIDES = ("chosen_ids", "rejected_ids")
+
+
+class Collator:
+    """Makes rows of `chosen_ids` and `rejected_ids`, perhaps with `margin`, one packed row.
+
+    `row` is the packed row, and `ends`, int64 (B, 2), where the rewards of chosen and rejected are read in it; `margin` is
+    float32 (B,). `input_ids` and `attention_mask`, int64 (2 B, L), are as in TRL: all that are chosen, then all rejected.
+    """
+
+    def __init__(self, pad: int):
+        self.pad = pad
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        # Transformers reads a reward at the last token that is not the padding token.
+        pairs = [[without_padding(row[side], self.pad) for side in SIDES] for row in rows]
+        (packed,), places = pack([part for pair in pairs for part in with_prompts(pair)], None, whole=True)
+        batch = padded([row[side] for side in SIDES for row in rows], self.pad)
+        if "margin" in rows[0]:
+            batch["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+        return {**batch, "row": packed, "ends": torch.tensor([place.last for place in places]).view(-1, 2)}
+
+
+def lengths_of(rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Of each pair of a Dataset the tokens that chosen and rejected share, int64 (N,), and those after them, int64 (N, 2)."""
+    shared, lengths = [], []
+    for batch in rows.select_columns(list(SIDES)).with_format("arrow").iter(batch_size=10_000):
+        sides = [_sequences(batch.column(side)) for side in SIDES]
+        for chosen, rejected in zip(*sides, strict=True):
+            most = min(len(chosen), len(rejected))
+            differ = np.flatnonzero(chosen[:most] != rejected[:most])
+            shared.append(differ[0] if len(differ) else most)
+            lengths.append((len(chosen), len(rejected)))
+    prompts = np.array(shared, dtype=np.int64)
+    return prompts, np.array(lengths, dtype=np.int64) - prompts[:, None]
+
+
+def _sequences(column: pyarrow.ChunkedArray) -> list[np.ndarray]:
+    whole = column.combine_chunks()
+    return np.split(whole.flatten().to_numpy(), np.cumsum(whole.value_lengths().to_numpy())[:-1])

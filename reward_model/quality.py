@@ -1,0 +1,74 @@
+"""How good rewards are on pairs that were held out: accuracy with its interval, by margin, and calibration."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+Z = 1.959964  # of a 95 % interval
+BINS = 10  # of the calibration
+BUCKETS = 4  # of the margin
+
+
+def quality(rewards: np.ndarray, margins: np.ndarray) -> dict[str, Any]:
+    """What `rewards` of chosen and rejected, (N, 2), say of N pairs, N at least 1.
+
+    - `accuracy`: share of pairs whose chosen response has the higher reward, and its 95 % `accuracy_interval`.
+    - `mean_chosen_reward`, `mean_rejected_reward`.
+    - `calibration_error`: of the probabilities of the Bradley-Terry model (`calibration_error`).
+    - `by_margin`: the accuracy in quarters of the pairs that have one of the `margins`, (N,), NaN where a pair has none.
+    """
+    right = rewards[:, 0] > rewards[:, 1]
+    chosen, rejected = rewards.mean(axis=0).tolist()
+    return {
+        **accuracy(right),
+        "mean_chosen_reward": chosen,
+        "mean_rejected_reward": rejected,
+        "calibration_error": calibration_error(rewards[:, 0] - rewards[:, 1]),
+        "by_margin": by_margin(right, margins),
+    }
+
+
+def accuracy(right: np.ndarray) -> dict[str, Any]:
+    """The share that is right, and its interval."""
+    return {"accuracy": float(right.mean()), "accuracy_interval": wilson_interval(int(right.sum()), len(right))}
+
+
+def wilson_interval(successes: int, trials: int) -> list[float]:
+    """The 95 % interval of a share by Wilson's score (1927, JASA 22:209): it stays in [0, 1] and suits few trials too."""
+    share, weight = successes / trials, Z**2 / trials
+    centre = (share + weight / 2) / (1 + weight)
+    half = Z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
+    low = max(0.0, min(share, centre - half))
+    return [low, min(1.0, max(share, centre + half))]  # rounding could leave the share out
+
+
+def calibration_error(differences: np.ndarray) -> float:
+    """The expected calibration error of rewards that differ by these, (N,).
+
+    A model says with probability sigmoid(|difference|) which response is the better one. Pairs are put into bins of equal width
+    by that; the number is the mean distance of a bin's accuracy from its mean probability, by pairs: 0 where probabilities are
+    as often right as they say (Guo et al., 2017, arXiv 1706.04599, equation 3).
+    """
+    says, right = 1 / (1 + np.exp(-np.abs(differences))), differences > 0
+    bins = np.minimum((2 * says - 1) * BINS, BINS - 1).astype(int)
+    counts = [np.bincount(bins, values, BINS) for values in (says, right)]
+    return float(np.abs(counts[0] - counts[1]).sum() / len(says))
+
+
+def by_margin(right: np.ndarray, margins: np.ndarray) -> list[dict[str, Any]]:
+    """The accuracy of pairs in buckets of about equally many, by rising margin; empty where no pair has one.
+
+    Equal margins are in one bucket.
+    """
+    known = np.flatnonzero(np.isfinite(margins))
+    if not len(known):
+        return []
+    margins, right = margins[known], right[known]
+    edges = np.unique(np.quantile(margins, np.arange(1, BUCKETS) / BUCKETS))
+    bucket = np.searchsorted(edges, margins, side="left")
+    members = [bucket == number for number in np.unique(bucket)]
+    return [
+        {"from": float(margins[m].min()), "to": float(margins[m].max()), "pairs": int(m.sum()), **accuracy(right[m])}
+        for m in members
+    ]
