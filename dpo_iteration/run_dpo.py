@@ -164,8 +164,9 @@ def keys_of(arguments: Arguments) -> dict[str, str | None]:
 
 
 def inputs_of(
-    arguments: Arguments, models: dict[str, str], held_out: str | None, pairs_path: Path, metrics_path: Path, earlier: list[Path]
-) -> dict[str, str | Path]:
+    arguments: Arguments, models: dict[str, str], held_out: str | None, pairs_path: Path, metrics_path: Path,
+    earlier: list[Path],
+) -> dict[str, str | Path]:  # fmt: skip
     """What the run reads, its `models` among it, by name, for the manifest.
 
     Raises InputError where a file that it writes would replace one.
