@@ -118,6 +118,7 @@ def run_side(args: argparse.Namespace) -> dict:
         import_module(module)
     rows = json.loads((args.folder / "rows.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(args.folder / "tokenizer")
+    torch.manual_seed(0)  # a new score head is drawn
     if args.task == "reward":
         model = AutoModelForSequenceClassification.from_pretrained(args.folder / "model", dtype="float32", num_labels=1)
     else:
