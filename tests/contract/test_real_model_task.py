@@ -149,7 +149,7 @@ def value(words, flag):
 def test_the_reward_model_learns_from_what_the_lexicon_says_and_the_rounds_from_the_reward_model_alone(tmp_path):
     stages = started(tmp_path)
     assert list(stages)[:6] == ["model", "prompts", "sample", "label", "pairs", "reward-model"]
-    assert len(stages) == 6 + 4 + 3 * (3 + 3)
+    assert len(stages) == 6 + 3 + 3 * (3 + 3)
     by_lexicon = [name for name, words in stages.items() if any("sentiment.py" in word for word in words)]
     assert by_lexicon == ["label", *(f"evaluate{number}-rewards" for number in range(4))]
     assert value(stages["round1-rewards"], "--scorer") == f"bt:{tmp_path}/run/reward_model"
