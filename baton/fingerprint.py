@@ -97,12 +97,16 @@ def _hub_hash(name: str, commit: str | None) -> str:
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """The files of a folder by their names in it, hidden ones and its README.md left out; of a file itself, under no name."""
+    """The files of a folder by their names in it; of a file itself, under no name.
+
+    Left out are hidden ones, its README.md, and the checkpoints of the training that made it, which may be deleted later.
+    """
     if path.is_file():
         return {"": path}
     files = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
     hidden = {name for name in files if any(part.startswith(".") for part in name.parts)}
-    seen = {str(name): file for name, file in files.items() if name not in hidden | {Path("README.md")}}
+    hidden |= {name for name in files if name == Path("README.md") or name.parts[0].startswith("checkpoint-")}
+    seen = {str(name): file for name, file in files.items() if name not in hidden}
     return dict(sorted(seen.items()))
 
 

@@ -14,6 +14,7 @@ FLAGS = {
     "response": "--output_key",
     "completion": "--output_key",
     "label": "--label_key",
+    "text": "--dataset_key",
 }
 
 Keys = Mapping[str, str | None]  # usual name: the file's name, None where that is the usual one

@@ -83,7 +83,7 @@ class Arguments(LoraArguments):
     teacher_offload: bool = option(
         False, "accepted for OpenRLHF's sake: the teacher is never in memory with the student", changes_result=False
     )
-    max_length: int = option(2048, "longest conversation, in tokens; longer ones are dropped and counted", ge=2)
+    max_length: int = option(2048, "longest conversation, in tokens; longer ones are dropped and counted, texts cut", ge=2)
     chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     tokens_per_row: int = tokens_per_row_option("conversation")
 

@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class Arguments(LoraArguments):
         None, "held-out pairs; default: one in `eval_every` of the training pairs", changes_result=False
     )
     eval_dataset_split: str = option("test", "split of a held-out Hugging Face dataset")
-    eval_every: int = option(20, "hold out one pair in so many where no held-out file is given", ge=2)
+    eval_every: int = option(20, "hold out one prompt in so many where no held-out file is given", ge=2)
     output_dir: str = option(
         ...,
         "folder of the finished reward model (in generation/ and annotate_data/ this flag names a file)",
@@ -102,21 +103,28 @@ class Arguments(LoraArguments):
 
 
 def training_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
-    """Yield ("where", pair) of each pair that is trained on, of a file of `count` pairs."""
-    for number, pair in enumerate(all_pairs(arguments)):
+    """Yield ("where", pair) of each pair that is trained on, of a file of pairs of `count` prompts."""
+    for number, pair in numbered(all_pairs(arguments)):
         if arguments.eval_dataset_name_or_path or not _is_held_out(number, arguments, count):
             yield pair
 
 
 def held_out_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
-    """Yield ("where", pair) of each held-out pair: all of the held-out file, else some of the `count` of the training file."""
+    """Yield ("where", pair) of each held-out pair: all of the held-out file, else those of some of the `count` prompts."""
     if arguments.eval_dataset_name_or_path:
         records = mixed_records(arguments.eval_dataset_name_or_path, arguments.eval_dataset_split, None)
         yield from _preferences(records, arguments)
         return
-    for number, pair in enumerate(all_pairs(arguments)):
+    for number, pair in numbered(all_pairs(arguments)):
         if _is_held_out(number, arguments, count):
             yield pair
+
+
+def numbered(pairs: Iterable[tuple[str, Record]]) -> Iterator[tuple[int, tuple[str, Record]]]:
+    """Yield each pair with the number of its prompt: several pairs in a row may be of one, and are held out together."""
+    for number, (_, of_prompt) in enumerate(groupby(pairs, key=lambda pair: pair[1]["prompt"])):
+        for pair in of_prompt:
+            yield number, pair
 
 
 def all_pairs(arguments: Arguments, drops: Drops | None = None) -> Iterator[tuple[str, Record]]:
@@ -140,7 +148,7 @@ def _preferences(
 
 
 def _is_held_out(number: int, arguments: Arguments, count: int) -> bool:
-    """Whether a pair of the training file is held out: the last of every `eval_every`, at least one where there are fewer."""
+    """Whether a prompt of the training file is held out: the last of every `eval_every`, at least one where there are fewer."""
     every = min(arguments.eval_every, count)
     return number % every == every - 1
 
@@ -162,7 +170,16 @@ def rows_of(
     drops = Drops()
     make = partial(rows_of_preferences, tokenizer, config.max_length)
     features = Features({**dict.fromkeys(("chosen_ids", "rejected_ids"), List(Value("int64"))), "margin": Value("float64")})
-    rows = rows_on_disk(lambda: tokenised(make, pairs, drops, Counter()), config, name, features)
+
+    def token_ids():
+        left = False
+        for row in tokenised(make, pairs, drops, Counter()):
+            left = True
+            yield row
+        if not left:
+            raise InputError(f"no pair is left ({name}); dropped: {drops}")
+
+    rows = rows_on_disk(token_ids, config, name, features)
     margins = np.array(rows["margin"][:], dtype=np.float64)
     rows = rows.remove_columns("margin")
     if not margin_scale:
@@ -181,15 +198,21 @@ def config_class() -> type:
     return RewardConfig
 
 
-def count_pairs(arguments: Arguments) -> tuple[int, Drops]:
-    """How many pairs the training files hold, and what of them makes no pair. Raises InputError where there are too few."""
-    drops = Drops()
-    count = sum(1 for _ in all_pairs(arguments, drops))
+def count_pairs(arguments: Arguments) -> tuple[int, int, Drops]:
+    """How many pairs the training files hold, of how many prompts, and what of them makes no pair.
+
+    Raises InputError where there are too few.
+    """
+    drops, source, count, prompts = Drops(), arguments.dataset_name_or_path, 0, 0
+    for number, _ in numbered(all_pairs(arguments, drops)):
+        count, prompts = count + 1, number + 1
     if count < 2:
-        raise InputError(f"{arguments.dataset_name_or_path}: holds {count} pairs, at least 2 are needed; dropped: {drops}")
+        raise InputError(f"{source}: holds {count} pairs, at least 2 are needed; dropped: {drops}")
+    if prompts < 2 and not arguments.eval_dataset_name_or_path:
+        raise InputError(f"{source}: all pairs are of one prompt, so none can be held out: give --eval_dataset_name_or_path")
     if drops.counts:
-        log.info("%s: %d pairs; what makes none: %s", arguments.dataset_name_or_path, count, drops)
-    return count, drops
+        log.info("%s: %d pairs; what makes none: %s", source, count, drops)
+    return count, prompts, drops
 
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
@@ -266,16 +289,18 @@ def main() -> None:
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
-    count, no_pairs = count_pairs(arguments)
+    count, prompts, no_pairs = count_pairs(arguments)
     config = checked(stage)
+
+    import numpy as np
 
     from baton.training.checkpoints import scratch, train
     from baton.training.config import log_training
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     scale = arguments.margin_scale
-    rows, _, drops = rows_of(training_pairs(arguments, count), "train", tokenizer, config, scale)
-    held_out_rows, margins, held_out_drops = rows_of(held_out_pairs(arguments, count), "held out", tokenizer, config, scale)
+    rows, _, drops = rows_of(training_pairs(arguments, prompts), "train", tokenizer, config, scale)
+    held_out_rows, margins, held_out_drops = rows_of(held_out_pairs(arguments, prompts), "held out", tokenizer, config, scale)
     place_reports(settings, metrics_path)
     with loading(arguments.model_name_or_path):
         trainer = make_trainer(arguments, config, tokenizer, rows, held_out_rows)
@@ -290,6 +315,8 @@ def main() -> None:
         if arguments.merge_adapter:
             pad = trainer.processing_class.pad_token_id
             metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype, pad)
+        if not np.isfinite(trainer.rewards).all():
+            raise InputError("rewards are not numbers: the training has diverged; --overwrite with a smaller `learning_rate`")
         found = quality(trainer.rewards, margins)
         log_quality(found)
         held_out_facts = found | {"loss": loss, "pairs": len(held_out_rows), "dropped": dict(held_out_drops.counts)}

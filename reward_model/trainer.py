@@ -75,6 +75,7 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
         in_4_bit = kwargs.get("quantization_config") is not None
         if head_init == "normal":
             set_head(self.model, args.seed)
+            self.drawn_anew = ("score",)
         self._extremes: list[Tensor] = []
         scorer = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if reason := why_padded(scorer, args):
@@ -211,8 +212,9 @@ def take_rows(model: PreTrainedModel) -> None:
         found = hidden_states(self, row, at)
         if states:
             return found
-        with torch.autocast(found.device.type, enabled=False):  # a reward in half precision has three digits
-            return self.score(found.to(next(self.score.parameters()).dtype))
+        # A reward in half precision has three digits. Under DeepSpeed the head's own weights are in half precision too.
+        with torch.autocast(found.device.type, enabled=False):
+            return self.score(found.to(self.score.weight.dtype))  # of an adapter's copy, where there is one
 
     # For good, not only during the forward pass: gradient checkpointing runs layers again in the backward.
     model.config._attn_implementation = NAME

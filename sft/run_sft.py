@@ -33,6 +33,7 @@ from baton.models.templates import load_tokenizer, template_warning
 from baton.prompts import mixed_records, source_inputs, split_sources
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
+from baton.task import spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
 from baton.training.arguments import (
     Compile,
@@ -50,8 +51,11 @@ log = logging.getLogger("baton")
 IMPORTS = ("sft.trainer", "baton.training.checkpoints", "baton.training.rows")
 
 
-# Settings of SFTConfig that ask for what is done in any case.
-PACKS = ("packing", "packing_strategy", "eval_packing", "padding_free")
+# Settings of SFTConfig that say what is learnt: here the assistant's turns, or a whole `text`.
+LEARNT = ("assistant_only_loss", "completion_only_loss")
+# Settings that ask for what is done in any case, and those of TRL's own preparation of texts.
+DONE_ANYWAY = ("packing", "packing_strategy", "eval_packing", "padding_free", *LEARNT)
+OF_TEXTS = ("truncation_mode", "dataset_text_field", "dataset_kwargs")
 
 
 class Arguments(LoraArguments):
@@ -127,7 +131,12 @@ def _read(records: Iterable[tuple[str, Record]], arguments: Arguments) -> Iterat
     if arguments.pretrain_mode:
         keys = {"text": arguments.dataset_key}
     for where, record in with_usual_keys(records, keys):
-        yield demonstration_in({"text": record.get("text")} if arguments.pretrain_mode else record, where)
+        if not arguments.pretrain_mode:
+            yield demonstration_in(record, where)
+        elif isinstance(record.get("text"), str):
+            yield demonstration_in({"text": record["text"]}, where)
+        else:
+            raise InputError(f"{where}: `text` must be a text; another key of it is named by --dataset_key")
 
 
 def _is_held_out(number: int, arguments: Arguments) -> bool:
@@ -152,7 +161,7 @@ def rows_of(
     def token_ids():
         yield from tokenised(make, every, drops, counted, count)
         if drops.counts.total() == count:
-            raise InputError(f"no demonstration is left of {name}; dropped: {drops}")
+            raise InputError(f"{arguments.dataset_name_or_path}: no demonstration is left of {name}; dropped: {drops}")
 
     rows = rows_on_disk(token_ids, config, name)
     log.info("%s: last turns: %s", name, ", ".join(f"{number} {source}" for source, number in counted.items()))
@@ -172,12 +181,9 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
 
-    if asked := [name for name in PACKS if name in settings]:
-        log.info("%s: rows are packed in any case, by `tokens_per_row`", ", ".join(f"`{name}`" for name in asked))
     # TRL prepares texts; these rows are token ids already.
     fixed = {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    settings = {name: value for name, value in settings.items() if name not in PACKS} | fixed
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
+    config = trainer_config(config_class(), settings | fixed, Arguments.model_fields, stage, adapter=arguments.use_peft)
     check_settings(config, sharding_of(config), arguments, evaluates=holds_out(arguments))
     check_order(config)
     return config
@@ -205,27 +211,44 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, h
     )
 
 
-def held_out_facts(evaluated: dict[str, float], count: int, drops: Drops) -> dict[str, Any]:
-    """What the last evaluation says of `count` held-out demonstrations, for the log and the manifest."""
-    numbers = {name.removeprefix("eval_"): value for name, value in evaluated.items()}
-    nll = numbers.get("nll", numbers["loss"])
-    found = {"loss": numbers["loss"], "perplexity": math.exp(min(nll, 700)), "accuracy": numbers["mean_token_accuracy"]}
+def held_out_facts(trainer: Any, count: int, drops: Drops) -> dict[str, Any]:
+    """What the last evaluation says of `count` held-out demonstrations, for the log and the manifest.
+
+    Without the perplexity on padded batches, whose loss may hold more than the log-likelihood.
+    """
+    from baton.training.checkpoints import last_evaluation
+
+    numbers = {name.removeprefix("eval_"): value for name, value in last_evaluation(trainer).items()}
+    names = {"loss": "loss", "accuracy": "mean_token_accuracy"}
+    found = {name: numbers[logged] for name, logged in names.items() if logged in numbers}
+    if trainer.held_out is not None and found:
+        found["perplexity"] = math.exp(min(numbers.get("nll", numbers["loss"]), 700))
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return found | {"demonstrations": count, "dropped": dict(drops.counts)}
 
 
-def check(arguments: Arguments) -> None:
+def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     """Raise InputError for what can be refused before anything is read or imported."""
     check_lora(arguments)
     check_start(arguments.model_name_or_path)
     dataset_probs(arguments)
+    if refused := [name for name in OF_TEXTS if name in settings]:
+        raise InputError(
+            f"`{refused[0]}` is of TRL's own preparation of texts, which is not used here: leave it out. `max_length` says "
+            "what is dropped; `dataset_key` and `output_key` name keys"
+        )
+    if refused := [name for name in LEARNT if spelling(settings.get(name, True)) is False]:
+        raise InputError(f"`{refused[0]}: false`: here the assistant's turns alone are learnt, or a whole `text`: leave it out")
     if arguments.pretrain_mode and (arguments.output_key or arguments.response_key != "response"):
         raise InputError("`pretrain_mode` reads one text of a record, so there is no response: leave out its key")
 
 
 def main() -> None:
     arguments, settings = parse_training("sft/run_sft.py", Arguments, __doc__, config_class)
-    check(arguments)
+    check(arguments, settings)
+    if asked := [name for name in DONE_ANYWAY if name in settings]:
+        log.info("%s: rows are packed, and the assistant's turns learnt, in any case", ", ".join(f"`{name}`" for name in asked))
+        settings = {name: value for name, value in settings.items() if name not in DONE_ANYWAY}
     output, held_out = Path(arguments.output_dir), arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, **source_inputs("demonstrations", arguments.dataset_name_or_path)}
     inputs |= source_inputs("held-out demonstrations", held_out) if held_out else {}
@@ -242,15 +265,18 @@ def main() -> None:
     count = sum(1 for _ in training_demonstrations(arguments))
     config = checked(stage)
 
-    from baton.training.checkpoints import last_evaluation, scratch, stop_at_end_of_turn, train
+    from baton.training.checkpoints import scratch, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
-    tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
+    tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template, of_texts=arguments.pretrain_mode)
     every = training_demonstrations(arguments)
     rows, drops, counted = rows_of(every, "demonstrations", arguments, count, tokenizer, config)
     aside, held_out_rows, held_out_drops = 0, None, Drops()
     if holds_out(arguments):
         aside = sum(1 for _ in held_out_demonstrations(arguments))
+        if not aside:
+            reason = held_out or f"`eval_every` {arguments.eval_every} of {count} demonstrations"
+            raise InputError(f"no demonstration is held out: {reason}")
         every = held_out_demonstrations(arguments)
         held_out_rows, held_out_drops, _ = rows_of(every, "held out", arguments, aside, tokenizer, config)
     warning = template_warning(counted, tokenizer)
@@ -271,7 +297,7 @@ def main() -> None:
         facts = {"metrics": metrics}
         if held_out_rows is not None:
             of_held_out = aside - held_out_drops.counts.total()
-            facts["held_out"] = held_out_facts(last_evaluation(trainer), of_held_out, held_out_drops)
+            facts["held_out"] = held_out_facts(trainer, of_held_out, held_out_drops)
         counts = {"records_in": count, "records_out": out, "drops": drops}
         stage.finish(**counts, **facts, scratch=scratch(arguments.keep_checkpoints))
         if warning:

@@ -134,13 +134,15 @@ def top_logps(
 def gathered(*parameters: Tensor | None, writes: bool = False):
     """Context in which ZeRO-3 shards are whole: the head is read without calling its module. What process 0 `writes` is kept.
 
-    A head that is the embedding as well may be whole already, and is then left alone.
+    A head that is the embedding as well may be whole already, and is then left alone; and so is a weight that DeepSpeed does
+    not know, such as the original of an adapter's copy of a head.
     """
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
-    sharded = [p for p in parameters if p is not None and p.ds_status != ZeroParamStatus.AVAILABLE]
+    whole = ZeroParamStatus.AVAILABLE
+    sharded = [p for p in parameters if p is not None and getattr(p, "ds_status", whole) != whole]
     return GatheredParameters(sharded, modifier_rank=0 if writes else None) if sharded else nullcontext()
 
 

@@ -21,10 +21,11 @@ PLACEHOLDER = "Response0"  # stands for a response; a template leaves letters an
 LINE_BREAK = "\n"
 
 
-def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
+def load_tokenizer(model: str, chat_template: str | None = None, of_texts: bool = False) -> Any:
     """A model's tokenizer, with its chat template replaced by the file `chat_template` where one is given.
 
-    Raises InputError if the tokenizer cannot be loaded, or if there is no chat template.
+    Raises InputError if the tokenizer cannot be loaded, or if there is no chat template, which plain texts alone (`of_texts`)
+    do not need.
     """
     from transformers import AutoTokenizer
 
@@ -37,7 +38,7 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except OSError as error:
             raise InputError(f"--chat_template {chat_template}: {error.strerror}") from None
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and not of_texts:
         raise InputError(f"{model}: its tokenizer has no chat template; give one as a Jinja file with --chat_template")
     return tokenizer
 

@@ -175,14 +175,18 @@ def fit_layout(trainer: Any, checkpoint: Path) -> None:
 
 
 class StartFromFiles(TrainerCallback):
-    """Has DeepSpeed's float32 copy start from all bits of the start's files; a checkpoint holds the copy itself."""
+    """Has DeepSpeed's float32 copy start from all bits of the start's files; a checkpoint holds the copy itself.
+
+    A trainer names modules that it has `drawn_anew` since it loaded them.
+    """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        start_from_files(model, copies_without_zero(self.trainer.optimizer.optimizer))
+        anew = getattr(self.trainer, "drawn_anew", ())
+        start_from_files(model, copies_without_zero(self.trainer.optimizer.optimizer), anew)
 
 
 class MendOptimizer(TrainerCallback):

@@ -62,7 +62,7 @@ def rows_of_demonstrations(
     nothing predicts it. `counted` gets where the last responses' token ids come from, and how many were sampled with another
     chat template than this tokenizer's.
     """
-    template = template_hash(tokenizer)
+    template = template_hash(tokenizer) if tokenizer.chat_template else None  # plain texts need none
     for demonstration in demonstrations:
         row, source = row_of(tokenizer, demonstration)
         rows = [_without_first(piece) for piece in (_cut(row, max_length) if source == PLAIN else [row])]

@@ -5,7 +5,7 @@ the policy of the round before, has bits that the cast drops: they are read from
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import accumulate, groupby
 from math import prod
 
@@ -20,7 +20,7 @@ log = logging.getLogger("baton")
 
 
 @torch.no_grad()
-def start_from_files(model: PreTrainedModel, copies: Mapping[int, Tensor]) -> None:
+def start_from_files(model: PreTrainedModel, copies: Mapping[int, Tensor], anew: Collection[str] = ()) -> None:
     """Set DeepSpeed's float32 copy of a model's trained weights from the files of the checkpoint that it was loaded from.
 
     To be called by every process before the first step. Weights whose dtype the files have already are left alone, and so
@@ -29,8 +29,10 @@ def start_from_files(model: PreTrainedModel, copies: Mapping[int, Tensor]) -> No
     Args:
         model: inside DeepSpeed's engine, in a half precision.
         copies: those of `copies_without_zero`.
+        anew: names of modules whose weights are not those of the files any more.
     """
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    trained = [(name, weight) for name, weight in trained if not set(name.split(".")) & set(anew)]
     dtypes = {weight.dtype for _, weight in trained}
     if torch.float32 in dtypes:  # nothing was cast
         return

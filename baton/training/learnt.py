@@ -55,14 +55,15 @@ class Outline(NamedTuple):
 def outline(rows: Any) -> Outline:
     """The outline of a Dataset of `input_ids` and `labels`; `digest` is that of all of them."""
     parts, digest = [], hashlib.sha256()
-    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=10_000):
+    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1_000):
         ids, labels = (_flat(batch.column(name)) for name in ("input_ids", "labels"))
         lengths = batch.column("input_ids").combine_chunks().value_lengths().to_numpy().astype("<i8")
         for values in (lengths, ids, labels):
             digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
         starts = np.cumsum(lengths) - lengths
         learnt = labels != -100
-        first = np.flatnonzero(learnt)[np.searchsorted(np.flatnonzero(learnt), starts)] - starts
+        places = np.flatnonzero(learnt)
+        first = places[np.searchsorted(places, starts)] - starts
         parts.append((first, lengths - first, np.add.reduceat(learnt.astype(np.int64), starts)))
     return Outline(*(np.concatenate(columns) for columns in zip(*parts, strict=True)), digest.hexdigest())
 
