@@ -25,6 +25,7 @@ from baton.training.adapters import adapter_config
 from baton.training.config import loaded_dtype
 from baton.training.memory import check_memory, estimate, outline, sharding_of
 from baton.training.reference import load_as_policy
+from baton.training.sharding import unsharded
 
 log = logging.getLogger("baton")
 
@@ -93,7 +94,9 @@ def learner_of(
     size = outline(arguments.model_name_or_path, adapter_config(arguments))
     needs = estimate(size, config, sharding_of(config), arguments.tokens_per_row, reference=reference_in_memory(arguments))
     if critic is not None:
-        needs["critic"] = sum(estimate(outline(critic), config, sharding_of(config), 1).values())
+        with unsharded(config):
+            outlined = outline(critic)
+        needs["critic"] = sum(estimate(outlined, config, sharding_of(config), 1).values())
     check_memory(needs, config)
     dtype = getattr(torch, config.model_init_kwargs["dtype"])
     actor: nn.Module = load_actor(arguments.model_name_or_path, dtype)

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, BloomConfig
 from trl import RewardConfig, RewardTrainer
 
@@ -18,6 +19,7 @@ from baton.errors import InputError
 from baton.models import attention
 from baton.models.attention import by_trees
 from baton.models.trees import Layout
+from reward_model import run_rm
 from reward_model.quality import accuracy, by_margin, calibration_error, quality, wilson_interval
 from reward_model.trainer import PackedRewardTrainer
 from tests.models.tiny_models import FAMILIES, SHAPE, VOCABULARY, one_thread, random_pairs
@@ -130,6 +132,22 @@ def test_a_normal_head_has_the_deviation_that_its_width_says(tokenizer):
 
 
 # Quality
+
+
+def test_an_adapter_over_bfloat16_weights_trains_in_float32(tokenizer, tmp_path):
+    more = {"peft_config": LoraConfig(task_type="SEQ_CLS", r=4)}
+    model = model_of("llama").to(torch.bfloat16)
+    trainer = trainer_of(model, rows_of(), tokenizer, tmp_path, more=more, bf16=True, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    assert any("score" in name for name in trained) and {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert all(math.isfinite(line["loss"]) for line in trainer.state.log_history if "loss" in line)
+
+
+def test_pairs_of_one_prompt_are_held_out_together():
+    pairs = [("here", {"prompt": prompt}) for prompt in "aaabccddddde"]
+    assert [number for number, _ in run_rm.numbered(pairs)] == [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3, 4]
+    assert [pair for _, pair in run_rm.numbered(pairs)] == pairs
 
 
 def test_an_interval_is_the_textbooks():

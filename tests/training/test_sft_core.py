@@ -186,4 +186,22 @@ def test_in_pretrain_mode_a_record_is_a_text(tmp_path):
     assert [each.messages for each in run_sft.demonstrations(arguments)] == ["A warm film."]
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="`pretrain_mode` reads one text of a record"):
-        run_sft.check(run_sft.Arguments(**given, pretrain_mode=True, output_key="body"))
+        run_sft.check(run_sft.Arguments(**given, pretrain_mode=True, output_key="body"), {})
+    for key, message in (("nothing", r"the record has no `nothing` \(--dataset_key\)"), (None, "`text` must be a text")):
+        with pytest.raises(InputError, match=message):
+            list(run_sft.demonstrations(run_sft.Arguments(**given, pretrain_mode=True, dataset_key=key)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"completion_only_loss": "false"}, "`completion_only_loss: false`: here the assistant's turns alone are learnt"),
+        ({"dataset_text_field": "body"}, "`dataset_text_field` is of TRL's own preparation of texts"),
+    ],
+)
+def test_settings_of_trls_preparation_are_refused(tmp_path, settings, message):
+    (tmp_path / "config.json").write_text("{}")
+    arguments = run_sft.Arguments(model_name_or_path=str(tmp_path), dataset_name_or_path="data.jsonl", output_dir="unused")
+    with pytest.raises(InputError, match=message):
+        run_sft.check(arguments, settings)
+    run_sft.check(arguments, {"assistant_only_loss": "true", "completion_only_loss": True})
