@@ -1,4 +1,4 @@
-"""The relay on a real model: its prompts, its gold score, where its model comes from, and what its script starts."""
+"""The relay on a real model: its prompts, where its model comes from, and what its script starts."""
 
 import sys
 from random import Random
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import InputError
-from quickstart import make_prompts, real_model, sentiment
+from quickstart import make_prompts, real_model
 from tests.contract.test_environments import ANSWERS, RECORDER, RECORDS, run
 from tests.contract.test_quickstart_task import content, read
 from tests.environments import made_for, on_path
@@ -56,30 +56,6 @@ def test_more_rounds_leave_the_other_files_as_they_are_and_another_seed_does_not
     for path in prompts.glob("*.jsonl"):
         assert (tmp_path / "more" / path.name).read_bytes() == path.read_bytes()
     assert read(tmp_path / "other/heldout.jsonl") != read(prompts / "heldout.jsonl")
-
-
-# The gold score
-
-
-def gold(text):
-    pytest.importorskip("vaderSentiment")
-    return sentiment.sentiment([], [text], [{}])[0]
-
-
-def test_praise_scores_above_zero_blame_below_and_what_says_nothing_zero():
-    assert gold("A wonderful film. I loved the music!") > 0.5 > 0 > gold("A dreadful film. I hated the ending.")
-    assert gold("It opens on Friday.") == gold("") == gold("12 … \n --") == 0
-
-
-def test_saying_the_same_again_or_adding_what_says_nothing_never_pays():
-    praise = "The acting is superb."
-    assert gold(f"{praise} {praise} {praise}") == pytest.approx(gold(praise))
-    assert gold(f"{praise} It runs for two hours.") == pytest.approx(gold(praise) / 2)
-
-
-def test_sentences_end_with_their_mark_or_their_line():
-    text = 'A "fine" film!  It is slow.\n\n- The end? "Yes." ** Mr. X'
-    assert sentiment.sentences(text) == ['A "fine" film!', "It is slow.", "- The end?", '"Yes.', "** Mr.", "X"]
 
 
 # The model
