@@ -35,7 +35,7 @@ from baton.parallel import data_parallel, model_parallel_size
 from baton.progress import Progress
 from baton.training import sharding
 from baton.training.config import computing_dtype
-from baton.training.learnt import Cut, Outline, cut, learnt_rows
+from baton.training.learnt import Cut, Outline, cut, flat_batches, learnt_rows
 from baton.training.reference import load_as_policy
 
 log = logging.getLogger("baton")
@@ -151,7 +151,7 @@ def kept_teacher(
     if state.is_main_process:  # it alone reads the whole model for its fingerprint, and on a shared disk sees all files
         precision = f"bf16={config.bf16} fp16={config.fp16} {config.model_init_kwargs} cast={sharding.weights_are_cast(config)}"
         key = [fingerprint(teacher)["hash"], precision, str(top), str(vocabulary), str(CHUNK)]
-        hashes = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in ("\0".join(key), outlined.digest)]
+        hashes = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in ("\0".join(key), digest(rows))]
         kept = Kept(Path(folder, "-".join(["teacher", *hashes])), outlined.learnt)
         kept.folder.mkdir(parents=True, exist_ok=True)
         missing = [number for number in range(len(kept.chunks) - 1) if not kept.path(number).exists()]
@@ -173,6 +173,15 @@ def kept_teacher(
             torch.cuda.empty_cache()
     state.wait_for_everyone()
     return kept
+
+
+def digest(rows: Any) -> str:
+    """A hash of all `input_ids` and `labels` of a Dataset."""
+    whole = hashlib.sha256()
+    for batch in flat_batches(rows, 10_000):
+        for values in batch:
+            whole.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
+    return whole.hexdigest()
 
 
 @torch.no_grad()

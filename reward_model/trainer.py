@@ -79,9 +79,7 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
         self._extremes: list[Tensor] = []
         scorer = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if reason := why_padded(scorer, args):
-            log.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(scorer).__name__, reason)
-            if compile_layers == "on":
-                raise InputError("`compile`: on, but this model's batches are padded, which is not compiled; leave it out")
+            self.stay_padded(scorer, reason, compile_layers)
             one_each = np.ones(0 if eval_dataset is None else len(eval_dataset), dtype=np.int64)
             self.held_out = HeldOut(one_each, one_each, args.per_device_eval_batch_size, self.data_collator)
             return

@@ -1,6 +1,5 @@
 """TRL's SFT trainer with another forward pass, packed rows instead of a padded batch, row by row."""
 
-import logging
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle
 from baton.training.arguments import Compile
 from baton.training.config import train_in_float32
@@ -21,8 +19,6 @@ from baton.training.metrics import EvaluateAtEnd
 from baton.training.sharding import KeepsFloat32
 from baton.training.steps import needs_its_own_batches
 from sft.noise import Noise
-
-log = logging.getLogger("baton")
 
 
 class PackedSFTTrainer(MeasuresRows, KeepsFloat32, SFTTrainer):
@@ -62,9 +58,7 @@ class PackedSFTTrainer(MeasuresRows, KeepsFloat32, SFTTrainer):
             self.add_callback(EvaluateAtEnd())
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if reason := why_padded(policy, args):
-            log.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
-            if compile_layers == "on":
-                raise InputError("`compile`: on, but this model's batches are padded, which is not compiled; leave it out")
+            self.stay_padded(policy, reason, compile_layers)
             return
         take_rows(policy)
         self.check_first_row(check_first_batch)

@@ -1,6 +1,5 @@
 """Rows of token ids, of which some are learnt: what is held of all, and packed trees in which the learnt tokens are scored."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -49,23 +48,26 @@ class Outline(NamedTuple):
     prompts: np.ndarray
     responses: np.ndarray
     learnt: np.ndarray
-    digest: str
 
 
 def outline(rows: Any) -> Outline:
-    """The outline of a Dataset of `input_ids` and `labels`; `digest` is that of all of them."""
-    parts, digest = [], hashlib.sha256()
-    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1_000):
-        ids, labels = (_flat(batch.column(name)) for name in ("input_ids", "labels"))
-        lengths = batch.column("input_ids").combine_chunks().value_lengths().to_numpy().astype("<i8")
-        for values in (lengths, ids, labels):
-            digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
+    """The outline of a Dataset of `input_ids` and `labels`."""
+    parts = []
+    for lengths, _, labels in flat_batches(rows, 1_000):
         starts = np.cumsum(lengths) - lengths
         learnt = labels != -100
         places = np.flatnonzero(learnt)
         first = places[np.searchsorted(places, starts)] - starts
         parts.append((first, lengths - first, np.add.reduceat(learnt.astype(np.int64), starts)))
-    return Outline(*(np.concatenate(columns) for columns in zip(*parts, strict=True)), digest.hexdigest())
+    return Outline(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def flat_batches(rows: Any, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the lengths, and one after another the token ids and the labels, of `size` rows at a time, int64 each."""
+    for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=size):
+        ids, labels = (_flat(batch.column(name)) for name in ("input_ids", "labels"))
+        lengths = batch.column("input_ids").combine_chunks().value_lengths().to_numpy().astype(np.int64)
+        yield lengths, ids, labels
 
 
 def _flat(column: pyarrow.ChunkedArray) -> np.ndarray:

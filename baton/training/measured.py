@@ -1,5 +1,6 @@
 """Trainers with a loss of their own on packed rows: in training row by row, and in evaluation over rows that are held out."""
 
+import logging
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
+from baton.errors import InputError
 from baton.models.forward import row_scores, share_prefixes
 from baton.models.logps import TokenScores
 from baton.models.trees import Row
@@ -23,6 +25,8 @@ from baton.training.dealing import deal, model_size, rows_of_shares, tree_costs,
 from baton.training.learnt import Outline
 from baton.training.memory import sharding_of
 from baton.training.steps import TrainsRowByRow
+
+log = logging.getLogger("baton")
 
 
 class HeldOut(NamedTuple):
@@ -58,6 +62,12 @@ class MeasuresRows(TrainsRowByRow):
     def check_first_row(self, wanted: bool | None) -> None:
         """Have the first row checked; None: on a GPU, whose kernels no test has seen."""
         self.checks_next_row = self.accelerator.device.type == "cuda" if wanted is None else wanted
+
+    def stay_padded(self, model: PreTrainedModel, reason: str, how: Compile) -> None:
+        """Say why this is TRL's trainer on padded batches. Raises InputError where layers shall be compiled all the same."""
+        log.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(model).__name__, reason)
+        if how == "on":
+            raise InputError("`compile`: on, but this model's batches are padded, which is not compiled; leave it out")
 
     def compile_layers(self, how: Compile, costs: np.ndarray, in_4_bit: bool) -> None:
         """Compile the model's layers as `compile_where_it_pays`, where an epoch costs these (`tree_costs`)."""
