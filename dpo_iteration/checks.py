@@ -4,7 +4,7 @@ from typing import Any
 
 from baton.errors import InputError
 from baton.parallel import data_parallel
-from baton.training.checks import check_settings
+from baton.training.checks import check_order, check_settings
 from baton.training.compiling import obstacle
 from baton.training.memory import Sharding
 
@@ -25,11 +25,8 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
             raise InputError(f"`compile`: on, but {reason}; set it to auto or off")
     if "exo_pair" in config.loss_type and not config.label_smoothing:
         raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
-    if arguments.forward == "packed" and config.train_sampling_strategy not in ("random", "sequential"):
-        raise InputError(
-            f"`train_sampling_strategy`: {config.train_sampling_strategy} saves padding, of which packed rows have none, and a "
-            "step's pairs are dealt to processes by what they cost: leave it out, or add --forward trl"
-        )
+    if arguments.forward == "packed":
+        check_order(config, "leave it out, or add --forward trl")
     if config.sync_ref_model and arguments.forward == "packed":
         raise InputError("`sync_ref_model` changes the reference, whose log-probabilities are computed once; add --forward trl")
     if config.sync_ref_model and arguments.use_peft:

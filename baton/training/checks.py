@@ -83,12 +83,12 @@ def check_checkpoints(config: Any) -> None:
         )
 
 
-def check_order(config: Any) -> None:
+def check_order(config: Any, remedy: str = "leave it out") -> None:
     """Raise InputError where rows are to be ordered by their length."""
     if config.train_sampling_strategy not in ("random", "sequential"):
         raise InputError(
-            f"`train_sampling_strategy`: {config.train_sampling_strategy} saves padding, of which packed rows have none: leave "
-            "it out"
+            f"`train_sampling_strategy`: {config.train_sampling_strategy} saves padding, of which packed rows have none, and a "
+            f"step's rows are dealt to processes by what they cost: {remedy}"
         )
 
 
