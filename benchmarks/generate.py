@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="prompts, of 10 to 250 tokens")
     parser.add_argument("--K", type=int, default=8)
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="auto", help="as in generation/; float32 on a CPU without bfloat16")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--no_servers", action="store_true")
     parser.add_argument("--offline_side", type=Path, help=argparse.SUPPRESS)
@@ -98,6 +99,7 @@ def run_offline(args: argparse.Namespace, folder: Path) -> None:
     """Bare vLLM and Baton in turn on one engine; writes their speeds to `speeds.json`."""
     engine.prepare_environment()
     words = [*flags(args, folder), "--model_name_or_path", args.model, "--output_dir", str(folder / "gen")]
+    words += ["--dtype", args.dtype]
     arguments = settings.parse(get_hf2.Arguments, "", words)
     sample = engine.start(arguments, already_done=0)
     speeds: dict[str, list[float]] = {"bare": [], "offline": []}
@@ -145,6 +147,7 @@ def run_servers(args: argparse.Namespace, folder: Path) -> list[float]:
     os.environ["BATON_SERVERS"] = str(folder / "servers")
     try:
         start = [*REGISTER, args.model, "--num_servers", "1", "--port", str(port), "--max_num_seqs", "256"]
+        start += ["--dtype", args.dtype]
         subprocess.run(start, check=True, stdout=sys.stderr)
         turns = [server_turn(args, folder, port) for _ in range(args.repeats + 1)]
     finally:

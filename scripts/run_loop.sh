@@ -71,8 +71,8 @@ for variable in INITIAL_POLICY PROMPTS; do
 done
 [[ $REFERENCE =~ ^(initial|previous|mix:0?\.[0-9]*[1-9][0-9]*)$ ]] ||
   die "$recipe: REFERENCE is initial, previous or mix:ALPHA, with ALPHA between 0 and 1 such as 0.6, not '$REFERENCE'"
-[[ $TRAINER =~ ^(dpo|kto|raft|conditional_sft|ppo|online_dpo)$ ]] ||
-  die "$recipe: TRAINER is dpo, kto, raft, conditional_sft, ppo or online_dpo, not '$TRAINER'"
+[[ $TRAINER =~ ^(dpo|kto|raft|conditional_sft|distillation|ppo|online_dpo)$ ]] ||
+  die "$recipe: TRAINER is dpo, kto, raft, conditional_sft, distillation, ppo or online_dpo, not '$TRAINER'"
 # ppo and online_dpo sample themselves, on warm servers.
 online=""
 [[ ! $TRAINER =~ ^(ppo|online_dpo)$ ]] || online=yes
@@ -80,7 +80,7 @@ online=""
 [[ $TRAINER != dpo || -z $TRAIN_CONFIG ]] || die "$recipe: the configuration of TRAINER=dpo is DPO_CONFIG, not TRAIN_CONFIG"
 [[ $TRAINER != dpo || -z ${TRAIN_ARGS[*]:-} ]] || die "$recipe: the flags of TRAINER=dpo are DPO_ARGS, not TRAIN_ARGS"
 [[ $TRAINER == dpo || -z ${DPO_ARGS[*]:-} ]] || die "$recipe: the flags of TRAINER=$TRAINER are TRAIN_ARGS, not DPO_ARGS"
-[[ ! $TRAINER =~ ^(raft|conditional_sft)$ || $REFERENCE == initial ]] ||
+[[ ! $TRAINER =~ ^(raft|conditional_sft|distillation)$ || $REFERENCE == initial ]] ||
   die "$recipe: REFERENCE=$REFERENCE, but TRAINER=$TRAINER has no reference: leave it out"
 [[ $GENERATE_WITH =~ ^(shards|servers)$ ]] || die "$recipe: GENERATE_WITH is shards or servers, not '$GENERATE_WITH'"
 for variable in K HELDOUT_K ROUNDS ROLLOUT_BATCH_SIZE MAX_NEW_TOKENS MAX_MODEL_LEN; do
@@ -96,10 +96,10 @@ for variable in ROLLOUT_BATCH_SIZE PROMPT_ARGS; do
   [[ -z $online || -z ${!variable:-} ]] ||
     die "$recipe: $variable is not for TRAINER=$TRAINER: $TRAIN_CONFIG says which prompts a step takes"
 done
-((K > 1)) || [[ $TRAINER =~ ^(ppo|conditional_sft)$ ]] || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
+((K > 1)) || [[ $TRAINER =~ ^(ppo|conditional_sft|distillation)$ ]] || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
 if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
   die "$recipe: sets both REWARD_MODEL and SCORERS: give the model among the scorers, SCORERS=(bt:$REWARD_MODEL …)"
-elif [[ -z $REWARD_MODEL ]] && ((${#SCORERS[@]} == 0)); then
+elif [[ -z $REWARD_MODEL && ($TRAINER != distillation || -n $HELDOUT_PROMPTS) ]] && ((${#SCORERS[@]} == 0)); then
   die "$recipe: sets neither REWARD_MODEL nor SCORERS: what scores the responses?"
 fi
 for variable in HELDOUT_ARGS EVAL_SCORERS GOLD_SCORER; do
@@ -204,8 +204,9 @@ round_of_stages() {
   [[ -n $ROLLOUT_BATCH_SIZE ]] || window=()
   generate "round$1-generate" "$2" "$3" "$K" "$folder/gen_data" --seed "$((SEED + $1))" "${window[@]}" "${PROMPT_ARGS[@]}"
 
-  score "round$1-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
-    --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
+  [[ $TRAINER == distillation ]] ||
+    score "round$1-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
+      --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
   score_heldout "$(($1 - 1))"
 
   case $TRAINER in
@@ -220,6 +221,8 @@ round_of_stages() {
       step "round$1-demonstrations" inference --group scoring annotate_data/post_process.py --post_processor "$how" \
         --dataset_name_or_path "$folder/data_with_rewards.jsonl" --output_dir "$folder/demonstrations.jsonl"
       train_on "$1" "$2" sft/run_sft.py "$TRAIN_CONFIG" "$folder/demonstrations.jsonl" "${TRAIN_ARGS[@]}" ;;
+    distillation)  # on what the student itself says, of which the teacher has an opinion
+      train_on "$1" "$2" distillation/run_kd.py "$TRAIN_CONFIG" "$folder/gen_data.jsonl" "${TRAIN_ARGS[@]}" ;;
   esac
 }
 

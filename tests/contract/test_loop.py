@@ -103,7 +103,7 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nEVAL_SCORERS=(bt:other)\n", "EVAL_SCORERS is for evaluation, and HELDOUT_PROMPTS is empty"),
         ("REWARD_MODEL=reward\nRUN_DIR=elsewhere\n", "own.env: line 5: RUN_DIR: readonly variable"),
         ("REWARD_MODEL=reward\nROLLOUT_BATCH_SIZE=4\nPROMPTS=(a b)\n", "windows of one prompt set, but PROMPTS names 2"),
-        ("REWARD_MODEL=reward\nTRAINER=pp\n", "raft, conditional_sft, ppo or online_dpo, not 'pp'"),
+        ("REWARD_MODEL=reward\nTRAINER=pp\n", "raft, conditional_sft, distillation, ppo or online_dpo, not 'pp'"),
         ("REWARD_MODEL=reward\nTRAIN_ARGS=(--x)\n", "the flags of TRAINER=dpo are DPO_ARGS"),
         ("REWARD_MODEL=reward\nTRAINER=raft\nTRAIN_CONFIG=a.yaml\nREFERENCE=previous\n", "TRAINER=raft has no reference"),
         ("REWARD_MODEL=reward\nTRAINER=ppo\n", "TRAINER=ppo needs its settings: TRAIN_CONFIG"),
@@ -201,11 +201,13 @@ HELDOUT_PROMPTS={folder}/heldout.jsonl
         ("kto", "dpo_iteration/run_kto.py", "data_with_rewards.jsonl"),
         ("raft", "sft/run_sft.py", "demonstrations.jsonl"),
         ("conditional_sft", "sft/run_sft.py", "demonstrations.jsonl"),
+        ("distillation", "distillation/run_kd.py", "gen_data.jsonl"),
     ],
 )
 def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data):
-    config = "configs/kto.yaml" if trainer == "kto" else "configs/sft.yaml"
-    settings = f"TRAIN_CONFIG={config}\nTRAIN_ARGS=(--learning_rate 1e-6)\nREWARD_MODEL={folder}/reward\nROUNDS=2\n"
+    config = {"kto": "configs/kto.yaml", "distillation": "configs/kd.yaml"}.get(trainer, "configs/sft.yaml")
+    teacher = f"--teacher_model {folder}/policy " if trainer == "distillation" else ""
+    settings = f"TRAIN_CONFIG={config}\nTRAIN_ARGS=({teacher}--learning_rate 1e-6)\nREWARD_MODEL={folder}/reward\nROUNDS=2\n"
     text = f"TRAINER={trainer}\n{settings}"
     done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
     assert done.returncode == 0, done.stderr
@@ -215,7 +217,8 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
     assert f"--model_name_or_path {folder}/run/round1/policy" in line and line.endswith("--learning_rate 1e-6")
     asks = [name for name, words in lines.items() if "--prompt_prefix '<reward_5> '" in words]
     assert asks == (["round2-generate"] if trainer == "conditional_sft" else [])
-    if trainer != "kto":
+    assert ("round2-rewards" in lines) == (trainer != "distillation")
+    if trainer in ("raft", "conditional_sft"):
         processor = "rs" if trainer == "raft" else "ca"
         assert f"--post_processor {processor}" in lines["round2-demonstrations"]
 

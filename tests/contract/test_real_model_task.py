@@ -12,8 +12,9 @@ from quickstart import make_prompts, real_model
 from tests.contract.test_environments import ANSWERS, RECORDER, RECORDS, run
 from tests.contract.test_quickstart_task import content, read
 from tests.environments import made_for, on_path
-from tests.programs import ROOT, run_program
+from tests.programs import ROOT, run_program, write_jsonl
 
+PROMPT = [{"role": "user", "content": "How is it?"}]
 SIZES = ["--prompts_per_round", 8, "--reward_model_prompts", 20, "--heldout_prompts", 10]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "HF_HOME": "/nowhere"}
 
@@ -98,6 +99,24 @@ def test_a_folders_model_is_written_in_float32_once_and_one_that_cannot_chat_is_
         real_model.from_checkpoint(str(tmp_path / "mute"))
 
 
+# The responses that the reward model learns from
+
+
+def test_responses_to_a_prompt_from_two_files_stand_side_by_side_without_what_was_asked_beside_it(tmp_path):
+    loved, hated, both = (tmp_path / f"{name}.jsonl" for name in ("loved", "hated", "both"))
+    for path, word in ((loved, "fine"), (hated, "dull")):
+        record = {"id": "1", "prompt_prefix": f"It is {word}. ", "prompt": PROMPT, "responses": [word, f"so {word}"]}
+        write_jsonl(path, [record | {"finish_reasons": ["stop", "length"]}])
+    made = program("join_responses.py", "--dataset_name_or_path", loved, hated, "--output_dir", both)
+    assert made.returncode == 0, made.stderr
+    (record,) = read(both)
+    assert record["responses"] == ["fine", "so fine", "dull", "so dull"] and "prompt_prefix" not in record
+    assert record["finish_reasons"] == ["stop", "length"] * 2
+    write_jsonl(hated, [record, record])
+    refused = program("join_responses.py", "--dataset_name_or_path", loved, hated, "--output_dir", tmp_path / "new.jsonl")
+    assert refused.returncode == 2 and "hated.jsonl:2: not the prompt of the end of a file" in refused.stderr
+
+
 # The script and its recipe
 
 
@@ -124,14 +143,15 @@ def value(words, flag):
 
 def test_the_reward_model_learns_from_what_the_lexicon_says_and_the_rounds_from_the_reward_model_alone(tmp_path):
     stages = started(tmp_path)
-    assert list(stages)[:6] == ["model", "prompts", "sample", "label", "pairs", "reward-model"]
-    assert len(stages) == 6 + 3 + 3 * (3 + 3)
+    assert list(stages)[:6] == ["model", "prompts", "sample-loved", "sample-hated", "join", "label"]
+    assert list(stages)[6:8] == ["pairs", "reward-model"]
+    assert len(stages) == 8 + 3 + 3 * (3 + 3)
     by_lexicon = [name for name, words in stages.items() if any("sentiment.py" in word for word in words)]
     assert by_lexicon == ["label", *(f"evaluate{number}-rewards" for number in range(4))]
     assert value(stages["round1-rewards"], "--scorer") == f"bt:{tmp_path}/run/reward_model"
-    for name in ("--K", "--max_new_tokens", "--max_model_len", "--dtype"):
-        assert value(stages["sample"], name) == value(stages["round1-generate"], name), name
-    assert value(stages["sample"], "--dtype") == "float32"
+    for name in ("--K", "--temperature", "--max_new_tokens", "--max_model_len", "--dtype"):
+        assert value(stages["sample-loved"], name) == value(stages["round1-generate"], name), name
+    assert value(stages["sample-hated"], "--dtype") == "float32"
     files = {words[words.index("--dataset_name_or_path") + 1] for name, words in stages.items() if name.endswith("generate")}
     names = ["heldout", "round1", "round2", "round3"]
     assert sorted(files) == [f"{tmp_path}/run/prompts/{name}.jsonl" for name in names]
@@ -142,7 +162,7 @@ def test_a_recipe_of_ones_own_gives_the_sizes(tmp_path):
     recipe.write_text(f"source {ROOT}/configs/recipes/smollm2-135m-cpu.env\nROUNDS=1 K=2 prompts_per_round=4\n")
     stages = started(tmp_path, "--recipe", recipe, "--source", tmp_path)
     assert value(stages["prompts"], "--prompts_per_round") == "4" and value(stages["prompts"], "--rounds") == "1"
-    assert value(stages["sample"], "--K") == "2" and "round2-train" not in stages
+    assert value(stages["sample-hated"], "--K") == "2" and "round2-train" not in stages
     assert value(stages["model"], "--source") == str(tmp_path)
 
 
