@@ -265,7 +265,7 @@ def of_transfers(args: argparse.Namespace) -> dict:
     ids = gpus.visible() if args.device == "cuda" else []
     backend = "nccl" if len(ids) > 1 else "gloo"
     model = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32).to(args.device)
-    settings = {"dtype": "bfloat16" if ids else "float32", "max_model_len": 512}
+    settings = {"dtype": "bfloat16" if ids else "float32", "max_model_len": 256}
     (wanted,) = own.policy_servers(args.model_path, [ids[-1:]], settings, weights=True)
     words = ["bare_weights.Extension" if word.endswith(".Extension") else word for word in wanted.words]
     more = {"PYTHONPATH": f"{ROOT}:{ROOT}/benchmarks"}

@@ -1,11 +1,11 @@
 """Online training on real vLLM servers: what is trained is what samples, and a death anywhere costs nothing but time."""
 
 import os
-import re
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -130,10 +130,22 @@ def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task
     for server in processes.known():
         (policies if str(task / "base") in server.model else rewards).append(server)
     assert len(policies) == 2 and len(rewards) == 1
-    # The weights of the start have come before; each of the next ones' many buckets takes a request.
-    wait_for(lambda: policies[0].log.read_text().count("new weights come") == 2, process, tmp_path, pause=0.001)
+    # A bucket goes out when both servers have the one before it: the other one, stopped most of the time, holds them up.
+    other = psutil.Process(policies[1].process.pid)
+
+    def has_some():
+        other.suspend()
+        time.sleep(0.05)
+        come = policies[0].log.read_text().count("new weights come") == 2  # the weights of the start have come before
+        if not come:
+            other.resume()
+        return come
+
+    wait_for(has_some, process, tmp_path, pause=0.005)
     for server in (policies[0], rewards[0]):
         os.kill(server.process.pid, signal.SIGKILL)
+    assert policies[0].log.read_text().count("new weights are complete") == 1
+    other.resume()
     os.environ.pop("BATON_SERVERS") if before is None else os.environ.update(BATON_SERVERS=before)
     process.join(300)
     said = (tmp_path / "stderr").read_text()
@@ -141,7 +153,6 @@ def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task
     for server in (policies[0], rewards[0]):
         assert f"the server on port {server.port} starts anew" in said
     assert f"port {policies[1].port} starts anew" not in said
-    assert re.search(rf"http://127.0.0.1:{policies[0].port}: (?!/collective_rpc|/pause|/start_weight_update)", said)
     for step in range(1, 4):
         records = read_jsonl(f"{output}.rollouts/step{step:06}.jsonl")
         assert {version for record in records for version in record["weight_versions"]} == {step - 1}
