@@ -197,7 +197,7 @@ def test_two_workers_of_one_server_hold_the_weights_that_were_sent_as_a_folder_h
         processes.stop([processes.find(port)])
 
 
-def test_a_folder_without_a_file_costs_nothing_and_one_without_a_word_of_it_a_new_server(world):
+def test_a_folder_without_a_file_is_refused_and_one_without_its_index_too_costs_a_new_server(world):
     """A file of the index is missing; then the index too, so that only the server can know."""
     model, folder = changed(world, 14), world.folder / "without a file"
     model.save_pretrained(folder, max_shard_size="100KB")
