@@ -18,6 +18,11 @@ class Wanted(NamedTuple):
     target: str
 
 
+def identity(scorer: Wanted) -> str:
+    """What of a scorer is compared beside the content of its model or file: its name, its kind, and of a file the function."""
+    return f"{scorer.name}={scorer.kind}" + (f":{scorer.target.rpartition(':')[2]}" if scorer.kind == "function" else "")
+
+
 def wanted_scorers(words: list[str]) -> list[Wanted]:
     """`[NAME=]KIND:TARGET` words; the name is the kind unless given. Raises InputError for another form or equal names."""
     wanted: list[Wanted] = []

@@ -1,19 +1,28 @@
-"""Online RL: a step of ppo/run_ppo.py against its floor, and RLOO against TRL's trainer; samples a second.
+"""Online RL: a step of ppo/run_ppo.py against its floor and against TRL's trainers, samples a second; a transfer of weights.
 
     python benchmarks/ppo.py --model_path runs/quickstart/sft --prompts_path runs/quickstart/data/prompts_round1.jsonl
     python benchmarks/ppo.py --model_path … --prompts_path … --sides ours ours_stale floor        # no TRL
+    python benchmarks/ppo.py --model_path … --prompts_path … --critic --sides ours floor trl_ppo --trl_ppo_python PYTHON
+    python benchmarks/ppo.py --model_path … --transfer                                             # of the weights alone
     python benchmarks/ppo.py --model 1b --device cuda --rollouts --critic                          # one GPU, no vLLM
 
 All responses have `--max_new_tokens` tokens, whatever they say, so that all sides compute the same; the reward is a rule.
 `floor` is what nothing can do without: bare `vllm.LLM.generate` of the same prompts, and bare packed passes over such rows
 (reference, with --critic the critic's, then forward, backward and AdamW), without servers, files, rewards or transfers.
+`ours_stale` samples a step while the one before it trains (`--staleness 1`): its bar is the longer half of the floor, that of
+`ours` both halves together. On a CPU the two halves share the cores, so that bar is out of reach there.
 `trl_rloo` is TRL's RLOOTrainer as its documentation starts it here: generation by Transformers in the trainer's process.
+`trl_ppo` (with --critic) is TRL's PPOTrainer in the same way: trl_ppo.py says which environment it needs.
+
+`--transfer` sends the model's weights to one server as the training does, and in the bare way of bare_weights.py, in turn:
+seconds of both by the trainer's clock, how long the server was paused, and what the bare way takes in the server's process.
 
 Run it in the training environment; the inference environment must be there too. `--rollouts` times the training half alone, on
 made-up samples of a model of random weights, and reports MFU.
 """
 
 import argparse
+import dataclasses
 import inspect
 import itertools
 import json
@@ -23,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -48,9 +58,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="of a step")
     parser.add_argument("--K", type=int, default=4)
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--critic", action="store_true", help="PPO instead of RLOO; not with TRL")
+    parser.add_argument("--critic", action="store_true", help="PPO instead of RLOO; TRL's side is then trl_ppo")
+    parser.add_argument("--trl_ppo_python", help="Python of an environment with TRL 1.12.0, for the side trl_ppo")
+    parser.add_argument("--transfer", action="store_true", help="time transfers of the weights of --model_path to one server")
     parser.add_argument("--model", choices=["tiny", "1b"], default="1b", help="shape for --rollouts")
-    parser.add_argument("--device", default="cpu", help="for --rollouts")
+    parser.add_argument("--device", default="cpu", help="for --rollouts and --transfer")
     parser.add_argument("--rollouts", action="store_true", help="time the training on made-up samples")
     parser.add_argument("--run_side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -61,8 +73,13 @@ def main() -> None:
     if args.run_side:
         print(json.dumps(SIDES[args.run_side](args, args.folder)))
         return
+    if args.transfer and args.model_path:
+        print(json.dumps(of_transfers(args)))
+        return
     if not (args.model_path and args.prompts_path):
         parser.error("--model_path and --prompts_path are needed")
+    if "trl_ppo" in args.sides and not (args.critic and args.trl_ppo_python):
+        parser.error("the side trl_ppo needs --critic and --trl_ppo_python")
     turns: dict[str, list[dict]] = {side: [] for side in args.sides}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rules.py").write_text(inspect.getsource(even))
@@ -75,13 +92,18 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, turns: dict[str, list[dict]]) -> None:
-    """A line for each side, and the ratios to the floor and to TRL's trainer."""
+    """A line for each side with the ratios to the others, and what `ours` and `ours_stale` take in units of their bars."""
     samples = args.prompts * args.K
     seconds = {side: statistics.median(turn["seconds"] for turn in found) for side, found in turns.items()}
     for side, found in turns.items():
         rest = {name: round(statistics.median(turn[name] for turn in found), 2) for name in found[0] if name != "seconds"}
         ratios = "".join(f", {seconds[other] / seconds[side]:.2f} x {other}" for other in seconds if other != side)
         print(f"{side}: {seconds[side]:.2f} s a step, {samples / seconds[side]:.1f} samples/s{ratios} {rest or ''}")
+    halves = [(turn["generating"], turn["training"]) for turn in turns.get("floor", ())]
+    for side, what, bar in (("ours", "both halves", sum), ("ours_stale", "the longer half", max)):
+        if side in turns and halves:
+            least = statistics.median(map(bar, halves))
+            print(f"bar of {side}: {least:.2f} s, {what} of the floor; {side} takes {seconds[side] / least:.2f} times that")
 
 
 def ours(args: argparse.Namespace, folder: Path, staleness: int = 0) -> dict:
@@ -218,6 +240,99 @@ def trl_rloo(args: argparse.Namespace, folder: Path) -> dict:
     return {"seconds": statistics.median(after - before for before, after in itertools.pairwise(took))}
 
 
+def trl_ppo(args: argparse.Namespace, folder: Path) -> dict:
+    """The median step of TRL's PPOTrainer, in its environment."""
+    given = {
+        "model": str(Path(args.model_path).resolve()), "prompts": prompt_ids(args), "K": args.K, "tokens": args.max_new_tokens,
+        "steps": args.steps, "device": "cpu", "output": str(folder / "trl_ppo"),
+    }  # fmt: skip
+    file = folder / "trl_ppo.json"
+    file.write_text(json.dumps(given), encoding="utf-8")
+    command = [args.trl_ppo_python, str(ROOT / "benchmarks/trl_ppo.py"), str(file)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of_transfers(args: argparse.Namespace) -> dict:
+    """Medians of transfers to one server in both ways, in turn; the first of each, which connects, does not count."""
+    from transformers import AutoModelForCausalLM
+
+    from baton.launch import gpus
+    from baton.online.models import weights_for_servers
+    from baton.servers import own
+    from baton.servers.weights import Transfer
+
+    ids = gpus.visible() if args.device == "cuda" else []
+    backend = "nccl" if len(ids) > 1 else "gloo"
+    model = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32).to(args.device)
+    settings = {"dtype": "bfloat16" if ids else "float32", "max_model_len": 256}
+    (wanted,) = own.policy_servers(args.model_path, [ids[-1:]], settings, weights=True)
+    words = ["bare_weights.Extension" if word.endswith(".Extension") else word for word in wanted.words]
+    more = {"PYTHONPATH": f"{ROOT}:{ROOT}/benchmarks"}
+    wanted = dataclasses.replace(wanted, words=tuple(words), variables={**wanted.variables, **more})
+    times: dict[str, list[float]] = {"ours": [], "paused": [], "bare": [], "bare_in_server": []}
+    with tempfile.TemporaryDirectory() as folder, own.running([wanted], Path(folder) / "servers") as (server,):
+        transfer = Transfer([server.url], server.api_key, device=args.device, backend=backend)
+        marks = clocked(transfer.links[0])
+        bare = Bare(transfer.links[0], args.device, backend)
+        for turn in range(args.repeats + 1):
+            found = {"ours": transfer.send(weights_for_servers(model), turn), "paused": marks["resume"] - marks["pause"]}
+            found |= bare.send(weights_for_servers(model), getattr(torch, settings["dtype"]))
+            for name, value in found.items() if turn else ():
+                times[name].append(value)
+        transfer.close()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    held = sum(tensor.numel() for _, tensor in weights_for_servers(model)) * getattr(torch, settings["dtype"]).itemsize
+    return {"megabytes": held / 2**20, "ratio": medians["ours"] / medians["bare"], **medians}
+
+
+def clocked(link) -> dict[str, float]:
+    """When a `Link` begins to pause its server, and when the server goes on, by the last of each."""
+    marks: dict[str, float] = {}
+    pause, resume = link.pause, link.resume
+
+    def noted_pause() -> None:
+        marks["pause"] = time.perf_counter()
+        pause()
+
+    def noted_resume(version: int) -> None:
+        resume(version)
+        marks["resume"] = time.perf_counter()
+
+    link.pause, link.resume = noted_pause, noted_resume
+    return marks
+
+
+class Bare:
+    """The trainer's side of bare_weights.py."""
+
+    def __init__(self, link, device: str, backend: str, seconds: float = 60.0):
+        from baton.servers import groups
+
+        self.link, self.place = link, torch.device(device if backend == "nccl" else "cpu")
+        store, port = groups.listen("127.0.0.1", seconds)
+        meeting = {"host": "127.0.0.1", "port": port, "backend": backend, "size": 2, "seconds": seconds}
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(link.call_workers, "join_bare", **meeting)
+            self.group = groups.join(store, "bare", 0, 2, self.place, "127.0.0.1", seconds)
+            told.result()
+
+    def send(self, weights, dtype: torch.dtype) -> dict[str, float]:
+        """Seconds of one transfer, by this clock and in the server."""
+        from baton.servers import groups
+
+        begun = time.perf_counter()
+        named = [(name, tensor.to(self.place, dtype)) for name, tensor in weights]
+        flat = torch.cat([tensor.reshape(-1) for _, tensor in named])
+        names, shapes = [name for name, _ in named], [list(tensor.shape) for _, tensor in named]
+        with ThreadPoolExecutor(1) as pool:
+            kind = str(dtype).removeprefix("torch.")
+            told = pool.submit(self.link.call_workers, "load_bare", names=names, shapes=shapes, dtype=kind)
+            groups.broadcast(self.group, flat).wait()
+            (in_server,) = told.result()
+        return {"bare": time.perf_counter() - begun, "bare_in_server": in_server}
+
+
 def on_rollouts(args: argparse.Namespace) -> dict:
     """Seconds, tokens a second and MFU of the training half on made-up samples."""
     from accelerate import Accelerator
@@ -282,7 +397,8 @@ def made_up(number: int, args: argparse.Namespace) -> dict:
 
 
 SIDES = {
-    "ours": ours, "floor": floor, "trl_rloo": trl_rloo, "ours_stale": lambda args, folder: ours(args, folder, staleness=1),
+    "ours": ours, "floor": floor, "trl_rloo": trl_rloo, "trl_ppo": trl_ppo,
+    "ours_stale": lambda args, folder: ours(args, folder, staleness=1),
 }  # fmt: skip
 
 

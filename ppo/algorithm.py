@@ -132,7 +132,8 @@ class Algorithm:
     def update(self, samples: Samples, groups: Sequence[int], step: int) -> dict[str, float]:
         """One optimizer step on these groups."""
         weights, tokens = self.token_weights(samples, groups)
-        loss_of_row = partial(self.loss_of_row, samples, weights, tokens, step > self.settings.freezing_actor_steps)
+        frozen = step <= self.settings.freezing_actor_steps
+        loss_of_row = partial(self.loss_of_row, samples, weights, tokens, not frozen)
         parts = [(samples, groups, loss_of_row)]
         if self.demonstrations is not None:
             many = min(self.settings.ptx_batch_size, len(self.demonstrations.prompts))
@@ -141,7 +142,7 @@ class Algorithm:
             )
             scored = sum(len(self.demonstrations.responses[number]) for number in chosen)
             parts.append((self.demonstrations, chosen.tolist(), partial(self.ptx_of_row, scored)))
-        return self.learner.update(parts)
+        return self.learner.update(parts, frozen)
 
     def token_weights(self, samples: Samples, groups: Sequence[int]) -> tuple[Tensor, int]:
         """What each token counts in the actor's loss, (B, T), and the response tokens of these groups.

@@ -83,7 +83,9 @@ class Arguments(OnlineArguments):
     critic_learning_rate: float = option(9e-6, "of the critic", gt=0)
     value_clip: float | None = option(0.2, "a value that moves further from its old one than this is held", gt=0)
     value_coef: float = option(1.0, "weight of the critic's loss", gt=0)
-    freezing_actor_steps: int = option(0, "first steps that train the critic alone", ge=0)
+    freezing_actor_steps: int = option(
+        0, "first steps that train the critic alone; the actor's warm-up and schedule begin after them", ge=0
+    )
     save_critic: bool = option(False, "write the critic too, to <output_dir>/critic")
 
     # Rewards

@@ -1,5 +1,6 @@
 """The arguments of every program that trains online. Nothing heavy is imported with this file."""
 
+import itertools
 import math
 import shlex
 from pathlib import Path
@@ -9,13 +10,15 @@ from pydantic import SecretStr, model_validator
 
 from baton.arguments import option
 from baton.errors import InputError
+from baton.launch.unit import ROOT
 from baton.prompts import source_inputs
-from baton.scorers import wanted_scorers
+from baton.scorers import identity, wanted_scorers
 from baton.secrets import secret_among
 from baton.sources import check_model_path, check_reward_model, check_start, template_input
 from baton.training.adapters import LoraArguments, check_lora
 from baton.training.reports import check_reports
 
+RUBRIC = ROOT / "annotate_data/rubric.txt"  # a judge's, where `reward_args` names no other
 HERE = "their own are started on this machine, and end with the program"
 
 
@@ -89,6 +92,9 @@ class OnlineArguments(LoraArguments):
     )
     server_timeout: float = option(600.0, "seconds for an answer of a server", gt=0, changes_result=False)
     sync_timeout: float = option(120.0, "seconds for one transfer of the weights", gt=0, changes_result=False)
+    sync_megabytes: float = option(
+        256.0, "weights that are held at once on their way to the servers, half of it in a transfer", gt=0, changes_result=False
+    )
 
     # Optimization
     learning_rate: float = option(1e-6, "of the policy", gt=0)
@@ -169,21 +175,29 @@ def check_addresses(arguments: OnlineArguments) -> None:
 
 def scorer_settings(arguments: OnlineArguments) -> dict[str, list[str]]:
     """What of the scorers decides the result beside the content of their models and files."""
-    named = [
-        f"{scorer.name}={scorer.kind}" + (f":{scorer.target.rpartition(':')[2]}" if scorer.kind == "function" else "")
-        for scorer in wanted_scorers(arguments.scorer)
-    ]
-    return {"scorers": named}
+    return {"scorers": [identity(scorer) for scorer in wanted_scorers(arguments.scorer)]}
 
 
-def scorer_inputs(arguments: OnlineArguments) -> dict[str, str]:
-    """The scorers' models and files, by name; a service's address is none: it may change between a run and its resume."""
-    targets = {
-        scorer.name: scorer.target.rpartition(":")[0] if scorer.kind == "function" else scorer.target
-        for scorer in wanted_scorers(arguments.scorer)
-        if scorer.kind not in ("http", "judge")
-    }
-    return {f"scorer {name}": target for name, target in targets.items()}
+def scorer_inputs(arguments: OnlineArguments) -> dict[str, str | Path]:
+    """The scorers' models and files, by name; a service's address is none: it may change between a run and its resume.
+
+    The files that `reward_args` names are among them. Raises InputError where one is not there.
+    """
+    found: dict[str, str | Path] = {}
+    words = [part for word in shlex.split(arguments.reward_args) for part in word.split("=", 1)]
+    files = {flag: Path(value) for flag, value in itertools.pairwise(words) if flag in ("--rubric", "--chat_template")}
+    for scorer in wanted_scorers(arguments.scorer):
+        if scorer.kind == "judge":
+            found[f"scorer {scorer.name}: rubric"] = files.get("--rubric", RUBRIC)
+        elif scorer.kind != "http":
+            target = scorer.target.rpartition(":")[0] if scorer.kind == "function" else scorer.target
+            found[f"scorer {scorer.name}"] = target
+    if "--chat_template" in files:
+        found["chat template of the rewards"] = files["--chat_template"]
+    for flag, file in files.items():
+        if not file.is_file():
+            raise InputError(f"`reward_args`: {flag} {file}: no such file")
+    return found
 
 
 def inputs_of(arguments: OnlineArguments) -> dict[str, str | Path]:

@@ -34,7 +34,8 @@ def save(learner: Learner, folder: Path, step: int, state: dict[str, Any]) -> No
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if program.rank() == 0:
-        whole = {"step": step, "updates": learner.updates, "spread": spread(accelerator), **state}
+        counts = {"updates": learner.updates, "frozen_updates": learner.frozen_updates}
+        whole = {"step": step, **counts, "spread": spread(accelerator), **state}
         (unfinished / STATE).write_text(json.dumps(whole), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         unfinished.replace(target)
@@ -57,7 +58,7 @@ def load(learner: Learner, folder: Path) -> dict[str, Any] | None:
     if there not in (None, here):
         raise InputError(f"{found[-1]}: written {there}, and this run is {here}: go on as it was, or --overwrite")
     learner.accelerator.load_state(str(found[-1]))
-    learner.updates = state["updates"]
+    learner.updates, learner.frozen_updates = state["updates"], state.get("frozen_updates", 0)
     log.info("going on from %s (step %d)", found[-1], state["step"])
     return state
 

@@ -124,12 +124,22 @@ def step_file(folder: Path, step: int) -> Path:
     return folder / f"step{step:06}.jsonl"
 
 
-def rollouts_of(folder: Path, step: int) -> list[Record]:
+class StepRecords:
+    """A step's rollouts, read from disk whenever they are iterated over: all at once may take more memory than there is."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __iter__(self) -> Iterator[Record]:
+        return (record for _, record in jsonl.read(self.path))
+
+
+def rollouts_of(folder: Path, step: int) -> StepRecords:
     """The rollouts of a step, once they are there: the other processes wait for process 0."""
     path = step_file(folder, step)
     while not path.exists():
         time.sleep(POLL_SECONDS)
-    return [record for _, record in jsonl.read(path)]
+    return StepRecords(path)
 
 
 def with_samples(record: Record, sampled: Sampled, version: int) -> Record:

@@ -134,6 +134,7 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
             check_service(rewards, services)
         # NCCL connects no two processes on one GPU.
         how = {"device": device, "backend": "gloo" if shared else None, "timeout": arguments.sync_timeout}
+        how["bucket_bytes"] = int(arguments.sync_megabytes * 2**20)
         transfer = stack.enter_context(closing(Transfer(urls, key, **how)))
         reward_server = None if arguments.reward_url else running[-1]
         yield Engines(rollouts, rewards, transfer, policies, reward_server)

@@ -24,6 +24,7 @@ from baton.training.metrics import forward_flops, weights_of
 
 # Of a packed row: its part of the loss, where the parts of all rows of all processes add up to the loss; and of metrics.
 LossOfRow = Callable[[Scored, PackedGroups], tuple[Tensor, dict[str, Tensor]]]
+ACTOR = 0  # the optimizer's group of its weights
 
 
 class Learner:
@@ -32,7 +33,8 @@ class Learner:
     Args:
         models: not prepared yet.
         optimizer: of their weights; each of its groups has an `initial_lr`.
-        factor: the learning rate of a step as a share of `initial_lr`, by the number of the step, from 0, and of the group.
+        factor: the learning rate of a step as a share of `initial_lr`, by the number of the step, from 0, and of the group;
+            the steps that left the actor frozen are not counted for it.
         tokens_per_row: most tokens of a packed row, but for a group that alone is longer.
         max_grad_norm: of all gradients together; 0: they are not clipped.
     """
@@ -50,7 +52,7 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(models, optimizer)
         self.accelerator, self.factor = accelerator, factor
         self.tokens_per_row, self.max_grad_norm = tokens_per_row, max_grad_norm
-        self.updates = 0
+        self.updates = self.frozen_updates = 0  # optimizer steps; those of them that left the actor as it was
         self.flops = self.seconds = 0.0  # of matrix products that these passes needed, by this process
 
     @property
@@ -87,12 +89,17 @@ class Learner:
 
         return self.score(samples, scored)
 
-    def update(self, parts: Sequence[tuple[Samples, Sequence[int], LossOfRow]]) -> dict[str, float]:
-        """One optimizer step on the sum of the losses of each part's groups; returns their metrics, with `grad_norm`."""
+    def update(self, parts: Sequence[tuple[Samples, Sequence[int], LossOfRow]], frozen_actor: bool = False) -> dict[str, float]:
+        """One optimizer step on the sum of the losses of each part's groups; returns their metrics, with `grad_norm`.
+
+        With `frozen_actor` the actor stays as it is, and its learning rate's schedule where it was.
+        """
         begun = time.perf_counter()
         self.model.train()
         for number, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = group["initial_lr"] * self.factor(self.updates, number)
+            frozen = frozen_actor and number == ACTOR
+            counted = self.updates - (self.frozen_updates if number == ACTOR else 0)
+            group["lr"] = 0.0 if frozen else group["initial_lr"] * self.factor(counted, number)
         metrics: dict[str, float] = defaultdict(float)
         rows = [(*row, loss) for samples, groups, loss in parts for row in self._rows(samples, groups)]
         # Autocast keeps its copies of the weights until its outermost context ends: they are made once for all rows.
@@ -112,6 +119,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
+        self.frozen_updates += frozen_actor
         self.seconds += time.perf_counter() - begun
         return {**self._sums(metrics), "grad_norm": norm}
 

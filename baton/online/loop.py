@@ -5,7 +5,7 @@ With a staleness of 1 the rollouts of the next step are sampled, from the weight
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,13 +32,14 @@ from baton.training.sharding import is_sharded
 
 log = logging.getLogger("baton")
 
+LARGE = ("responses", "prompt_token_ids", "response_token_ids", "response_logps")  # what takes the memory of a record
 SHOWN = ("reward", "eval/reward", "kl", "kl_coef", "entropy", "loss", "clipped", "explained_variance", "length", "seconds")
 
 
 class Algorithm(Protocol):
-    """What trains on a step's samples, and its state for checkpoints."""
+    """What trains on a step's samples, and its state for checkpoints. `records` are read from disk, if they are."""
 
-    def step(self, records: list[Record], samples: Samples, step: int) -> dict[str, float]: ...
+    def step(self, records: Iterable[Record], samples: Samples, step: int) -> dict[str, float]: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -87,14 +88,14 @@ class Loop:
                 metrics = self._collected(background, ahead, step, taken, step - 1)
                 records = rollouts_of(self.folder / "rollouts", step)
                 metrics["waited_seconds"] = time.monotonic() - begun
-                taken = records[-1][TAKEN]
+                samples, known = samples_of(records)
+                taken = known[-1][TAKEN]
                 more = step < self.total_steps
                 if self.staleness and more:
                     ahead = self._collect(background, step + 1, taken, step - 1)
-                samples = Samples.of(records)
                 self.turn(to_servers=False)
                 training = time.monotonic()
-                metrics |= of_rollouts(records, samples, step) | self.algorithm.step(records, samples, step)
+                metrics |= of_rollouts(known, samples, step) | self.algorithm.step(records, samples, step)
                 metrics["training_seconds"] = time.monotonic() - training
                 if self.staleness and more:
                     ahead = self._on_disk(ahead)  # before the weights that sample it change
@@ -242,6 +243,18 @@ class Lines:
         self.accelerator.end_training()
         if self.progress is not None:
             self.progress.close()
+
+
+def samples_of(records: Iterable[Record]) -> tuple[Samples, list[Record]]:
+    """A step's samples, and its records without what is `LARGE`; reads the records once."""
+    known: list[Record] = []
+
+    def noted() -> Iterator[Record]:
+        for record in records:
+            known.append({name: value for name, value in record.items() if name not in LARGE})
+            yield record
+
+    return Samples.of(noted()), known
 
 
 def of_rollouts(records: list[dict[str, Any]], samples: Samples, step: int) -> dict[str, float]:

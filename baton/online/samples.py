@@ -4,7 +4,7 @@ B samples are to G prompts; T is the longest response. A prompt with its samples
 stays whole: its samples share the prompt's hidden states.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,14 +19,14 @@ from baton.training.dealing import ModelSize, deal, rows_of_shares, tree_costs, 
 
 @dataclass
 class Samples:
-    """`prompts` (G lists) and `responses` (B lists) of token ids; `groups`, int64 (B,), says whose prompt each sample has.
+    """`prompts` (G) and `responses` (B) of token ids, int32 each; `groups`, int64 (B,), says whose prompt each sample has.
 
     `mask` bool (B, T) is true on response tokens. `columns` are float32 (B, T): `sampler_logps`, and what passes over the
     models add. `scores` float32 (B,) are the rewards; `stopped` bool (B,): not cut off by length.
     """
 
-    prompts: list[Tokens]
-    responses: list[Tokens]
+    prompts: list[np.ndarray]
+    responses: list[np.ndarray]
     groups: Tensor
     mask: Tensor
     scores: Tensor
@@ -34,22 +34,31 @@ class Samples:
     columns: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> "Samples":
-        """The samples of rollouts: annotated records with `prompt_token_ids`, `response_logps` and all beside them."""
-        responses = [ids for record in records for ids in record["response_token_ids"]]
-        counts = [len(record["responses"]) for record in records]
-        mask = torch.zeros(len(responses), max(map(len, responses), default=0), dtype=torch.bool)
-        for row, ids in zip(mask, responses, strict=True):
-            row[: len(ids)] = True
+    def of(cls, records: Iterable[Record]) -> "Samples":
+        """The samples of rollouts: annotated records with `prompt_token_ids`, `response_logps` and all beside them.
+
+        Records are read one by one, and nothing of them is kept as Python's numbers, which take eight times the memory.
+        """
+        prompts, responses, logps, counts = [], [], [], []
+        scores: list[float] = []
+        stopped: list[bool] = []
+        for record in records:
+            prompts.append(np.array(record["prompt_token_ids"], dtype=np.int32))
+            responses += [np.array(ids, dtype=np.int32) for ids in record["response_token_ids"]]
+            logps += [np.array(of, dtype=np.float32) for of in record["response_logps"]]
+            counts.append(len(record["responses"]))
+            scores += record["rewards"]
+            stopped += [reason == "stop" for reason in record["finish_reasons"]]
+        lengths = torch.tensor([len(ids) for ids in responses], dtype=torch.int64)
         samples = cls(
-            prompts=[record["prompt_token_ids"] for record in records],
+            prompts=prompts,
             responses=responses,
-            groups=torch.repeat_interleave(torch.arange(len(records)), torch.tensor(counts)),
-            mask=mask,
-            scores=torch.tensor([reward for record in records for reward in record["rewards"]], dtype=torch.float32),
-            stopped=torch.tensor([reason == "stop" for record in records for reason in record["finish_reasons"]]),
+            groups=torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)),
+            mask=torch.arange(max(lengths.tolist(), default=0)) < lengths[:, None],
+            scores=torch.tensor(scores, dtype=torch.float32),
+            stopped=torch.tensor(stopped),
         )
-        samples.columns["sampler_logps"] = samples.spread([logp for r in records for of in r["response_logps"] for logp in of])
+        samples.columns["sampler_logps"] = samples.spread(np.concatenate(logps) if logps else np.empty(0, np.float32))
         return samples
 
     @property
@@ -61,7 +70,7 @@ class Samples:
         """The samples of a group."""
         return torch.nonzero(self.groups == group).flatten().tolist()
 
-    def spread(self, flat: Sequence[float] | Tensor) -> Tensor:
+    def spread(self, flat: np.ndarray) -> Tensor:
         """Numbers of all response tokens one after another, as float32 (B, T), 0 elsewhere."""
         values = torch.zeros(self.mask.shape, dtype=torch.float32)
         values[self.mask] = torch.as_tensor(flat, dtype=torch.float32)
@@ -89,7 +98,8 @@ class PackedGroups:
 def packed(samples: Samples, groups: Sequence[int]) -> PackedGroups:
     """One packed row of these groups."""
     members = [member for group in groups for member in samples.members(group)]
-    sequences = [(samples.prompts[int(samples.groups[member])], samples.responses[member]) for member in members]
+    prompts: dict[int, Tokens] = {group: samples.prompts[group].tolist() for group in groups}
+    sequences = [(prompts[int(samples.groups[member])], samples.responses[member].tolist()) for member in members]
     (row,), places = pack(sequences, None)
     parts = [torch.arange(place.start, place.start + place.length) for place in places]
     return PackedGroups(row, members, torch.cat(parts), list(groups))

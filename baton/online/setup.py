@@ -89,7 +89,8 @@ def learner_of(
     """The learner of a training, its models loaded; `critic` is the model that a critic starts from.
 
     `more`: `total_updates`, the optimizer steps of the training; with a critic also `critic_learning_rate`, and
-    `frozen_updates`, the first ones that leave the actor as it is. Logs the memory that this takes before anything is loaded.
+    `frozen_updates`, the first ones that leave the actor as it is: its warm-up begins after them, and its schedule spans the
+    others. Logs the memory that this takes before anything is loaded.
     """
     size = outline(arguments.model_name_or_path, adapter_config(arguments))
     needs = estimate(size, config, sharding_of(config), arguments.tokens_per_row, reference=reference_in_memory(arguments))
@@ -112,12 +113,10 @@ def learner_of(
     settings = {"betas": (arguments.adam_beta1, arguments.adam_beta2), "weight_decay": arguments.weight_decay}
     optimizer = optimizer_of(models, arguments.learning_rate, more.get("critic_learning_rate", 0.0), **settings)
     total, frozen = int(more["total_updates"]), int(more.get("frozen_updates", 0))
-    schedule = factor_of(arguments.lr_scheduler_type, arguments.warmup_steps, total)
+    schedules = [factor_of(arguments.lr_scheduler_type, arguments.warmup_steps, max(n, 1)) for n in (total - frozen, total)]
 
     def factor(update: int, group: int) -> float:
-        if group == 0:  # the actor, which may be frozen at first
-            return schedule(update - frozen) if update >= frozen else 0.0
-        return schedule(update)
+        return schedules[group](update)
 
     learner = Learner(models, optimizer, accelerator, factor, arguments.tokens_per_row, arguments.max_grad_norm)
     log_models(learner, accelerator)
@@ -174,6 +173,11 @@ def log_models(learner: Learner, accelerator: Accelerator) -> None:
         distributed=accelerator.distributed_type.value,
         dtype=f"{', '.join(sorted(trained))} weights, {accelerator.mixed_precision} mixed precision",
         attention=plain(models.actor).config._attn_implementation,
-        parameters=f"{sum(p.numel() for p in models.actor.parameters()):,}",
-        critic=f"{sum(p.numel() for p in models.critic.parameters()):,}" if models.critic is not None else "none",
+        parameters=f"{parameters_of(models.actor):,}",
+        critic=f"{parameters_of(models.critic):,}" if models.critic is not None else "none",
     )
+
+
+def parameters_of(model: nn.Module) -> int:
+    """How many parameters a model has, those that ZeRO-3 has spread over processes in full."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

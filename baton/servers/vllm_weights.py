@@ -4,20 +4,25 @@ The import registers the engine "baton" of `--weight-transfer-config`. The train
 `baton` that imports vLLM; only vLLM imports it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from baton.servers import groups
+
+log = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged under its own name
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Engine(WeightTransferEngine[Meeting, Bucket]):
             raise RuntimeError("an update has failed before: the server must be started anew")
         self.missing = {name for name, _ in self.model.named_parameters()} if self.model_config.quantization is None else set()
         self.failed = True  # until the update is complete
+        log.info("new weights come")
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, bucket: Bucket) -> None:
@@ -72,8 +78,18 @@ class Engine(WeightTransferEngine[Meeting, Bucket]):
         groups.broadcast(self.group, flat).wait(timedelta(seconds=self.seconds))
         tensors = [part.view(shape) for part, shape in zip(flat.split(sizes), bucket.shapes, strict=True)]
         with disable_mtp_completeness_check():
-            loaded = self.model.load_weights(zip(bucket.names, tensors, strict=True))
+            self.load(zip(bucket.names, tensors, strict=True))
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take some of the model's weights, by their names in a checkpoint."""
+        loaded = self.model.load_weights(weights)
         self.missing = self.missing - loaded if loaded is not None else set()
+
+    def load_from(self, folder: str) -> None:
+        """Take the weights in a model's folder."""
+        self.model_config.model, self.model_config.revision = folder, None
+        loader = get_model_loader(self.vllm_config.load_config)
+        self.load(loader.get_all_weights(self.model_config, self.model))
 
     def finish_weight_update(self) -> None:
         missing = sorted(self.missing | set(self._incomplete()))
@@ -82,6 +98,7 @@ class Engine(WeightTransferEngine[Meeting, Bucket]):
         finalize_layerwise_reload(self.model, self.model_config)
         renew_shared_head(self.model)
         self.failed = False
+        log.info("new weights are complete")
 
     def _incomplete(self) -> Iterator[str]:
         """Layers that got a part of their parameters, such as a query without its key; vLLM would fill the rest with junk."""
@@ -115,9 +132,14 @@ class Extension:
     """Methods that vLLM's workers get, for /collective_rpc."""
 
     def reload_from(self, folder: str) -> None:
-        """Load the weights in a model's folder."""
-        self.reload_weights(weights_path=folder)
-        renew_shared_head(self.model_runner.get_model())
+        """Load the weights in a model's folder. Raises ValueError where it does not hold them all.
+
+        vLLM's own `reload_weights` would log what is missing, and serve what memory happens to hold in its place.
+        """
+        self.start_weight_update()
+        with set_current_vllm_config(self.vllm_config):
+            self.weight_transfer_engine.load_from(folder)
+        self.finish_weight_update()
 
     def transfer_state(self) -> dict[str, str]:
         """To which `Transfer` this worker is connected ("" to none), and the dtype of its weights."""

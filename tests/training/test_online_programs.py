@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -114,23 +115,37 @@ def test_a_run_that_was_killed_ends_with_the_same_weights_to_the_bit(uninterrupt
 
 
 def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task, tmp_path):
-    """One of two policy servers and the reward server die inside a step."""
+    """One of two policy servers dies when it has half of the first step's weights, and the reward server with it."""
     output = tmp_path / "policy"
     words = words_of(
         "dpo_iteration/run_online_dpo.py", task, output, ["--scorer", REWARD], K=4, prompts_per_update=None,
         num_ppo_epochs=None, critic_learning_rate=None, total_steps=3, pairs_per_update=3,
-        num_servers=2, reproducible="false",
+        num_servers=2, reproducible="false", sync_megabytes=0.01,
     )  # fmt: skip
     process = start(*words, output=tmp_path, env={**os.environ, "REWARD_API_KEY": "of another service"})
     folder = tmp_path / "policy.servers"
-    wait_for((tmp_path / "policy.partial/checkpoint-1").exists, process, tmp_path)
+    wait_for((tmp_path / "policy.partial/rollouts/step000001.jsonl").exists, process, tmp_path)
     os.environ["BATON_SERVERS"], before = str(folder), os.environ.get("BATON_SERVERS")
     policies, rewards = [], []
     for server in processes.known():
         (policies if str(task / "base") in server.model else rewards).append(server)
     assert len(policies) == 2 and len(rewards) == 1
+    # A bucket goes out when both servers have the one before it: the other one, stopped most of the time, holds them up.
+    other = psutil.Process(policies[1].process.pid)
+
+    def has_some():
+        other.suspend()
+        time.sleep(0.05)
+        come = policies[0].log.read_text().count("new weights come") == 2  # the weights of the start have come before
+        if not come:
+            other.resume()
+        return come
+
+    wait_for(has_some, process, tmp_path, pause=0.005)
     for server in (policies[0], rewards[0]):
         os.kill(server.process.pid, signal.SIGKILL)
+    assert policies[0].log.read_text().count("new weights are complete") == 1
+    other.resume()
     os.environ.pop("BATON_SERVERS") if before is None else os.environ.update(BATON_SERVERS=before)
     process.join(300)
     said = (tmp_path / "stderr").read_text()
@@ -138,6 +153,9 @@ def test_online_dpo_learns_from_pairs_and_servers_that_die_are_started_anew(task
     for server in (policies[0], rewards[0]):
         assert f"the server on port {server.port} starts anew" in said
     assert f"port {policies[1].port} starts anew" not in said
+    for step in range(1, 4):
+        records = read_jsonl(f"{output}.rollouts/step{step:06}.jsonl")
+        assert {version for record in records for version in record["weight_versions"]} == {step - 1}
     lines = [line for line in read_jsonl(f"{output}.metrics.jsonl") if "pairs" in line]
     assert len(lines) == 3 and all(line["pairs"] > 0 for line in lines)
     assert not folder.exists()
@@ -175,8 +193,8 @@ def test_a_reward_service_that_is_away_and_other_tokenizers_are_bad_input(task, 
     assert done.returncode == 2 and "tests/nothing" in done.stderr
 
 
-def wait_for(condition, process, folder, seconds=300):
+def wait_for(condition, process, folder, seconds=300, pause=0.05):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.exitcode is None and time.monotonic() < deadline, (folder / "stderr").read_text()
-        time.sleep(0.05)
+        time.sleep(pause)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from baton import jsonl
 from baton.errors import FailuresListed, InputError
 from baton.online import checkpoints
+from baton.online.arguments import RUBRIC, scorer_inputs
 from baton.online.collect import TAKEN, Collector, HowToSample, rollouts_of
 from baton.online.engines import Engines
 from baton.online.loop import Loop
@@ -201,11 +202,16 @@ def test_equal_responses_share_their_tokens_and_keep_their_own_numbers(records):
 def test_a_frozen_actor_stays_while_the_critic_learns(folder, records):
     learner = learner_of(folder)
     before = {name: weight.detach().clone() for name, weight in learner.models.named_parameters()}
-    learner.factor = lambda update, group: float(group == 1)
-    algorithm = algorithm_of(folder, learner, freezing_actor_steps=1)
+    asked = []
+    learner.factor = lambda update, group: asked.append((update, group)) or 1.0
+    algorithm = algorithm_of(folder, learner, freezing_actor_steps=1, prompts_per_update=3)
     algorithm.step(records, Samples.of(records), 1)
     for name, weight in learner.models.named_parameters():
         assert weight.equal(before[name]) == name.startswith("actor."), name
+    algorithm.step(records, Samples.of(records), 2)
+    assert not any(weight.equal(before[name]) for name, weight in learner.models.named_parameters())
+    # Two updates a step: the actor's schedule begins when the actor does.
+    assert asked == [(0, 1), (1, 1), (0, 0), (2, 1), (1, 0), (3, 1)]
 
 
 @pytest.mark.parametrize("estimator", ["reinforce++", "rloo", "grpo", "dr_grpo"])
@@ -288,6 +294,19 @@ def test_openrlhfs_batch_of_samples_needs_the_samples_of_a_prompt():
         own_names({"train_batch_size": 128})  # K may stand in the other source, and has another default here
 
 
+def test_a_judges_rubric_and_other_files_of_the_rewards_count_by_their_content(folder, tmp_path):
+    judge = {"scorer": ["tone=judge:http://127.0.0.1:1/v1"]}
+    assert scorer_inputs(arguments_of(folder, **judge)) == {"scorer tone: rubric": RUBRIC} and RUBRIC.is_file()
+    rubric, template = tmp_path / "rubric.txt", tmp_path / "chat.jinja"
+    rubric.write_text("Is it kind?")
+    template.write_text("")
+    words = f"--judge_model small --rubric {rubric} --chat_template={template}"
+    found = scorer_inputs(arguments_of(folder, **judge, reward_args=words))
+    assert found == {"scorer tone: rubric": rubric, "chat template of the rewards": template}
+    with pytest.raises(InputError, match=r"--rubric .*nowhere.txt: no such file"):
+        scorer_inputs(arguments_of(folder, **judge, reward_args="--rubric nowhere.txt"))
+
+
 def test_a_merged_adapter_keeps_what_it_learnt(folder):
     assert arguments_of(folder, use_peft=True).export_dtype == "float32"
     assert arguments_of(folder).export_dtype == arguments_of(folder, use_peft=True, export_dtype="checkpoint").export_dtype
@@ -304,8 +323,11 @@ def test_a_reward_model_may_have_more_tokens_than_the_policy_but_no_others():
 
 def test_a_checkpoint_of_zero_says_with_what_it_goes_on(folder, tmp_path):
     learner = learner_of(folder, critic=False)
+    learner.updates, learner.frozen_updates = 5, 2
     checkpoints.save(learner, tmp_path, 3, {"taken": 4})
+    learner.updates = learner.frozen_updates = 0
     assert checkpoints.load(learner, tmp_path)["taken"] == 4
+    assert (learner.updates, learner.frozen_updates) == (5, 2)
     file = tmp_path / "checkpoint-3" / checkpoints.STATE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"spread": "under ZeRO-2 in 2 processes"}))
     with pytest.raises(InputError, match="written under ZeRO-2 in 2 processes, and this run is without ZeRO and FSDP"):
@@ -426,7 +448,7 @@ def test_a_death_while_rollouts_are_written_costs_none_of_them(tmp_path, monkeyp
         collectors[0].collect(1, 0, 0)
     collectors[1].collect(1, 0, 0)
     assert len(first.seeds) == 2 and not second.seeds
-    assert len(rollouts_of(tmp_path, 1)) == 2 and len(list(tmp_path.iterdir())) == 1
+    assert len(list(rollouts_of(tmp_path, 1))) == 2 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_server_of_our_own_that_died_stops_no_change_of_turns_but_one_that_lives_and_fails_does(monkeypatch, tmp_path):

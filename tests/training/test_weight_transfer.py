@@ -1,6 +1,7 @@
 """A real vLLM server in the inference environment takes weights from this, the training environment, while it serves."""
 
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import httpx
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from baton.errors import FailuresListed
+from baton.errors import FailuresListed, InputError
 from baton.servers import own, processes
 from baton.servers.rollouts import Rollouts
 from baton.servers.weights import Transfer, TransferFailed
@@ -169,6 +170,52 @@ def test_a_server_killed_while_weights_are_sent_fails_at_once_and_comes_back(wor
         sample(world, version=9, max_tokens=8)
     world.transfer.send(model.named_parameters(), 9)
     assert_sampled_from(model, *sample(world, count=8, version=9, max_tokens=8))
+
+
+def test_two_workers_of_one_server_hold_the_weights_that_were_sent_as_a_folder_holds_them(world):
+    """Tensor parallelism: each worker takes its part of every tensor, also of the embedding that is the head."""
+    settings = {"dtype": "float32", "logprobs_mode": "processed_logprobs", "tensor_parallel_size": 2}
+    (wanted,) = own.policy_servers(str(world.policy), [[]], settings, weights=True)
+    model = changed(world, 12)
+    model.save_pretrained(world.folder / "export of two")
+    with own.free_ports(1) as (port,):
+        server = own.OwnServer(wanted, port, world.server.starter)
+        own.restart(server)
+        with (
+            closing(Transfer([server.url], server.api_key, bucket_bytes=100_000, timeout=TIMEOUT)) as transfer,
+            Rollouts([server.url], server.api_key) as rollouts,
+        ):
+            transfer.send(model.named_parameters(), 1)
+            sent = transfer.checksums()
+            two = SimpleNamespace(rollouts=rollouts)
+            assert_sampled_from(model, *sample(two, count=4, n=2, version=1, max_tokens=8))
+            transfer.send(changed(world, 13).named_parameters(), 2)
+            assert transfer.checksums() != sent
+            transfer.reload(world.folder / "export of two", 3)
+            assert transfer.checksums() == sent
+            assert_sampled_from(model, *sample(two, count=4, n=2, version=3, max_tokens=8))
+        processes.stop([processes.find(port)])
+
+
+def test_a_folder_without_a_file_is_refused_and_one_without_its_index_too_costs_a_new_server(world):
+    """A file of the index is missing; then the index too, so that only the server can know."""
+    model, folder = changed(world, 14), world.folder / "without a file"
+    model.save_pretrained(folder, max_shard_size="100KB")
+    world.transfer.send(model.named_parameters(), 14)
+    index, missing = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))[1]
+    missing.unlink()
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=missing.name):
+        world.transfer.reload(folder, 15)
+    assert_sampled_from(model, *sample(world, count=2, version=14, max_tokens=8))
+
+    index.unlink()
+    with pytest.raises(TransferFailed, match="no weights, or not all, came for") as failure:
+        world.transfer.reload(folder, 15)
+    assert failure.value.urls == [world.server.url] and time.monotonic() - begun < TIMEOUT / 2
+    own.restart(world.server)
+    world.transfer.send(model.named_parameters(), 15)
+    assert_sampled_from(model, *sample(world, count=2, version=15, max_tokens=8))
 
 
 def test_weights_that_are_not_all_there_are_refused_with_what_is_missing(world):
