@@ -1,5 +1,6 @@
 """JSON Lines: read with line numbers in the errors, write one whole record at a time."""
 
+import codecs
 import gzip
 import json
 import math
@@ -64,7 +65,8 @@ def read(path: Path, refused: Callable[[str, InputError], None] | None = None) -
     """
     with open_lines(path) as lines:
         try:
-            for number, line in enumerate(lines, 1):
+            for number, found in enumerate(lines, 1):
+                line = found.removeprefix(codecs.BOM_UTF8) if number == 1 else found  # editors on Windows write it
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"

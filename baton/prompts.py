@@ -1,5 +1,6 @@
 """Prompt sets: records from a local file or a Hugging Face dataset, their ids, and their shards."""
 
+import codecs
 import logging
 from array import array
 from collections import Counter
@@ -198,7 +199,7 @@ def with_ids(records: Iterator[tuple[str, Record]], key: str | None = None) -> I
 
 def _read_json(path: Path, refused: Callable[[str, InputError], None] | None) -> Iterator[tuple[str, Record]]:
     with jsonl.open_lines(path) as file:
-        text = file.read()
+        text = file.read().removeprefix(codecs.BOM_UTF8)
     try:
         content = orjson.loads(text)
     except orjson.JSONDecodeError as error:
