@@ -2,6 +2,7 @@
 
 import codecs
 import logging
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -115,7 +116,8 @@ class PromptSet:
 
 def split_sources(source: str) -> list[str]:
     """The sources named in `A,B`; a path that exists as it stands is one source."""
-    return [source] if Path(source).exists() else [name for name in source.split(",") if name]
+    # Unlike pathlib's, this `exists` is False of a text that is too long to be a path.
+    return [source] if os.path.exists(source) else [name for name in source.split(",") if name]
 
 
 def source_inputs(name: str, source: str) -> dict[str, str]:

@@ -117,6 +117,11 @@ def test_files_that_editors_on_windows_write_are_read_alike(tmp_path, name):
     assert [record for _, record in read_records(str(path))] == RECORDS
 
 
+def test_any_number_of_files_is_named_with_commas_between(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [write_lines(Path(f"prompts_of_part_{number}.jsonl"), [{"prompt": "a"}]).name for number in range(40)]
+    assert len(PromptSet(",".join(names))) == 40
+
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
