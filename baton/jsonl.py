@@ -4,6 +4,7 @@ import codecs
 import gzip
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -91,5 +92,7 @@ def write(path: Path, records: Iterable[object]) -> int:
         for record in records:
             file.write(dump(record))
             count += 1
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that loses its power may keep the name without the content
     partial.replace(path)
     return count
