@@ -23,6 +23,7 @@ while (($#)); do
 done
 [[ -n $recipe ]] || { usage >&2; die "which recipe?"; }
 [[ -f $recipe ]] || die "$recipe: no such recipe; configs/recipes/ has $(cd "$BATON_ROOT/configs/recipes" && echo *.env)"
+! grep -q $'\r$' "$recipe" || die "$recipe: has Windows line ends; sed -i 's/\r\$//' '$recipe' takes them away"
 cd "$BATON_ROOT"
 
 visible=$(gpu_ids)
