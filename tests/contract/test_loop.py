@@ -1,6 +1,7 @@
 """What run_loop.sh refuses and what it plans before any stage starts."""
 
 import json
+import shlex
 import subprocess
 from contextlib import nullcontext
 from itertools import pairwise
@@ -175,6 +176,7 @@ GOLD_SCORER=quickstart/score_gold.py
 @pytest.mark.parametrize(("trainer", "program"), [("ppo", "ppo/run_ppo.py"), ("online_dpo", "dpo_iteration/run_online_dpo.py")])
 def test_an_online_trainer_is_one_stage_of_a_round_and_is_evaluated_as_any_other(folder, trainer, program):
     (folder / "online.yaml").write_text("rollout_batch_size: 4\n")
+    (folder / "my rubric.txt").write_text("How good?")
     text = f"""
 TRAINER={trainer}
 TRAIN_CONFIG={folder}/online.yaml
@@ -182,7 +184,7 @@ TRAIN_ARGS=(--learning_rate 1e-6)
 K=4
 ROUNDS=2
 REWARD_MODEL={folder}/reward
-REWARD_ARGS=(--dtype float32 --max_length 64)
+REWARD_ARGS=(--dtype float32 --rubric "{folder}/my rubric.txt")
 HELDOUT_PROMPTS={folder}/heldout.jsonl
 """
     done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
@@ -192,7 +194,9 @@ HELDOUT_PROMPTS={folder}/heldout.jsonl
     assert len([name for name in lines if name.startswith("evaluate")]) == 9
     line = lines["round2-train"]
     assert f"{program} {folder}/online.yaml --model_name_or_path {folder}/run/round1/policy" in line
-    assert f"--scorer bt:{folder}/reward --weights 1 '--reward_args=--dtype float32 --max_length 64'" in line
+    assert f"--scorer bt:{folder}/reward --weights 1 " in line
+    (text,) = (word for word in shlex.split(line) if word.startswith("--reward_args="))
+    assert shlex.split(text.partition("=")[2]) == ["--dtype", "float32", "--rubric", f"{folder}/my rubric.txt"]
     assert "--K 4" in line and line.endswith("--learning_rate 1e-6")
 
 
