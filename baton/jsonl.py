@@ -1,8 +1,10 @@
 """JSON Lines: read with line numbers in the errors, write one whole record at a time."""
 
+import codecs
 import gzip
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -64,7 +66,8 @@ def read(path: Path, refused: Callable[[str, InputError], None] | None = None) -
     """
     with open_lines(path) as lines:
         try:
-            for number, line in enumerate(lines, 1):
+            for number, found in enumerate(lines, 1):
+                line = found.removeprefix(codecs.BOM_UTF8) if number == 1 else found  # editors on Windows write it
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"
@@ -89,5 +92,7 @@ def write(path: Path, records: Iterable[object]) -> int:
         for record in records:
             file.write(dump(record))
             count += 1
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that loses its power may keep the name without the content
     partial.replace(path)
     return count

@@ -1,5 +1,6 @@
 """Manifests: the JSON file beside an output that says what made it, and the names of the files around an output."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest beside `output`, atomically."""
     path = manifest_path(output)
     unfinished = path.with_name(path.name + ".writing")
-    unfinished.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
+    with unfinished.open("wb") as file:
+        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that loses its power may keep the name without the content
     unfinished.replace(path)
 
 

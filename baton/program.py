@@ -32,6 +32,9 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 LOCAL_RANK = "LOCAL_RANK"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
+# What the system says of a path that this program cannot use.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last on Arm
 
 PATIENCE = 5.0  # seconds for the first process of a machine to say what another one could say as well
@@ -81,6 +84,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         code, message = 1, traceback.format_exc().rstrip()
         if _disk_is_full(error):
             code, message = 2, f"{error}: what is written is whole; free some space and run the same command again"
+        elif isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
+            code, message = 2, f"{error.filename}: {error.strerror.lower()}: give another path, or the right to use this one"
     if message:
         _report(code, message)
     logging.shutdown()

@@ -1,6 +1,8 @@
 """Prompt sets: records from a local file or a Hugging Face dataset, their ids, and their shards."""
 
+import codecs
 import logging
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -114,7 +116,8 @@ class PromptSet:
 
 def split_sources(source: str) -> list[str]:
     """The sources named in `A,B`; a path that exists as it stands is one source."""
-    return [source] if Path(source).exists() else [name for name in source.split(",") if name]
+    # Unlike pathlib's, this `exists` is False of a text that is too long to be a path.
+    return [source] if os.path.exists(source) else [name for name in source.split(",") if name]
 
 
 def source_inputs(name: str, source: str) -> dict[str, str]:
@@ -198,7 +201,7 @@ def with_ids(records: Iterator[tuple[str, Record]], key: str | None = None) -> I
 
 def _read_json(path: Path, refused: Callable[[str, InputError], None] | None) -> Iterator[tuple[str, Record]]:
     with jsonl.open_lines(path) as file:
-        text = file.read()
+        text = file.read().removeprefix(codecs.BOM_UTF8)
     try:
         content = orjson.loads(text)
     except orjson.JSONDecodeError as error:

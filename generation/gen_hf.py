@@ -155,7 +155,7 @@ async def generate(
                     record = sampling.generated(task.record, await ask(service, task, arguments))
                 except (Refused, Transient) as error:
                     if arguments.drop_failed and isinstance(error, Refused):
-                        drops.add(f"refused by the server: {error}", name)
+                        drops.add("refused by the server", f"{name}: {error}")  # which often names numbers of tokens
                     else:
                         failures.append(f"{name}: {error}")
                     continue

@@ -125,6 +125,9 @@ def merge(shards: list[Path], manifests: list[dict[str, Any] | None], output: Pa
                     raise InputError(f"{shard}: {lines} lines, but {expected} in its manifest; generate it again")
                 total += lines
             os.fsync(target.fileno())
+    except InputError:
+        partial.unlink(missing_ok=True)  # or it would stand in the way of the shards that are generated again
+        raise
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(output)) from None

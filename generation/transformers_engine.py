@@ -33,7 +33,8 @@ class Sampler:
         # One prompt at a time where its random numbers must not depend on its neighbours.
         size = 1 if arguments.reproducible else max(1, (arguments.max_num_seqs or SEQUENCES) // arguments.K)
         while batch := list(islice(tasks, size)):
-            yield from zip(batch, self._sample(batch), strict=True)
+            for part in self._parts(batch):
+                yield from zip(part, self._sample(part), strict=True)
 
     def stream(self, task: Task, seed: int) -> Iterator[str | Completion]:
         """Sample one response: yields its text piece by piece, and last of all the completion."""
@@ -54,6 +55,13 @@ class Sampler:
             except BaseException:  # Ctrl-C, or the answer is not read to its end
                 given_up.set()
                 raise
+
+    def _parts(self, batch: list[Task]) -> list[list[Task]]:
+        """The tasks that have room for a whole response, together, and each other one alone: a batch ends where it has to."""
+        room = (self.context or 1 << 30) - self.arguments.max_new_tokens
+        fitting = [task for task in batch if len(task.token_ids) <= room]
+        others = [[task] for task in batch if len(task.token_ids) > room]
+        return [fitting, *others] if fitting else others
 
     def _sample(self, batch: list[Task], streamer: Any = None, watching: Sequence[Any] = ()) -> list[list[Completion]]:
         """K completions for each task of a batch, prompts padded on the left.

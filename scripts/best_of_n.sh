@@ -47,4 +47,4 @@ if [[ -n $checking ]]; then
   exit
 fi
 run_stages
-grep -o "responses left out: .*" "$run_dir/logs/best.log" | tail -n 1 >&2
+grep -o "responses left out: .*" "$run_dir/logs/best.log" | tail -n 1 >&2 || true   # the log may have been deleted since

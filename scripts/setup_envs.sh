@@ -231,4 +231,6 @@ for name in "${!installation[@]}"; do
   fi
 done
 ((failed == 0)) || exit "$failed"
-say "both environments are up to date in $BATON_ENVS ($device), $SECONDS s"
+made="both environments are"
+((${#wanted[@]} == 2)) || made="the ${wanted[0]} environment is"
+say "$made up to date in $BATON_ENVS ($device), $SECONDS s"

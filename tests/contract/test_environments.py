@@ -47,6 +47,7 @@ def test_environments_stay_for_the_device_that_they_were_made_for(tmp_path, devi
     done = setup(envs, machine)
     assert done.returncode == 0, done.stderr
     assert f"both environments are up to date in {envs} ({device})" in done.stderr
+    assert "the training environment is up to date" in setup(envs, machine, "--only", "training").stderr
     differs = (device == "cuda") != (machine == "gpu")
     assert (f"stays for {device}, though" in done.stderr) == differs
     assert ("--device cpu makes it anew" in done.stderr) == (device == "cuda" and differs)

@@ -1,6 +1,7 @@
 """What run_loop.sh refuses and what it plans before any stage starts."""
 
 import json
+import shlex
 import subprocess
 from contextlib import nullcontext
 from itertools import pairwise
@@ -111,6 +112,7 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nSERVER_GPUS=1\n", "SERVER_GPUS=1 of GPUS=0: none is left to train"),
         ("REWARD_MODEL=reward\nrun_dir=elsewhere\n", "own.env: line 5: run_dir: readonly variable"),
         ("REWARD_MODEL=reward\nNAME=another\n", "unknown variable NAME"),
+        ("REWARD_MODEL=reward\r\n", "own.env: has Windows line ends"),
         ("REWARD_MODEL=reward\nexport CUDA_VISIBLE_DEVICES=3\n", "sets CUDA_VISIBLE_DEVICES: set it before the command"),
     ],
 )
@@ -174,6 +176,7 @@ GOLD_SCORER=quickstart/score_gold.py
 @pytest.mark.parametrize(("trainer", "program"), [("ppo", "ppo/run_ppo.py"), ("online_dpo", "dpo_iteration/run_online_dpo.py")])
 def test_an_online_trainer_is_one_stage_of_a_round_and_is_evaluated_as_any_other(folder, trainer, program):
     (folder / "online.yaml").write_text("rollout_batch_size: 4\n")
+    (folder / "my rubric.txt").write_text("How good?")
     text = f"""
 TRAINER={trainer}
 TRAIN_CONFIG={folder}/online.yaml
@@ -181,7 +184,7 @@ TRAIN_ARGS=(--learning_rate 1e-6)
 K=4
 ROUNDS=2
 REWARD_MODEL={folder}/reward
-REWARD_ARGS=(--dtype float32 --max_length 64)
+REWARD_ARGS=(--dtype float32 --rubric "{folder}/my rubric.txt")
 HELDOUT_PROMPTS={folder}/heldout.jsonl
 """
     done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
@@ -191,7 +194,9 @@ HELDOUT_PROMPTS={folder}/heldout.jsonl
     assert len([name for name in lines if name.startswith("evaluate")]) == 9
     line = lines["round2-train"]
     assert f"{program} {folder}/online.yaml --model_name_or_path {folder}/run/round1/policy" in line
-    assert f"--scorer bt:{folder}/reward --weights 1 '--reward_args=--dtype float32 --max_length 64'" in line
+    assert f"--scorer bt:{folder}/reward --weights 1 " in line
+    (text,) = (word for word in shlex.split(line) if word.startswith("--reward_args="))
+    assert shlex.split(text.partition("=")[2]) == ["--dtype", "float32", "--rubric", f"{folder}/my rubric.txt"]
     assert "--K 4" in line and line.endswith("--learning_rate 1e-6")
 
 

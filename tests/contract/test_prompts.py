@@ -1,5 +1,6 @@
 """Prompt sets: formats read alike, ids stable and unique, each prompt in exactly one shard, memory flat."""
 
+import codecs
 import gzip
 import os
 import subprocess
@@ -107,6 +108,19 @@ def test_every_format_is_read_alike(tmp_path, name):
     found = list(read_records(str(path)))
     assert [record for _, record in found] == RECORDS
     assert all(where.startswith(str(path)) for where, _ in found)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "list.json", "lines.json"])
+def test_files_that_editors_on_windows_write_are_read_alike(tmp_path, name):
+    path = write_as(tmp_path / name)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert [record for _, record in read_records(str(path))] == RECORDS
+
+
+def test_any_number_of_files_is_named_with_commas_between(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [write_lines(Path(f"prompts_of_part_{number}.jsonl"), [{"prompt": "a"}]).name for number in range(40)]
+    assert len(PromptSet(",".join(names))) == 40
 
 
 @pytest.mark.parametrize(

@@ -367,6 +367,13 @@ def test_exit_codes(prompts, output, flags, expected, message):
     assert ("Traceback" in log) == (expected == 1)
 
 
+@pytest.mark.parametrize("place", ["prompts.jsonl/out.jsonl", "x" * 300, "/sys/out.jsonl"], ids=["file", "long", "read-only"])
+def test_an_output_where_nothing_can_be_written_is_one_message_with_the_path(prompts, place):
+    code, log = run(prompts, prompts.parent / place)
+    assert code == 2 and "Traceback" not in log
+    assert place.partition("/out")[0] in log and "give another path" in log
+
+
 def test_bad_input_names_file_and_line_and_leaves_no_output(prompts, output):
     with prompts.open("a") as file:
         file.write("{broken\n")

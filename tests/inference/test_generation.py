@@ -524,6 +524,8 @@ def test_merging_names_a_shard_that_was_cut(shards):
     lines = (shards / "gen_data5.jsonl").read_bytes().splitlines(keepends=True)
     (shards / "gen_data5.jsonl").write_bytes(b"".join(lines[:-1]))
     assert_merge_refused(shards, rf"gen_data5\.jsonl: {len(lines) - 1} lines, but {len(lines)} in its manifest")
+    (shards / "gen_data5.jsonl").write_bytes(b"".join(lines))
+    assert merge(shards).returncode == 0  # once the shard is whole again, nothing of the first try stands in the way
 
 
 def test_merging_names_a_shard_without_manifest_among_others(shards):
@@ -627,6 +629,15 @@ def test_no_response_ends_before_its_least_number_of_tokens(policy, tmp_path, ba
     assert not any(set(range(30, 90)) & set(ids[:12]) for ids, _, _ in samples)
     assert sum(reason == "stop" for _, reason, _ in samples) > 32  # afterwards most responses end soon
     assert all(-20 < logp <= 0 for _, _, logps in samples for logp in logps)  # of the distribution without the ends
+
+
+def test_with_transformers_a_long_prompt_does_not_cut_off_the_responses_to_its_neighbours(policy, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", ["film " * 230, *PROMPTS[:2]])
+    flags = {"model_name_or_path": policy, "dataset_name_or_path": prompts, "K": 4, "max_new_tokens": 60, "dtype": "float32"}
+    succeed(*program("get_hf2.py", output_dir=tmp_path / "gen", backend="hf", **flags))
+    long, *others = read(tmp_path / "gen0.jsonl")
+    assert max(map(len, long["response_token_ids"])) < 30  # all that the context of 256 tokens has room for
+    assert [max(map(len, record["response_token_ids"])) for record in others] == [60, 60]
 
 
 def test_what_a_model_needs_beyond_the_defaults_is_refused_unless_it_is_requested(policy, tmp_path):
