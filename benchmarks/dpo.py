@@ -22,9 +22,7 @@ import argparse
 import gzip
 import itertools
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baton.training.metrics import forward_flops, peak_flops, weights_of
+from benchmarks.sides import add_arguments, in_process, peak_memory, run_in_turn
 
 MODELS = {  # hidden size, layers, heads, key-value heads, intermediate size, vocabulary, head tied to the embedding
     "tiny": (64, 2, 2, 1, 128, 1024, True),
@@ -49,8 +48,7 @@ SPECIAL = ["<pad>", "<user>", "<assistant>", "<end>"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="annotated responses, .jsonl or .jsonl.gz")
-    parser.add_argument("--sides", nargs="+", default=["trl:4", "packed:8"], help="what to run, in turn")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each side, in turn; the median counts")
+    add_arguments(parser, ["trl:4", "packed:8"])
     parser.add_argument("--choose_trl_on", type=int, metavar="PAIRS", help="find TRL's fastest side on so many pairs first")
     parser.add_argument("--pairs", type=int, default=64, help="pairs of the data set")
     parser.add_argument("--pairs_per_step", type=int, default=8, help="pairs of one optimizer step")
@@ -68,8 +66,6 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--profile", action="store_true", help="also print the top ten operations of a step of each side")
     parser.add_argument("--plot", help="a .png for the loss of every step, side by side")
-    parser.add_argument("--run_side", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if (args.model == "smollm2") != bool(args.model_path):
         parser.error("--model smollm2 and --model_path go together")
@@ -79,9 +75,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, Path(folder))
         if args.choose_trl_on and any(side.startswith("trl") for side in args.sides):
-            args.sides = choose_trl(args, folder)
-        runs = [in_process(side, folder) for _ in range(args.repeats) for side in args.sides]
-    results = [median([run for run in runs if run["side"] == side]) for side in args.sides]
+            args.sides = choose_trl(args, Path(folder))
+        results = run_in_turn(args, Path(folder))
     report(args, results)
     for result in results:
         if args.profile:
@@ -90,7 +85,7 @@ def main() -> None:
         plot_losses(results, args.plot)
 
 
-def choose_trl(args: argparse.Namespace, folder: str) -> list[str]:
+def choose_trl(args: argparse.Namespace, folder: Path) -> list[str]:
     """The sides without those of TRL's that were not the fastest on the first `choose_trl_on` pairs, one run of each."""
     trls = [side for side in args.sides if side.startswith("trl")]
     runs = [in_process(side, folder, "--pairs", str(args.choose_trl_on)) for side in trls]
@@ -98,17 +93,6 @@ def choose_trl(args: argparse.Namespace, folder: str) -> list[str]:
         print(f"{run['side']} on {args.choose_trl_on} pairs: {run['seconds']:.1f} s", file=sys.stderr)
     best = min(runs, key=lambda run: run["seconds"])["side"]
     return [side for side in args.sides if side not in trls or side == best]
-
-
-def median(runs: list[dict]) -> dict:
-    """The run of median seconds; of an even number, the slower of the middle two."""
-    return sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
-
-
-def in_process(side: str, folder: str, *more: str) -> dict:
-    """Run one side in a process of its own, with `more` arguments."""
-    command = [sys.executable, *sys.argv, *more, "--run_side", side, "--folder", folder]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 
 
 # Data and model
@@ -293,13 +277,6 @@ def trl_is_there() -> bool:
     import importlib.util
 
     return importlib.util.find_spec("trl") is not None
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator, or of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def with_trainer(args, side: str, batch_size: int, rows: list[dict], model, epochs: int, clock: StepClock) -> list[float]:

@@ -21,9 +21,7 @@ import itertools
 import json
 import math
 import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +30,10 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose files have the names of stages
+sys.path.pop(0)  # this folder, whose files have the names of stages
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.sides import add_arguments, peak_memory, run_in_turn
 
 MODELS = {  # hidden size, layers, heads, key-value heads, intermediate size, vocabulary
     "tiny": (64, 2, 2, 1, 128, 1024),
@@ -44,8 +45,7 @@ MODELS = {  # hidden size, layers, heads, key-value heads, intermediate size, vo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=["sft", "reward"])
-    parser.add_argument("--sides", nargs="+", default=["packed", "trl:1", "trl:4", "trl:8"], help="what to run, in turn")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each side, in turn; the median counts")
+    add_arguments(parser, ["packed", "trl:1", "trl:4", "trl:8"])
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rows_per_step", type=int, default=16)
@@ -53,28 +53,18 @@ def main() -> None:
     parser.add_argument("--tokens_per_row", type=int, default=4096)
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="off", help="of `packed`")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--run_side", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run_side:
         print(json.dumps(run_side(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, Path(folder))
-        runs = [in_process(side, folder) for _ in range(args.repeats) for side in args.sides]
-    for side in args.sides:
-        own = sorted((run for run in runs if run["side"] == side), key=lambda run: run["seconds"])
-        run = own[len(own) // 2]
+        runs = run_in_turn(args, Path(folder))
+    for run in runs:
         print(
-            f"{side:12} {run['seconds']:7.1f} s, steady {run['steady']:8.0f} tokens/s, share {run['share']:.2f}, "
+            f"{run['side']:12} {run['seconds']:7.1f} s, steady {run['steady']:8.0f} tokens/s, share {run['share']:.2f}, "
             f"peak memory {run['memory'] / 2**30:.2f} GiB, losses {run['losses'][0]:.4f} … {run['losses'][-1]:.4f}"
         )
-
-
-def in_process(side: str, folder: str) -> dict:
-    """Run one side in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--run_side", side, "--folder", folder]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
@@ -216,13 +206,6 @@ def product_flops(device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter())
     return 2 * size**3 / statistics.median(after - earlier for earlier, after in itertools.pairwise(times[1:]))
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU's allocator, or of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
