@@ -66,8 +66,17 @@ def with_prompts(sequences: Sequence[Tokens]) -> list[tuple[Tokens, Tokens]]:
 
     Sequences that share no beginning are a prompt each.
     """
+    return cut_after(sequences, shared_tokens(sequences))
+
+
+def shared_tokens(sequences: Sequence[Tokens]) -> int:
+    """How many tokens all sequences begin with."""
     first, last = min(sequences), max(sequences)  # what these two share, all between them do
-    shared = next((place for place, both in enumerate(zip(first, last, strict=False)) if both[0] != both[1]), len(first))
+    return next((place for place, both in enumerate(zip(first, last, strict=False)) if both[0] != both[1]), len(first))
+
+
+def cut_after(sequences: Sequence[Tokens], shared: int) -> list[tuple[Tokens, Tokens]]:
+    """Sequences as prompt and response, the prompt being the tokens that they share, or all of each where that is none."""
     return [(ids[: shared or len(ids)], ids[shared or len(ids) :]) for ids in sequences]
 
 

@@ -1,0 +1,100 @@
+"""A reward model that learns numbers, or which steps are right, on packed rows in which all responses share their prompt."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
+
+from baton.errors import InputError
+from baton.training.arguments import Compile
+from reward_model.packing import collate_scores, lengths_of_scores
+from reward_model.trainer import PackedRewardTrainer
+
+# The loss of outputs and targets, (N, outputs) each, a mean over both. `process`: a step's output is the logit of "right".
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "regression": F.mse_loss,
+    "process": F.binary_cross_entropy_with_logits,
+}
+
+
+class PackedScoreTrainer(PackedRewardTrainer):
+    """`PackedRewardTrainer` with the loss of `LOSSES` instead, a mean over all places of a step that are read.
+
+    `regression` is the mean squared error of scores against rewards, in their units (HelpSteer2, Wang et al., 2024, arXiv
+    2406.08673); `process` the binary cross-entropy of steps (Lightman et al., 2023, arXiv 2305.20050; Wang et al., 2024, arXiv
+    2312.08935). After an evaluation `rewards` are the outputs at all places of `eval_dataset`, float64 (N, outputs).
+
+    Args:
+        loss_type: a name in `LOSSES`.
+        train_dataset, eval_dataset: rows of `score_rows.row_of`.
+    Raises:
+        InputError: the model takes no packed rows.
+    """
+
+    mean_over = "reads"
+
+    def __init__(self, model: str | PreTrainedModel, *, loss_type: Literal["regression", "process"], **kwargs: Any):
+        super().__init__(model, **kwargs)
+        self.loss_type = loss_type
+
+    def stay_padded(self, model: PreTrainedModel, reason: str, how: Compile) -> NoReturn:
+        raise InputError(
+            f"{type(model).__name__}: {reason}, so packed rows do not suit it, and this `loss_type` has no others: choose "
+            "another model or optimizer"
+        )
+
+    def collator(self, pad: int) -> Any:
+        return collate_scores
+
+    def lengths_of(self, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        return lengths_of_scores(rows)
+
+    def counts_of(self, rows: Dataset) -> np.ndarray:
+        return np.array(rows["reads"][:])
+
+    def measure(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        """The mean loss over a packed row's places, and what is logged."""
+        outputs = self._rewards_of(model, inputs)
+        loss = LOSSES[self.loss_type](outputs, inputs["targets"])
+        found = outputs.detach()
+        self._extremes.append(torch.stack([-found.min(), found.max()]))
+        return loss, self._numbers(found, inputs["targets"])
+
+    def _numbers(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        numbers = {"mean_reward": outputs.mean()}
+        if self.loss_type == "process":
+            numbers["accuracy"] = ((outputs > 0) == (targets > 0.5)).double().mean()
+        return {name: float(value) for name, value in numbers.items()}
+
+    def _rewards_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The outputs at the places that are read, float32 (N, outputs)."""
+        return model(row=inputs["row"], at=inputs["ends"][:, 0])
+
+    def _own_state(self, model: Any, inputs: dict[str, Any], number: int) -> Tensor:
+        """The hidden state that the model's own forward pass of one conversation gives at the place `number`, (H,)."""
+        sequence, place = inputs["reads"][number].tolist()
+        ids = inputs["input_ids"][sequence : sequence + 1, : place + 1]
+        return model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1].float()
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The loss, and what training logs, over all held-out places, each counted once."""
+        targets = targets_of(self.eval_dataset)
+        starts = np.concatenate([[0], np.cumsum(self.counts_of(self.eval_dataset))])
+        found = self.held_out_rewards(starts, targets.shape[1])
+        wanted = torch.from_numpy(targets).to(found.device)
+        numbers = {"loss": float(LOSSES[self.loss_type](found, wanted)), **self._numbers(found, wanted)}
+        numbers |= {"min_reward": float(found.min()), "max_reward": float(found.max())}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in numbers.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
+
+def targets_of(rows: Dataset) -> np.ndarray:
+    """What should be read at all places of rows of `score_rows.row_of`, float64 (N, outputs)."""
+    targets = np.concatenate([np.array(each, dtype=np.float64) for each in rows["targets"][:]])
+    return targets.reshape(sum(rows["reads"][:]), -1)
