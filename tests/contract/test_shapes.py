@@ -19,7 +19,7 @@ from baton.preferences import preference_records
 from baton.prompts import PromptSet
 from baton.records import prompt_of
 from baton.scored import with_rows_merged
-from baton.shapes import baton_records, shape_of
+from baton.shapes import baton_records, parts_of, shape_of
 from dpo_iteration import run_dpo, run_kto
 from dpo_iteration.choose import choose_pairs
 from reward_model import run_rm
