@@ -11,8 +11,9 @@ from annotate_data.work import Score, Task
 from baton.models import loading
 from baton.models.batching import batches, windows
 from baton.models.scoring import Packing, packed_step_probabilities, step_probabilities
+from baton.models.sequences import shared_tokens
 from baton.models.templates import load_tokenizer, with_places
-from baton.models.trees import cut_after, shared_tokens
+from baton.models.trees import cut_after
 from baton.sources import check_process_model
 from baton.steps import reward_of_steps, separator_of, steps_of
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 import torch
 
-from baton.models.scoring import without_padding
+from baton.models.sequences import without_padding
 from baton.models.trees import cut_after, pack, with_prompts
 from baton.training.learnt import padded
 

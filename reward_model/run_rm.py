@@ -47,7 +47,7 @@ from baton.training.arguments import (
     tokens_per_row_option,
 )
 from baton.training.reports import check_outside, place_reports
-from reward_model.quality import quality, score_quality, step_quality
+from reward_model.quality import quality
 from reward_model.rows import rows_of_preferences
 from reward_model.score_rows import rows_of_scores, rows_of_steps, scored_records
 
@@ -189,28 +189,15 @@ def rows_of(
 ) -> tuple[Any, Any, Drops]:
     """The token ids of pairs, a dataset called `name`, their margins, and what was dropped.
 
-    The margins are (N,), NaN where a pair has none; with `margin_scale` so many times each is the dataset's `margin`. Process 0
-    alone reads the pairs, and alone knows what was dropped. Raises InputError where a margin is needed that a pair has not.
+    The margins are (N,), NaN where a pair has none; with `margin_scale` so many times each is the dataset's `margin`. Raises
+    InputError where a margin is needed that a pair has not.
     """
     import numpy as np
     from datasets import Features, List, Value
 
-    from baton.training.rows import rows_on_disk
-    from baton.training.tokenising import tokenised
-
-    drops = Drops()
     make = partial(rows_of_preferences, tokenizer, config.max_length)
     features = Features({**dict.fromkeys(("chosen_ids", "rejected_ids"), List(Value("int64"))), "margin": Value("float64")})
-
-    def token_ids():
-        left = False
-        for row in tokenised(make, pairs, drops, Counter()):
-            left = True
-            yield row
-        if not left:
-            raise InputError(f"no pair is left ({name}); dropped: {drops}")
-
-    rows = rows_on_disk(token_ids, config, name, features)
+    rows, drops = dataset_of(make, pairs, name, config, features)
     margins = np.array(rows["margin"][:], dtype=np.float64)
     rows = rows.remove_columns("margin")
     if not margin_scale:
@@ -223,18 +210,12 @@ def rows_of(
     return rows.add_column("margin", margin_scale * margins), margins, drops
 
 
-def score_rows(examples: Iterable[tuple[str, Record]], name: str, arguments: Arguments, tokenizer: Any, config: Any) -> Any:
-    """The rows of responses with rewards, or with labelled steps (`score_rows.row_of`), a dataset called `name`, and the drops.
-
-    Process 0 alone reads them, and alone knows what was dropped.
-    """
+def score_rows_of(
+    examples: Iterable[tuple[str, Record]], name: str, arguments: Arguments, tokenizer: Any, config: Any
+) -> tuple[Any, Drops]:
+    """The rows of responses with rewards, or with labelled steps, a dataset called `name`, and what was dropped."""
     from datasets import Features, List, Value
 
-    from baton.training.rows import rows_on_disk
-    from baton.training.tokenising import tokenised
-
-    drops, counted = Drops(), Counter()
-    make: Callable[..., Iterator[dict[str, Any]]]
     if arguments.loss_type == "process":
         make = partial(rows_of_steps, tokenizer, config.max_length, separator_of(arguments.step_separator))
     else:
@@ -243,6 +224,20 @@ def score_rows(examples: Iterable[tuple[str, Record]], name: str, arguments: Arg
     ids, number = List(Value("int64")), Value("int64")
     features = {"sequences": List(ids), "places": List(ids), "targets": List(Value("float64"))}
     features |= {"shared": number, "lengths": ids, "reads": number}
+    return dataset_of(make, examples, name, config, Features(features))
+
+
+def dataset_of(
+    make: Callable[..., Iterator[dict[str, Any]]], examples: Iterable[tuple[str, Record]], name: str, config: Any, features: Any
+) -> tuple[Any, Drops]:
+    """What `make` gives of pairs or other examples, a dataset called `name`, and what was dropped.
+
+    Process 0 alone reads them, and alone knows what was dropped. Raises InputError where nothing is left.
+    """
+    from baton.training.rows import rows_on_disk
+    from baton.training.tokenising import tokenised
+
+    drops, counted = Drops(), Counter()
 
     def token_ids():
         left = False
@@ -250,9 +245,10 @@ def score_rows(examples: Iterable[tuple[str, Record]], name: str, arguments: Arg
             left = True
             yield row
         if not left:
-            raise InputError(f"no record is left ({name}); dropped: {drops}")
+            what = "pair" if "chosen_ids" in features else "record"
+            raise InputError(f"no {what} is left ({name}); dropped: {drops}")
 
-    rows = rows_on_disk(token_ids, config, name, Features(features))
+    rows = rows_on_disk(token_ids, config, name, features)
     for what, count in counted.items():
         log.warning("%s: %d %s", name, count, what)
     return rows, drops
@@ -372,20 +368,6 @@ def log_scores(found: dict[str, Any]) -> None:
         log.info("held out: %s: %s", name, ", ".join(f"{key} {value:.3f}" for key, value in shown.items()))
 
 
-def judged_scores(trainer: Any, arguments: Arguments) -> dict[str, Any]:
-    """How good the outputs on the held-out rows are: of each of `heads`, or of steps."""
-    import numpy as np
-
-    from reward_model.score_trainer import targets_of
-
-    rows, outputs = trainer.eval_dataset, trainer.rewards
-    targets = targets_of(rows)
-    if arguments.loss_type == "process":
-        return step_quality(outputs[:, 0], targets[:, 0])
-    names, counts = arguments.heads or ["reward"], np.array(rows["reads"][:])
-    return {"heads": {name: score_quality(outputs[:, i], targets[:, i], counts) for i, name in enumerate(names)}}
-
-
 def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     """Raise InputError for what can be refused before anything is read or imported."""
     check_lora(arguments)
@@ -433,8 +415,8 @@ def main() -> None:
         rows, _, drops = rows_of(learnt, "train", tokenizer, config, scale)
         held_out_rows, margins, held_out_drops = rows_of(aside, "held out", tokenizer, config, scale)
     else:
-        rows, drops = score_rows(learnt, "train", arguments, tokenizer, config)
-        held_out_rows, held_out_drops = score_rows(aside, "held out", arguments, tokenizer, config)
+        rows, drops = score_rows_of(learnt, "train", arguments, tokenizer, config)
+        held_out_rows, held_out_drops = score_rows_of(aside, "held out", arguments, tokenizer, config)
     place_reports(settings, metrics_path)
     with loading(arguments.model_name_or_path):
         trainer = make_trainer(arguments, config, tokenizer, rows, held_out_rows)
@@ -452,7 +434,7 @@ def main() -> None:
             metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype, pad)
         if not np.isfinite(trainer.rewards).all():
             raise InputError("rewards are not numbers: the training has diverged; --overwrite with a smaller `learning_rate`")
-        found = quality(trainer.rewards, margins) if of_pairs else judged_scores(trainer, arguments)
+        found = quality(trainer.rewards, margins) if of_pairs else trainer.quality(arguments.heads)
         (log_quality if of_pairs else log_scores)(found)
         held_out_facts = found | {"loss": loss, what: len(held_out_rows), "dropped": dict(held_out_drops.counts)}
         counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}

@@ -8,9 +8,8 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
 from baton.labels import checked_records
-from baton.models.scoring import without_padding
+from baton.models.sequences import shared_tokens, without_padding
 from baton.models.templates import conversation_token_ids, with_places
-from baton.models.trees import shared_tokens
 from baton.preferences import ANSWER_KEYS
 from baton.records import SIDE_KEYS, check_finite, prompt_of, rewards_of
 from baton.scored import annotated_records, rewards_by_name

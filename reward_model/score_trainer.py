@@ -1,6 +1,6 @@
 """A reward model that learns numbers, or which steps are right, on packed rows in which all responses share their prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from baton.errors import InputError
 from baton.training.arguments import Compile
 from reward_model.packing import collate_scores, lengths_of_scores
+from reward_model.quality import score_quality, step_quality
 from reward_model.trainer import PackedRewardTrainer
 
 # The loss of outputs and targets, (N, outputs) each, a mean over both. `process`: a step's output is the logit of "right".
@@ -92,6 +93,14 @@ class PackedScoreTrainer(PackedRewardTrainer):
         numbers |= {"min_reward": float(found.min()), "max_reward": float(found.max())}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in numbers.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
+    def quality(self, heads: Sequence[str] | None) -> dict[str, Any]:
+        """How good the outputs on the held-out rows are, after an evaluation: of steps, or of each head, by name."""
+        targets, counts = targets_of(self.eval_dataset), self.counts_of(self.eval_dataset)
+        if self.loss_type == "process":
+            return step_quality(self.rewards[:, 0], targets[:, 0])
+        columns = zip(heads or ["reward"], self.rewards.T, targets.T, strict=True)
+        return {"heads": {name: score_quality(scores, rewards, counts) for name, scores, rewards in columns}}
 
 
 def targets_of(rows: Dataset) -> np.ndarray:

@@ -19,7 +19,8 @@ from baton.errors import InputError
 from baton.models.attention import NAME
 from baton.models.forward import TOKENS_PER_ROW, attention, hidden_states, obstacle
 from baton.models.logps import gathered
-from baton.models.scoring import STATE_LIMIT, without_padding
+from baton.models.scoring import STATE_LIMIT
+from baton.models.sequences import without_padding
 from baton.models.trees import Row
 from baton.parallel import model_parallel_size
 from baton.training.arguments import Compile

@@ -17,7 +17,8 @@ from baton.errors import InputError
 from baton.models import forward
 from baton.models.attention import NAME
 from baton.models.batching import batches, padded
-from baton.models.trees import Place, Row, Tokens, pack
+from baton.models.sequences import Tokens, without_padding
+from baton.models.trees import Place, Row, pack
 
 log = logging.getLogger("baton")
 
@@ -198,14 +199,6 @@ def next_token_shares(model: PreTrainedModel, sequences: list[list[int]], tokens
 def read_part(model: PreTrainedModel, sequence: Tokens) -> Tokens:
     """What a reward depends on: transformers reads it at the last token that is not the padding token."""
     return without_padding(sequence, model.config.get_text_config().pad_token_id)
-
-
-def without_padding(sequence: Tokens, pad: int | None) -> Tokens:
-    """A sequence up to its last token that is not the padding token; at least one token."""
-    end = len(sequence)
-    while end > 1 and sequence[end - 1] == pad:
-        end -= 1
-    return sequence[:end]
 
 
 def _outputs_of(model: PreTrainedModel, states: Tensor) -> Tensor:

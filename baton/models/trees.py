@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Tokens = Sequence[int]
+from baton.models.sequences import Tokens, shared_tokens
 
 
 @dataclass
@@ -67,12 +67,6 @@ def with_prompts(sequences: Sequence[Tokens]) -> list[tuple[Tokens, Tokens]]:
     Sequences that share no beginning are a prompt each.
     """
     return cut_after(sequences, shared_tokens(sequences))
-
-
-def shared_tokens(sequences: Sequence[Tokens]) -> int:
-    """How many tokens all sequences begin with."""
-    first, last = min(sequences), max(sequences)  # what these two share, all between them do
-    return next((place for place, both in enumerate(zip(first, last, strict=False)) if both[0] != both[1]), len(first))
 
 
 def cut_after(sequences: Sequence[Tokens], shared: int) -> list[tuple[Tokens, Tokens]]:
