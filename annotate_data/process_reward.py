@@ -33,18 +33,16 @@ class Steps(NamedTuple):
 class ProcessReward:
     """A process reward model on one device. Call it with tasks: it yields the score of each missing response.
 
-    It is a sequence classifier with one output, whose logit is that of "right", or one of tokens with the outputs "wrong" and
-    "right", as TRL's PRMTrainer makes it. It is read at the last token of each step.
+    It is a sequence classifier with one output, the logit of "right", which is read at the last token of each step.
     """
 
     def __init__(self, path: str, device: torch.device, settings: loading.Settings):
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+        from transformers import AutoModelForSequenceClassification
 
-        check_process_model(path, AutoConfig.from_pretrained(path).to_dict())
-        of_tokens = AutoConfig.from_pretrained(path).num_labels == 2
-        architecture = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
         self.tokenizer = load_tokenizer(path, settings.chat_template)
-        self.model = loading.place(loading.load(architecture, path, settings.dtype), device, settings.dtype)
+        model = loading.load(AutoModelForSequenceClassification, path, settings.dtype)
+        check_process_model(path, model.config.to_dict())
+        self.model = loading.place(model, device, settings.dtype)
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
         self.tokens_per_row = settings.tokens_per_batch or loading.TOKENS_PER_ROW[device.type]

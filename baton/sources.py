@@ -184,18 +184,17 @@ def check_reward_model(path: str, heads: Sequence[str] | None = None, several: b
 def check_process_model(path: str, config: Mapping[str, Any] | None = None) -> None:
     """Raise InputError, without any heavy import, if a model is no process reward model, by its `config`, or its file.
 
-    It is a sequence classifier whose one output is called `steps.OUTPUT`, or one of tokens with two outputs.
+    It is a sequence classifier whose one output is called `steps.OUTPUT`.
     """
     config = _config_of(path) if config is None else config
     if config is None:
         return
     architectures, outputs = _classifier(config)
-    of_tokens = any("TokenClassification" in name for name in architectures)
-    if outputs != [OUTPUT] and not (of_tokens and len(outputs) == 2):
+    if outputs != [OUTPUT]:
         raise InputError(
-            f"{path}: not a process reward model, which is a sequence classifier whose output is called `{OUTPUT}` "
-            f"(reward_model/run_rm.py --loss_type process), or a token classifier with two labels (TRL's PRMTrainer); this is "
-            f"{', '.join(architectures) or 'unnamed'} with {len(outputs)} labels"
+            f"{path}: not a process reward model, which is a sequence classifier whose output is called `{OUTPUT}`, as "
+            f"reward_model/run_rm.py --loss_type process makes it; this is {', '.join(architectures) or 'unnamed'} with "
+            f"{len(outputs)} labels"
         )
 
 

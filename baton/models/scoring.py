@@ -213,9 +213,8 @@ def _summed(outputs: Tensor, weights: Sequence[float] | None) -> Tensor:
 
 
 def _probabilities(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """The probability of "right" at hidden states (N, H), (N,), whose logit is the one output, or the second less the first."""
-    outputs = _outputs_of(model, states)
-    return (outputs[:, -1] - (outputs[:, 0] if outputs.shape[1] == 2 else 0)).sigmoid()
+    """The probability of "right" at hidden states (N, H), (N,), whose logit is the model's output."""
+    return _outputs_of(model, states)[:, 0].sigmoid()
 
 
 def _divided(values: Tensor, places: Sequence[Sequence[int]]) -> list[list[float]]:

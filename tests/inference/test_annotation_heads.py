@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from annotate_data.bradley_terry import BradleyTerry
 from annotate_data.process_reward import ProcessReward
@@ -32,17 +32,13 @@ WEIGHTS = {"helpful": 0.5, "brief": -2.0, "clear": 0.0}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A folder with `several`, of three outputs, `steps`, a process reward model, and `tokens`, one as TRL makes it."""
+    """A folder with `several`, of three outputs, and `steps`, a process reward model."""
     folder = make_models(tmp_path_factory.mktemp("models"))
-    kinds = {
-        "several": (AutoModelForSequenceClassification, list(WEIGHTS)),
-        "steps": (AutoModelForSequenceClassification, ["step"]),
-        "tokens": (AutoModelForTokenClassification, ["LABEL_0", "LABEL_1"]),
-    }
-    for name, (architecture, outputs) in kinds.items():
+    for name, outputs in {"several": list(WEIGHTS), "steps": ["step"]}.items():
         torch.manual_seed(5)
         named = {"id2label": dict(enumerate(outputs)), "label2id": {output: i for i, output in enumerate(outputs)}}
-        architecture.from_pretrained(folder / "lm", dtype="float32", **named).save_pretrained(folder / name)
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "lm", dtype="float32", **named)
+        model.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(folder / "lm").save_pretrained(folder / name)
     return folder
 
@@ -79,25 +75,21 @@ def test_a_reward_is_the_weighted_sum_of_the_outputs_that_are_named(models, pack
             assert found[task.position, index].value == pytest.approx(wanted, abs=1e-4)
 
 
-def probabilities_alone(folder, name, task, response):
+def probabilities_alone(folder, task, response):
     """The probability of each step, of a forward pass that ends with it."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
-    architecture = AutoModelForTokenClassification if name == "tokens" else AutoModelForSequenceClassification
-    model, found = architecture.from_pretrained(folder / name), []
+    model, found = AutoModelForSequenceClassification.from_pretrained(folder / "steps"), []
     for end in [at for at in range(1, len(response) + 1) if response[at:].startswith("\n\n") or at == len(response)]:
-        if not response[:end].strip() or response[:end].endswith("\n"):
-            continue
-        ids, (place,) = with_places(tokenizer, task.prompt, response, [end], "here")
-        with torch.no_grad():
-            logits = model(torch.tensor([ids[: place + 1]])).logits
-        found.append(logits[0, -1].softmax(-1)[1].item() if name == "tokens" else logits[0, 0].sigmoid().item())
+        if response[:end].strip() and not response[:end].endswith("\n"):
+            ids, (place,) = with_places(tokenizer, task.prompt, response, [end], "here")
+            with torch.no_grad():
+                found.append(model(torch.tensor([ids[: place + 1]])).logits[0, 0].sigmoid().item())
     return found
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", ["steps", "tokens"])
-def test_a_process_reward_is_made_of_the_probabilities_of_steps_each_read_at_its_end(models, name, packed):
-    scorer = ProcessReward(str(models / name), CPU, Settings())
+def test_a_process_reward_is_made_of_the_probabilities_of_steps_each_read_at_its_end(models, packed):
+    scorer = ProcessReward(str(models / "steps"), CPU, Settings())
     scorer.packing.holds = packed
     if not packed:
         scorer.model.set_attn_implementation(scorer.packing.own)
@@ -107,7 +99,7 @@ def test_a_process_reward_is_made_of_the_probabilities_of_steps_each_read_at_its
         for task in tasks(RESPONSES):
             assert found[task.position, 4].value is None and "without a step" in found[task.position, 4].note
             for index, response in enumerate(RESPONSES[:4]):
-                steps = probabilities_alone(models, name, task, response)
+                steps = probabilities_alone(models, task, response)
                 assert len(steps) == (3, 2, 1, 3)[index]
                 made = {"min": min(steps), "mean": sum(steps) / len(steps), "last": steps[-1], "product": math.prod(steps)}
                 assert found[task.position, index].value == pytest.approx(made[how], abs=1e-5)
@@ -148,7 +140,6 @@ def test_both_score_at_once_and_serve_rm_serves_them(models, tmp_path):
         ("several", ["kind"], "--heads kind: .* has no output `kind`, it has helpful, brief, clear"),
         ("several", ["brief=much"], "--heads brief=much: the weight must be a number, got 'much'"),
         ("steps", None, "a process reward model, which scores steps: name it process:"),
-        ("tokens", None, "not a Bradley-Terry reward model"),
         ("lm", None, "not a Bradley-Terry reward model"),
     ],
 )
@@ -164,5 +155,4 @@ def test_several_outputs_are_refused_where_one_alone_is_read_and_rewards_where_s
     for name, count in (("rm", 1), ("several", 3), ("lm", 2)):
         with pytest.raises(InputError, match=f"not a process reward model.* with {count} labels"):
             check_process_model(str(models / name))
-    for name in ("steps", "tokens"):
-        check_process_model(str(models / name))
+    check_process_model(str(models / "steps"))
