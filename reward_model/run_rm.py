@@ -60,8 +60,8 @@ ONLY_WITH = {
     "heads": ("regression",),
     "step_separator": ("process",),
     "score_key": ("bradley_terry", "regression"),
-    **dict.fromkeys(("chosen_key", "rejected_key", "max_pairs_per_prompt", "margin_scale"), ("bradley_terry",)),
-    "center_rewards_coefficient": ("bradley_terry",),
+    **dict.fromkeys(("chosen_key", "rejected_key", "max_pairs_per_prompt", "loss", "margin_scale"), ("bradley_terry",)),
+    "center_rewards_coefficient": ("bradley_terry",),  # of TRL's RewardConfig
 }
 
 IMPORTS = ("reward_model.trainer", "baton.training.checkpoints", "baton.training.rows")
@@ -373,7 +373,8 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     check_lora(arguments)
     separator_of(arguments.step_separator)
     for name, loss_types in ONLY_WITH.items():
-        given = name in settings or getattr(arguments, name, None) not in (None, 0.0)
+        field = Arguments.model_fields.get(name)
+        given = name in settings if field is None else getattr(arguments, name) != field.default
         if given and arguments.loss_type not in loss_types:
             raise InputError(f"`{name}` acts with loss_type {' and '.join(loss_types)} only: leave it out")
     if arguments.heads and len(set(arguments.heads)) < len(arguments.heads):
