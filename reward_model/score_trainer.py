@@ -53,6 +53,9 @@ class PackedScoreTrainer(PackedRewardTrainer):
     def collator(self, pad: int) -> Any:
         return collate_scores
 
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["sequences", "places", "targets", "shared"]  # what the collator reads
+
     def lengths_of(self, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         return lengths_of_scores(rows)
 
