@@ -287,9 +287,6 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
 
     settings = settings | {"max_length": arguments.max_length}
     config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
-    if names := outputs_of(arguments):
-        numbers = {name: number for number, name in enumerate(names)}
-        config.model_init_kwargs |= {"id2label": dict(enumerate(names)), "label2id": numbers}
     check_settings(config, sharding_of(config), arguments, evaluates=True)
     check_order(config)
     return config
@@ -330,7 +327,7 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, h
     set_seed(config.seed)  # the head's random weights are drawn before the trainer does this
     made = PackedRewardTrainer
     if arguments.loss_type != "bradley_terry":
-        made = partial(PackedScoreTrainer, loss_type=arguments.loss_type)
+        made = partial(PackedScoreTrainer, loss_type=arguments.loss_type, outputs=outputs_of(arguments))
     return made(
         arguments.model_name_or_path,
         args=config,
@@ -432,10 +429,11 @@ def main() -> None:
     if program.rank() == 0:
         if arguments.merge_adapter:
             pad = trainer.processing_class.pad_token_id
-            metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype, pad)
+            to = stage.partial_folder, config, arguments.export_dtype, pad, outputs_of(arguments)
+            metrics |= merge_adapter(arguments.model_name_or_path, *to)
         if not np.isfinite(trainer.rewards).all():
             raise InputError("rewards are not numbers: the training has diverged; --overwrite with a smaller `learning_rate`")
-        found = quality(trainer.rewards, margins) if of_pairs else trainer.quality(arguments.heads)
+        found = quality(trainer.rewards, margins) if of_pairs else trainer.quality()
         (log_quality if of_pairs else log_scores)(found)
         held_out_facts = found | {"loss": loss, what: len(held_out_rows), "dropped": dict(held_out_drops.counts)}
         counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}

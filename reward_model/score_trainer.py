@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
+from trl import RewardConfig
+from trl.trainer.utils import create_model_from_path
 
 from baton.errors import InputError
+from baton.training.adapters import settings_of_outputs
 from baton.training.arguments import Compile
 from reward_model.packing import collate_scores, lengths_of_scores
 from reward_model.quality import score_quality, step_quality
@@ -33,6 +36,7 @@ class PackedScoreTrainer(PackedRewardTrainer):
 
     Args:
         loss_type: a name in `LOSSES`.
+        outputs: the names of the model's outputs; None: it has one without a name.
         train_dataset, eval_dataset: rows of `score_rows.row_of`.
     Raises:
         InputError: the model takes no packed rows.
@@ -40,9 +44,24 @@ class PackedScoreTrainer(PackedRewardTrainer):
 
     mean_over = "reads"
 
-    def __init__(self, model: str | PreTrainedModel, *, loss_type: Literal["regression", "process"], **kwargs: Any):
-        super().__init__(model, **kwargs)
-        self.loss_type = loss_type
+    def __init__(
+        self,
+        model: str,
+        *,
+        args: RewardConfig,
+        loss_type: Literal["regression", "process"],
+        outputs: Sequence[str] | None = None,
+        **kwargs: Any,
+    ):
+        loaded = load(model, args, outputs, kwargs.get("quantization_config"))
+        named = loaded.config.id2label, loaded.config.label2id
+        # TRL takes a model that says that it has one output, and warns of settings that are for loading.
+        loaded.config.num_labels = 1
+        given, args.model_init_kwargs = args.model_init_kwargs, None
+        super().__init__(loaded, args=args, **kwargs)
+        args.model_init_kwargs = given
+        loaded.config.id2label, loaded.config.label2id = named
+        self.loss_type, self.outputs = loss_type, outputs
 
     def stay_padded(self, model: PreTrainedModel, reason: str, how: Compile) -> NoReturn:
         raise InputError(
@@ -97,13 +116,23 @@ class PackedScoreTrainer(PackedRewardTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in numbers.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
-    def quality(self, heads: Sequence[str] | None) -> dict[str, Any]:
+    def quality(self) -> dict[str, Any]:
         """How good the outputs on the held-out rows are, after an evaluation: of steps, or of each head, by name."""
         targets, counts = targets_of(self.eval_dataset), self.counts_of(self.eval_dataset)
         if self.loss_type == "process":
             return step_quality(self.rewards[:, 0], targets[:, 0])
-        columns = zip(heads or ["reward"], self.rewards.T, targets.T, strict=True)
+        columns = zip(self.outputs or ["reward"], self.rewards.T, targets.T, strict=True)
         return {"heads": {name: score_quality(scores, rewards, counts) for name, scores, rewards in columns}}
+
+
+def load(model: str, args: RewardConfig, outputs: Sequence[str] | None, quantization: Any = None) -> PreTrainedModel:
+    """A sequence classifier with these outputs, loaded as TRL's trainer loads one with a single output."""
+    given = {**(args.model_init_kwargs or {}), **settings_of_outputs(outputs)}
+    if quantization is not None:
+        given["quantization_config"] = quantization
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        given["device_map"] = None
+    return create_model_from_path(model, AutoModelForSequenceClassification, **given)
 
 
 def targets_of(rows: Dataset) -> np.ndarray:

@@ -64,10 +64,9 @@ def rows_of(loss_type, count=6):
 def trainer_of(model, rows, tokenizer, loss_type, folder="unused", more=(), **config):
     fixed = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False}
     fixed |= {"save_strategy": "no", "logging_steps": 1, "max_length": None, "per_device_train_batch_size": len(rows)}
-    given = {"dtype": "float32", "id2label": dict(enumerate(HEADS[loss_type]))}
-    args = RewardConfig(str(folder), **{**fixed, "model_init_kwargs": given, **config})
+    args = RewardConfig(str(folder), **fixed | {"model_init_kwargs": {"dtype": "float32"}} | config)
     made = {"args": args, "train_dataset": rows, "processing_class": tokenizer, "loss_type": loss_type}
-    return PackedScoreTrainer(model, **made, **dict(more))
+    return PackedScoreTrainer(model, **made, outputs=HEADS[loss_type], **dict(more))
 
 
 def by_formula(trained, rows, loss_type):
@@ -192,15 +191,15 @@ def test_every_shape_of_rewards_is_read():
     ("record", "heads", "message"),
     [
         ({"responses": ["x"]}, None, "f:1: `rewards` must be a list of numbers"),
-        ({"responses": ["x"], "rewards": [None]}, None, "f:1: `rewards` holds null, which is not a finite number"),
+        ({"responses": ["x"], "rewards": [None]}, None, "f:1: `rewards` holds None, which is not a finite number"),
         ({"chosen": "x", "rejected": "y"}, None, "f:1: the record is a pair; loss_type regression learns from `responses`"),
-        ({"completion": "x", "label": 1, "completion_reward": "good"}, None, "f:1: `completion_reward` holds \"good\""),
+        ({"completion": "x", "label": 1, "completion_reward": "good"}, None, "f:1: `completion_reward` holds 'good'"),
         ({"responses": ["x"], "rewards": [1]}, ["a"], "f:1: `rewards_by` must hold rewards by the names a, it has none"),
         ({"responses": ["x"], "rewards_by": {"b": [1]}}, ["a"], "by the names a, it has `b`; annotate with scorers of"),
         ({"responses": ["x"], "rewards_by": {"a": [1, 2]}}, ["a"], "f:1: `rewards_by`: `a` must be a list of 1 numbers"),
-        ({"responses": ["x"], "rewards_by": {"a": ["1"]}}, ["a"], "f:1: `rewards_by: a` holds \"1\", which is not a"),
+        ({"responses": ["x"], "rewards_by": {"a": ["1"]}}, ["a"], "f:1: `rewards_by: a` holds '1', which is not a"),
         ({"response": "x", "helpfulness": 1}, ["a"], "f:1: the record has neither `responses` nor a `response` with"),
-        ({"response": "x", "a": 1}, ["a", "b"], "f:1: `rewards_by: b` holds null, which is not a finite number"),
+        ({"response": "x", "a": 1}, ["a", "b"], "f:1: `rewards_by: b` holds None, which is not a finite number"),
     ],
 )  # fmt: skip
 def test_rewards_that_are_missing_or_no_numbers_are_named(record, heads, message):
@@ -216,7 +215,7 @@ def test_rewards_that_are_missing_or_no_numbers_are_named(record, heads, message
         ({"completions": ["x", " "], "labels": [True, True]}, "f:1: `completions` must be a list of at least one step, texts"),
         (
             {"completions": ["x"]},
-            "f:1: `labels` must be a list of true or false, one for each of the 1 `completions`; got null",
+            "f:1: `labels` must be a list of true or false, one for each of the 1 `completions`; got None",
         ),
         ({"completions": ["x", "y"], "labels": [True]}, "one for each of the 2 `completions`"),
         ({"completions": ["x"], "labels": [0.5]}, "f:1: `labels` must be a list of true or false"),
