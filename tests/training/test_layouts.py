@@ -73,10 +73,10 @@ def test_a_program_trains_and_saves_the_same_in_every_layout(program, task, tmp_
             torch.testing.assert_close(reference_logps(other, pairs), reference_logps(one, pairs), rtol=0, atol=1e-3)
 
 
-def test_a_regression_on_responses_that_share_prompts_is_the_same_in_every_layout(task, annotated, tmp_path):
+def test_a_regression_on_responses_that_share_prompts_is_the_same_in_two_processes(task, annotated, tmp_path):
     words = ["--dataset_name_or_path", annotated, "--loss_type", "regression", "--tokens_per_row", 120]
     losses, scores = {}, {}
-    for layout in ("one process", "DDP", "ZeRO-3"):
+    for layout in ("one process", "ZeRO-3"):
         losses[layout] = trained("reward_model/run_rm.py", layout, task, tmp_path / layout, *words)
         manifest = json.loads((tmp_path / layout / "out.manifest.json").read_text())
         scores[layout] = manifest["held_out"]["heads"]["reward"]
