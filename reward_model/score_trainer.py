@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import RewardConfig
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import create_model_from_path
 
 from baton.errors import InputError
@@ -132,7 +133,9 @@ def load(model: str, args: RewardConfig, outputs: Sequence[str] | None, quantiza
         given["quantization_config"] = quantization
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         given["device_map"] = None
-    return create_model_from_path(model, AutoModelForSequenceClassification, **given)
+    set_seed(args.seed)  # for the head's random weights
+    with suppress_seqcls_warning():
+        return create_model_from_path(model, AutoModelForSequenceClassification, **given)
 
 
 def targets_of(rows: Dataset) -> np.ndarray:
