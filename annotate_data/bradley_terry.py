@@ -1,4 +1,4 @@
-"""Rewards of a Bradley-Terry model: a sequence classifier with one output, read at the end of the conversation."""
+"""Rewards of a Bradley-Terry model: a sequence classifier with one output, or some of several, read at the end."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -13,6 +13,7 @@ from baton.models.batching import batches, windows
 from baton.models.scoring import Packing, packed_rewards, read_part, rewards
 from baton.models.templates import load_tokenizer
 from baton.models.trees import with_prompts
+from baton.sources import weights_of_outputs
 
 
 class BradleyTerry:
@@ -24,6 +25,8 @@ class BradleyTerry:
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         model = loading.load(AutoModelForSequenceClassification, path, settings.dtype)
         self.model = loading.place(model, device, settings.dtype)
+        names = self.model.config.id2label
+        self.weights = weights_of_outputs(path, [names[number] for number in sorted(names)], settings.heads)
         self.max_length = loading.longest_input(self.model, settings.max_length)
         self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
         self.tokens_per_row = settings.tokens_per_batch or loading.TOKENS_PER_ROW[device.type]
@@ -46,8 +49,8 @@ class BradleyTerry:
         """
         trees = [tree for group in groups for tree in with_prompts([read_part(self.model, ids) for ids in group])]
         if self.packing.agreed(trees, self.tokens_per_row):
-            yield from packed_rewards(self.model, trees, self.tokens_per_row)
+            yield from packed_rewards(self.model, trees, self.tokens_per_row, self.weights)
             return
         sequences = [ids for group in groups for ids in group]
         for batch in batches([len(ids) for ids in sequences], self.tokens_per_batch, self.least_filled):
-            yield from zip(batch, rewards(self.model, [sequences[i] for i in batch]), strict=True)
+            yield from zip(batch, rewards(self.model, [sequences[i] for i in batch], self.weights), strict=True)

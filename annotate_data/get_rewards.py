@@ -11,8 +11,9 @@
     … --scorer function:docs/examples/gsm8k_reward.py:gsm8k_reward
     … --scorer bt:sfairXC/FsfairX-LLaMA3-RM-v0.1 brief=function:rules.py:brevity --weights 1 0.2
 
-Kinds of scorers: bt:MODEL, vllm:MODEL, pair:MODEL, custom:MODEL, function:FILE.py:NAME, http:URL[,URL…], judge:URL[,URL…]; a
-name may stand before: NAME=KIND:TARGET. With several, `rewards` is the weighted sum and `rewards_by` holds each.
+Kinds of scorers: bt:MODEL, vllm:MODEL, pair:MODEL, process:MODEL, custom:MODEL, function:FILE.py:NAME, http:URL[,URL…],
+judge:URL[,URL…]; a name may stand before: NAME=KIND:TARGET. With several, `rewards` is the weighted sum and `rewards_by` holds
+each.
 
 Each record of the output is the input's, with `id` and `rewards`, in the order of the input; <output>.summary.json beside it
 says what the rewards look like.
@@ -35,7 +36,6 @@ from baton.arguments import option, parse
 from baton.errors import FailuresListed
 from baton.jsonl import Record
 from baton.launch.check import check_processes
-from baton.models import loading
 from baton.program import rank, run
 from baton.scorers import KINDS_ON_GPU
 from baton.sources import check_hub, check_hub_ahead, template_input
@@ -114,10 +114,9 @@ def main() -> None:
 def maker(scorer: scorers.Wanted, arguments: Arguments) -> Callable[[], Scorer]:
     """A function that makes the scorer, or gives the one that an earlier stage in this process has made."""
     make = scorers.maker(scorer, arguments)
-    if scorer.kind not in ("bt", "pair", "custom"):
+    if scorer.kind not in ("bt", "pair", "process", "custom"):
         return make
-    settings = loading.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
-    return kept(scorer.kind, scorer.target, settings, arguments.device, make)
+    return kept(scorer.kind, scorer.target, arguments.model_settings(), arguments.device, make)
 
 
 if __name__ == "__main__":

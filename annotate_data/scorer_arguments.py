@@ -5,7 +5,9 @@ from typing import Literal
 
 from baton.arguments import StageArguments, option
 from baton.errors import InputError
+from baton.models.loading import Settings
 from baton.scorers import Wanted, wanted_scorers
+from baton.steps import StepReward
 
 
 class ScorerArguments(StageArguments):
@@ -39,6 +41,20 @@ class ScorerArguments(StageArguments):
     rubric: Path | None = option(
         None, "text file with the judge's rubric (default: annotate_data/rubric.txt)", changes_result=False
     )
+
+    heads: list[str] | None = option(
+        None, "outputs of a `bt` model that has several, each NAME or NAME=WEIGHT: the reward is their weighted sum"
+    )
+    step_reward: StepReward = option("min", "reward of a response by the probabilities of its steps, of kind process")
+    step_separator: str | None = option(
+        None,
+        "what stands between steps, of kind process; \\n is a line break (default: an empty line, \\n\\n)",
+    )
+
+    def model_settings(self) -> Settings:
+        """How a scorer's model is loaded and read."""
+        fed = self.dtype, self.max_length, self.tokens_per_batch, self.chat_template
+        return Settings(*fed, self.heads and tuple(self.heads), self.step_reward, self.step_separator)
 
     def wanted(self) -> list[Wanted]:
         """The scorers that are requested. Raises InputError for a word that names none."""

@@ -5,6 +5,7 @@
 | `bt`       | reward model            | Bradley-Terry reward, with transformers |
 | `vllm`     | reward model            | the same, through vLLM's pooling runner |
 | `pair`     | causal LM               | mean probability to win against the prompt's other responses, 0 to 1 |
+| `process`  | process reward model    | of the probabilities that its steps are right, 0 to 1 |
 | `custom`   | reward model            | of a model with its own code (needs --trust_remote_code) |
 | `function` | file.py:name            | of `name(prompts, responses, records) -> list[float]` |
 | `http`     | URL[,URL…]              | of a reward service, OpenRLHF's `remote_rm_url` shape |
@@ -23,7 +24,8 @@ from baton.models import loading
 from baton.program import log_what_runs, world_size
 from baton.scorers import Wanted
 from baton.servers.addresses import check_url
-from baton.sources import check_model_path, check_reward_model
+from baton.sources import check_model_path, check_process_model, check_reward_model
+from baton.steps import separator_of
 
 DEFAULT_RUBRIC = Path(__file__).with_name("rubric.txt")
 
@@ -35,7 +37,11 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
     """
     label = f"scorer {scorer.name}"
     if scorer.kind in ("bt", "vllm"):
-        check_reward_model(scorer.target)
+        check_reward_model(scorer.target, arguments.heads, several=scorer.kind == "bt")
+        return {label: scorer.target}
+    if scorer.kind == "process":
+        separator_of(arguments.step_separator)
+        check_process_model(scorer.target)
         return {label: scorer.target}
     if scorer.kind == "pair":
         check_model_path(scorer.target)
@@ -66,8 +72,7 @@ def identity(scorer: Wanted) -> str:
 
 def maker(scorer: Wanted, arguments: Any) -> Callable[[], Scorer]:
     """A function that makes the scorer: loads its model, or prepares its calls."""
-    settings = loading.Settings(arguments.dtype, arguments.max_length, arguments.tokens_per_batch, arguments.chat_template)
-    return lambda: MAKERS[scorer.kind](scorer.target, arguments, settings)
+    return lambda: MAKERS[scorer.kind](scorer.target, arguments, arguments.model_settings())
 
 
 def _transformers(module: str, name: str) -> Callable[..., Scorer]:
@@ -128,6 +133,7 @@ def _judge(target: str, arguments: Any, settings: loading.Settings) -> Scorer:
 MAKERS: dict[str, Callable[[str, Any, loading.Settings], Scorer]] = {
     "bt": _transformers("annotate_data.bradley_terry", "BradleyTerry"),
     "pair": _transformers("annotate_data.pair_preference", "PairPreference"),
+    "process": _transformers("annotate_data.process_reward", "ProcessReward"),
     "custom": _transformers("annotate_data.custom_model", "CustomModel"),
     "vllm": _vllm,
     "function": _function,

@@ -4,8 +4,8 @@
     python annotate_data/serve_rm.py --scorer bt:MODEL maths=function:docs/examples/gsm8k_reward.py:gsm8k_reward --weights 1 0.2
     python annotate_data/get_rewards.py --scorer http:http://127.0.0.1:5000/get_reward …
 
-Kinds of scorers: bt:MODEL, vllm:MODEL, pair:MODEL, custom:MODEL, function:FILE.py:NAME, http:URL[,URL…], judge:URL[,URL…]; a
-name may stand before: NAME=KIND:TARGET.
+Kinds of scorers: bt:MODEL, vllm:MODEL, pair:MODEL, process:MODEL, custom:MODEL, function:FILE.py:NAME, http:URL[,URL…],
+judge:URL[,URL…]; a name may stand before: NAME=KIND:TARGET.
 
 POST /get_reward takes one prompt's samples: {"messages": [conversation, response included]}, which the model's own chat
 template writes, or {"query": [text]}, read as it is, its beginning in "prompts"; "labels" and "records" are for functions. It

@@ -38,9 +38,7 @@ class StageArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     overwrite: bool = option(False, "start afresh where an output already exists", changes_result=False)
-    check: bool = option(
-        False, "check arguments and inputs, say what would be done, and do nothing", changes_result=False
-    )
+    check: bool = option(False, "check arguments and inputs, say what would be done, and do nothing", changes_result=False)
 
 
 A = typing.TypeVar("A", bound=StageArguments)

@@ -4,13 +4,13 @@ UltraFeedback   {"instruction", "completions": [{"response", a score}]}
 HelpSteer       rows of one prompt that follow each other, each {"prompt", "response", a score}
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from baton.conversations import short
 from baton.errors import InputError
 from baton.jsonl import Record
-from baton.records import check_finite
+from baton.records import check_finite, named, responses_of
 
 ALONE = "fewer than two scored responses"
 
@@ -25,6 +25,40 @@ def annotated_records(records: Iterable[tuple[str, Record]], score: str | None =
     """
     for where, record in with_rows_merged(records, score):
         yield where, annotated_of(record, where, score)
+
+
+def rewards_by_name(
+    records: Iterable[tuple[str, Record]], names: Sequence[str]
+) -> Iterator[tuple[str, Record, dict[str, list[float]]]]:
+    """Yield ("where", record with `responses`, {name: K rewards}), each name's rewards from the record's `rewards_by`.
+
+    Of rows of one prompt, such as HelpSteer's, they are those of the columns with these names. Raises InputError for a record
+    that has not all of them.
+    """
+    for where, record in with_rows_merged(records, names[0]):
+        annotated = annotated_of(record, where, names[0])
+        if "responses" not in annotated:
+            raise InputError(
+                f"{where}: the record has neither `responses` nor a `response` with a number `{names[0]}` (--heads), it has "
+                f"{named(record)}"
+            )
+        count, by = len(responses_of(annotated, where)), annotated.get("rewards_by")
+        if annotated is not record:
+            columns = {name: annotated.get(name) for name in names[1:]}
+            columns = {name: column if isinstance(column, list) else [column] * count for name, column in columns.items()}
+            by = {names[0]: annotated["rewards"]} | columns
+        if not isinstance(by, dict) or not by.keys() >= set(names):
+            held = named(by) if isinstance(by, dict) else "none"
+            raise InputError(
+                f"{where}: `rewards_by` must hold rewards by the names {', '.join(names)}, it has {held}; annotate with "
+                "scorers of these names, or give other --heads"
+            )
+        for name in names:
+            if not isinstance(by[name], list) or len(by[name]) != count:
+                raise InputError(f"{where}: `rewards_by`: `{name}` must be a list of {count} numbers, one for each response")
+            for reward in by[name]:
+                check_finite(reward, where, f"rewards_by: {name}")
+        yield where, annotated, {name: by[name] for name in names}
 
 
 def with_rows_merged(records: Iterable[tuple[str, Record]], score: str | None = None) -> Iterator[tuple[str, Record]]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from baton.errors import InputError
 
-KINDS_ON_GPU = ("bt", "vllm", "pair", "custom")
+KINDS_ON_GPU = ("bt", "vllm", "pair", "process", "custom")
 KINDS = (*KINDS_ON_GPU, "function", "http", "judge")
 
 

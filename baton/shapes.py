@@ -1,6 +1,6 @@
-"""Which shape a record has, and which of Baton's records it becomes: prompt, demonstration, preference or labelled response.
+"""Which shape a record has, and which of Baton's records it becomes: prompt, demonstration, preference, labelled or stepwise.
 
-Each kind has a module of its own that reads it: records.py, demonstrations.py, preferences.py, labels.py.
+Each kind has a module of its own that reads it: records.py, demonstrations.py, preferences.py, labels.py, steps.py.
 """
 
 from collections import Counter
@@ -14,8 +14,9 @@ from baton.pairs import checked_pair
 from baton.preferences import ANSWER_KEYS, preferences_in
 from baton.records import CONVERSATION_KEYS, PROMPT_KEYS, Messages, prompt_as_written, prompt_keys
 from baton.scored import has_completions, is_scored_row
+from baton.steps import SEPARATOR, is_stepwise, stepwise_records
 
-Kind = Literal["prompts", "demonstrations", "preferences", "labelled"]
+Kind = Literal["prompts", "demonstrations", "preferences", "labelled", "stepwise"]
 
 # What the lengths of a record's parts are named by, the prompt first.
 COLUMNS: dict[Kind, tuple[str, ...]] = {
@@ -23,6 +24,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "demonstrations": ("prompt", "response"),
     "preferences": ("prompt", "chosen", "rejected"),
     "labelled": ("prompt", "completion"),
+    "stepwise": ("prompt", "response"),
 }
 
 
@@ -36,6 +38,8 @@ class Shape(NamedTuple):
 def shape_of(record: Record, score: str | None = None) -> Shape | None:
     """The shape of a record, told by its keys, or None. Nothing is checked. `score` is the key of scores of an unusual name."""
     keys = record.keys()
+    if is_stepwise(record):
+        return Shape("steps with labels (`prompt`, `completions`, `labels`)", "stepwise")
     if {"responses", "rewards"} <= keys:
         return Shape("responses with rewards (`responses`, `rewards`)", "preferences")
     if has_completions(record):
@@ -82,6 +86,8 @@ def baton_records(
     if kind == "preferences":
         found = preferences_in(record, where, max_pairs_per_prompt, score, drops)
         found = [checked_pair(pair, where) for pair in found]
+    elif kind == "stepwise":
+        found = [record for _, record in stepwise_records([(where, record)])]
     else:
         found = list(labelled_examples([(where, record)], LabelSettings(), drops, Counter(), score))
     read = [name for name in prompt_keys(record) if name not in COLUMNS[kind]]
@@ -98,6 +104,8 @@ def parts_of(record: Record, kind: Kind) -> tuple[Messages, tuple[str, ...]]:
         return record["prompt"], (record["chosen"], record["rejected"])
     if kind == "labelled":
         return record["prompt"], (record["completion"],)
+    if kind == "stepwise":
+        return record["prompt"], (SEPARATOR.join(record["completions"]),)
     if "messages" not in record:
         return [], (record["text"],)
     *prompt, last = record["messages"]

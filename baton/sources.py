@@ -2,16 +2,18 @@
 
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from baton.ahead import later, starts_here, will_be_adapter, will_be_made
 from baton.errors import InputError
 from baton.fingerprint import cached_folder
 from baton.manifest import in_progress
+from baton.steps import OUTPUT
 
 log = logging.getLogger("baton")
 
@@ -160,19 +162,87 @@ def refuse_input(path: Path, inputs: dict[str, str | Path], flag: str, output: s
             raise InputError(f"{path}: cannot replace the input `{name}`; give another {flag}")
 
 
-def check_reward_model(path: str) -> None:
-    """Raise InputError, without any heavy import, if a local model has not the one output of a reward model."""
+def check_reward_model(path: str, heads: Sequence[str] | None = None, several: bool = False) -> None:
+    """Raise InputError, without any heavy import, if a local model is no reward model: a sequence classifier with one output.
+
+    With `several` it may have more, of which `heads` name what is read: see `weights_of_outputs`.
+    """
+    config = _config_of(path)
+    if config is None:
+        return
+    architectures, outputs = _classifier(config)
+    if outputs == [OUTPUT]:
+        raise InputError(f"{path}: a process reward model, which scores steps: name it process:{path}")
+    if any("Causal" in name for name in architectures) or (len(outputs) != 1 and not (several and "id2label" in config)):
+        raise InputError(
+            f"{path}: not a Bradley-Terry reward model, which is a sequence classifier with one output; this is "
+            f"{', '.join(architectures) or 'unnamed'} with {len(outputs)} labels"
+        )
+    weights_of_outputs(path, outputs, heads)
+
+
+def check_process_model(path: str, config: Mapping[str, Any] | None = None) -> None:
+    """Raise InputError, without any heavy import, if a model is no process reward model, by its `config`, or its file.
+
+    It is a sequence classifier whose one output is called `steps.OUTPUT`.
+    """
+    config = _config_of(path) if config is None else config
+    if config is None:
+        return
+    architectures, outputs = _classifier(config)
+    if outputs != [OUTPUT]:
+        raise InputError(
+            f"{path}: not a process reward model, which is a sequence classifier whose output is called `{OUTPUT}`, as "
+            f"reward_model/run_rm.py --loss_type process makes it; this is {', '.join(architectures) or 'unnamed'} with "
+            f"{len(outputs)} labels"
+        )
+
+
+def weights_of_outputs(model: str, outputs: Sequence[str], heads: Sequence[str] | None) -> list[float] | None:
+    """The weight of each of a reward model's named `outputs` in its reward; None where it has one only, which is the reward.
+
+    `heads` are words NAME or NAME=WEIGHT. Raises InputError where there are several outputs and none of them is named, or one
+    that the model does not have.
+    """
+    if len(outputs) == 1:
+        return None
+    known = ", ".join(outputs)
+    if not heads:
+        raise InputError(f"{model}: has {len(outputs)} outputs, {known}: say with --heads NAME[=WEIGHT] … which are the reward")
+    weights = dict.fromkeys(outputs, 0.0)
+    for word in heads:
+        name, _, weight = word.partition("=")
+        if name not in weights:
+            raise InputError(f"--heads {word}: {model} has no output `{name}`, it has {known}")
+        weights[name] = _finite(weight, f"--heads {word}") if weight else 1.0
+    return list(weights.values())
+
+
+def _finite(text: str, where: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where}: the weight must be a number, got {text!r}")
+    return number
+
+
+def _config_of(path: str) -> dict[str, Any] | None:
+    """The configuration of a local model, or None where that is not known yet."""
     check_model_path(path)
     file = Path(path, "config.json")
-    if file.exists() and not will_be_made(path):
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file}: not JSON: {error}; is the model's folder copied whole?") from None
-        names = config.get("architectures") or []
-        labels = config.get("num_labels") or len(config.get("id2label") or "12")
-        if any("Causal" in name for name in names) or labels != 1:
-            raise InputError(
-                f"{path}: not a Bradley-Terry reward model, which is a sequence classifier with one output; this is "
-                f"{', '.join(names) or 'unnamed'} with {labels} labels"
-            )
+    if not file.exists() or will_be_made(path):
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON: {error}; is the model's folder copied whole?") from None
+
+
+def _classifier(config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """A configuration's architectures, and the names of its outputs, which are two where it does not say."""
+    named = config.get("id2label") or {}
+    count = config.get("num_labels") or len(named) or 2
+    outputs = [str(named[number]) for number in sorted(named, key=int)] if len(named) == count else [*map(str, range(count))]
+    return config.get("architectures") or [], outputs

@@ -1,4 +1,4 @@
-"""Preference pairs as trees of packed rows: the prompt once, then chosen and rejected, each read at its last token."""
+"""Conversations as trees of packed rows: a prompt once, then all that follows it, each read at some of its tokens."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow
 import torch
 
-from baton.models.scoring import without_padding
-from baton.models.trees import pack, with_prompts
+from baton.models.sequences import without_padding
+from baton.models.trees import cut_after, pack, with_prompts
 from baton.training.learnt import padded
 
 SIDES = ("chosen_ids", "rejected_ids")
@@ -31,6 +31,32 @@ class Collator:
         if "margin" in rows[0]:
             batch["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
         return {**batch, "row": packed, "ends": torch.tensor([place.last for place in places]).view(-1, 2)}
+
+
+def collate_scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make rows of `score_rows.row_of` one packed row.
+
+    `row` is the packed row, and `ends`, int64 (N, 1), where it is read: at the places of one conversation after another.
+    `targets` are what should be read there, float32 (N, outputs), and `reads`, int64 (N, 2), the same places as numbers of a
+    conversation and of its token. `input_ids` and `attention_mask`, int64 (S, L), are the conversations.
+    """
+    sequences = [ids for row in rows for ids in row["sequences"]]
+    (packed,), found = pack([part for row in rows for part in cut_after(row["sequences"], row["shared"])], None, whole=True)
+    every = (of_one for row in rows for of_one in row["places"])
+    reads = [(number, place) for number, of_one in enumerate(every) for place in of_one]
+    ends = [found[number].last - len(sequences[number]) + 1 + place for number, place in reads]
+    targets = torch.tensor([value for row in rows for value in row["targets"]], dtype=torch.float32).view(len(reads), -1)
+    batch = {"row": packed, "ends": torch.tensor(ends)[:, None], "reads": torch.tensor(reads), "targets": targets}
+    return {**padded(sequences), **batch}
+
+
+def lengths_of_scores(rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """As `lengths_of`, of rows of `score_rows.row_of`: int64 (N,) and (N, K), 0 where a row has fewer than K conversations."""
+    prompts, lengths = np.array(rows["shared"][:], dtype=np.int64), rows["lengths"][:]
+    responses = np.zeros((len(lengths), max(map(len, lengths))), dtype=np.int64)
+    for number, of_row in enumerate(lengths):
+        responses[number, : len(of_row)] = of_row
+    return prompts, np.maximum(responses - prompts[:, None], 0)
 
 
 def lengths_of(rows: Any) -> tuple[np.ndarray, np.ndarray]:

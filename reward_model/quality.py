@@ -1,4 +1,4 @@
-"""How good rewards are on pairs that were held out: accuracy with its interval, by margin, and calibration."""
+"""How good rewards are on what was held out: of pairs, of responses with rewards, of steps with labels."""
 
 import math
 from typing import Any
@@ -72,3 +72,47 @@ def by_margin(right: np.ndarray, margins: np.ndarray) -> list[dict[str, Any]]:
         {"from": float(margins[m].min()), "to": float(margins[m].max()), "pairs": int(m.sum()), **accuracy(right[m])}
         for m in members
     ]
+
+
+def score_quality(scores: np.ndarray, rewards: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """What `scores` say of N responses with `rewards`, (N,) each; `counts`, (prompts,), are how many responses a prompt has.
+
+    - `mse`: the mean squared error, in squared units of the reward.
+    - `pearson`, `spearman`: correlations; None where scores or rewards are all equal.
+    - `pairs`: of responses to one prompt with different rewards, and where there are any the share whose better one has the
+      higher score, `accuracy`, with its 95 % `accuracy_interval`.
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    varied = len(scores) > 1 and np.ptp(scores) > 0 and np.ptp(rewards) > 0
+    right = pairs_in_order(scores, rewards, counts)
+    return {
+        "mse": float(np.square(scores - rewards).mean()),
+        "pearson": float(pearsonr(scores, rewards)[0]) if varied else None,
+        "spearman": float(spearmanr(scores, rewards)[0]) if varied else None,
+        "pairs": len(right),
+        **(accuracy(right) if len(right) else {}),
+    }
+
+
+def pairs_in_order(scores: np.ndarray, rewards: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Of each two responses to one prompt with different rewards, whether their scores are in the same order, bool (pairs,)."""
+    found = [np.zeros(0, dtype=bool)]
+    ends = np.cumsum(counts)
+    for start, end in zip(ends - counts, ends, strict=True):
+        first, second = np.triu_indices(end - start, k=1)
+        of_scores, of_rewards = (values[start:end][first] - values[start:end][second] for values in (scores, rewards))
+        found.append((np.sign(of_scores) == np.sign(of_rewards))[of_rewards != 0])
+    return np.concatenate(found)
+
+
+def step_quality(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What the `logits` say of N steps, N at least 1, with `labels` 1 for right, (N,) each.
+
+    `accuracy` is the share of steps that are told rightly, at probability 0.5, with its 95 % `accuracy_interval`; and
+    `accuracy_right_steps`, `accuracy_wrong_steps` that of the steps of each label, None where there are none.
+    """
+    told, right = (logits > 0) == (labels > 0.5), labels > 0.5
+    of_each = {"accuracy_right_steps": told[right], "accuracy_wrong_steps": told[~right]}
+    shares = {name: float(values.mean()) if len(values) else None for name, values in of_each.items()}
+    return {**accuracy(told), **shares, "steps": len(told)}

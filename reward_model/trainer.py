@@ -19,7 +19,8 @@ from baton.errors import InputError
 from baton.models.attention import NAME
 from baton.models.forward import TOKENS_PER_ROW, attention, hidden_states, obstacle
 from baton.models.logps import gathered
-from baton.models.scoring import STATE_LIMIT, without_padding
+from baton.models.scoring import STATE_LIMIT
+from baton.models.sequences import without_padding
 from baton.models.trees import Row
 from baton.parallel import model_parallel_size
 from baton.training.arguments import Compile
@@ -85,12 +86,24 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
             return
         take_rows(scorer)
         self.check_first_row(check_first_batch)
-        self.data_collator = Collator(scorer.config.get_text_config().pad_token_id)
-        costs, tokens = sizes_of(train_dataset, self.model)
+        self.data_collator = self.collator(scorer.config.get_text_config().pad_token_id)
+        costs, tokens = sizes_of(*self.lengths_of(train_dataset), self.model)
         self.compile_layers(compile_layers, costs, in_4_bit)
-        self.train_row_by_row(costs, tokens, {"pairs": np.ones(len(costs))}, tokens_per_row)
+        self.train_row_by_row(costs, tokens, {self.mean_over: self.counts_of(train_dataset)}, tokens_per_row)
         if eval_dataset is not None:
-            self.held_out = HeldOut(*sizes_of(eval_dataset, self.model), tokens_per_row, self.data_collator)
+            self.held_out = HeldOut(*sizes_of(*self.lengths_of(eval_dataset), self.model), tokens_per_row, self.data_collator)
+
+    def collator(self, pad: int) -> Any:
+        """What makes rows one packed row."""
+        return Collator(pad)
+
+    def lengths_of(self, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of each row as `packing.lengths_of` gives them."""
+        return lengths_of(rows)
+
+    def counts_of(self, rows: Dataset) -> np.ndarray:
+        """How many of `mean_over` each row has, (N,)."""
+        return np.ones(len(rows))
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset  # of token ids
@@ -159,17 +172,23 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
         self._metrics["train"]["max_reward"].append(most)
         self._extremes.clear()
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The loss and TRL's metrics as means over all held-out pairs, each counted once, and `rewards`."""
-        found = torch.zeros(len(self.eval_dataset), 2, dtype=torch.float64, device=self.accelerator.device)
+    def held_out_rewards(self, starts: np.ndarray, width: int) -> Tensor:
+        """The rewards of `eval_dataset`, float64 (starts[-1], width), also in `rewards`: of row i those from starts[i] on."""
+        found = torch.zeros(int(starts[-1]), width, dtype=torch.float64, device=self.accelerator.device)
         self.model_wrapped.eval()
         for members, inputs in self.evaluation_rows():
             with torch.no_grad(), self.compute_loss_context_manager():
                 rewards = self._rewards_of(self.model_wrapped, inputs)
             if len(members):
-                found[list(members)] = rewards.double()
+                places = np.concatenate([np.arange(starts[member], starts[member + 1]) for member in members])
+                found[torch.from_numpy(places)] = rewards.double()
         found = self.accelerator.reduce(found, "sum") / model_parallel_size()
         self.rewards = found.cpu().numpy()
+        return found
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The loss and TRL's metrics as means over all held-out pairs, each counted once, and `rewards`."""
+        found = self.held_out_rewards(np.arange(len(self.eval_dataset) + 1), 2)
         margins = None
         if "margin" in self.eval_dataset.column_names:
             margins = torch.tensor(self.eval_dataset["margin"][:], dtype=torch.float64, device=found.device)
@@ -182,9 +201,8 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(found))
 
 
-def sizes_of(rows: Dataset, model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray]:
-    """What each pair costs (`tree_costs`), and its tokens in a packed row, int64 (N,) each."""
-    prompts, responses = lengths_of(rows)
+def sizes_of(prompts: np.ndarray, responses: np.ndarray, model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray]:
+    """What trees with prompts and responses of these lengths cost (`tree_costs`), and their tokens, int64 (N,) each."""
     lengths = prompts, responses + 1  # the last token of a response is an input too
     return tree_costs(*lengths, model_size(model)), tree_tokens(*lengths)
 
@@ -197,10 +215,13 @@ def why_padded(model: PreTrainedModel, config: RewardConfig) -> str | None:
 
 
 def take_rows(model: PreTrainedModel) -> None:
-    """Make `model(row=…, at=…)` give the outputs of its score head at the tokens `at`, (N, 1), in place.
+    """Make `model(row=…, at=…)` give the outputs of its score head at the tokens `at`, float32 (N, outputs), in place.
 
     `at` is int64 (N,). With `states` it gives the hidden states, (N, H). Every other call runs the model's own forward pass.
     """
+    for module in model.score.modules():  # an adapter's copy is among them
+        if isinstance(module, nn.Linear):
+            module.forward = types.MethodType(_linear_in_float32, module)
     own_forward, own_attention = model.forward, model.config._attn_implementation
 
     def forward(self, *args: Any, row: Row | None = None, at: Tensor | None = None, states: bool = False, **kwargs: Any) -> Any:
@@ -210,13 +231,20 @@ def take_rows(model: PreTrainedModel) -> None:
         found = hidden_states(self, row, at)
         if states:
             return found
-        # A reward in half precision has three digits. Under DeepSpeed the head's own weights are in half precision too.
-        with torch.autocast(found.device.type, enabled=False):
-            return self.score(found.to(self.score.weight.dtype))  # of an adapter's copy, where there is one
+        return self.score(found)
 
     # For good, not only during the forward pass: gradient checkpointing runs layers again in the backward.
     model.config._attn_implementation = NAME
     model.forward = types.MethodType(forward, model)
+
+
+def _linear_in_float32(self: nn.Linear, states: Tensor) -> Tensor:
+    """A score head's outputs in float32: a reward in half precision has three digits.
+
+    Under DeepSpeed and FSDP the head's weights are in half precision as all others, rounded from their float32 copy.
+    """
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 def set_head(model: nn.Module, seed: int) -> None:

@@ -196,8 +196,14 @@ def holds_out(arguments: Arguments) -> bool:
 
 def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, held_out: Any | None) -> Any:
     """The trainer, its model loaded; `held_out` are rows to evaluate on."""
-    from sft.trainer import PackedSFTTrainer
+    from baton.training import learnt
+    from baton.training.memory import check_memory, estimate, largest_row, outline, sharding_of
+    from sft.trainer import PackedSFTTrainer, why_padded
 
+    outlined, lengths = outline(arguments.model_name_or_path, adapter_config(arguments)), learnt.outline(rows)
+    per_row = None if why_padded(outlined, config) else arguments.tokens_per_row
+    tokens = largest_row(int((lengths.prompts + lengths.responses).max()), config, per_row)
+    check_memory(estimate(outlined, config, sharding_of(config), tokens, in_4_bit=arguments.load_in_4bit), config)
     return PackedSFTTrainer(
         arguments.model_name_or_path,
         args=config,

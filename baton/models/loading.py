@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 from baton.errors import InputError
 from baton.program import cpu_has_bfloat16
+from baton.steps import StepReward
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -16,12 +17,15 @@ LEAST_FILLED = {"cpu": 0.98, "cuda": 0.8}
 
 
 class Settings(NamedTuple):
-    """How a model is loaded and fed; None for the default."""
+    """How a model is loaded and fed, and what of it is read; None for the default."""
 
     dtype: Dtype = "auto"
     max_length: int | None = None
     tokens_per_batch: int | None = None
     chat_template: str | None = None
+    heads: tuple[str, ...] | None = None  # of a reward model with several outputs, see `sources.weights_of_outputs`
+    step_reward: StepReward = "min"
+    step_separator: str | None = None
 
 
 def load(auto_class: Any, path: str, dtype: Dtype, **options: Any) -> Any:

@@ -17,7 +17,8 @@ from baton.errors import InputError
 from baton.models import forward
 from baton.models.attention import NAME
 from baton.models.batching import batches, padded
-from baton.models.trees import Place, Row, Tokens, pack
+from baton.models.sequences import Tokens, without_padding
+from baton.models.trees import Place, Row, pack
 
 log = logging.getLogger("baton")
 
@@ -73,18 +74,24 @@ class Packing:
 
 
 @torch.inference_mode()
-def rewards(model: PreTrainedModel, sequences: Sequence[Tokens]) -> list[float]:
-    """Rewards of a Bradley-Terry model, a sequence classifier with one output, read at the end of each sequence."""
+def rewards(model: PreTrainedModel, sequences: Sequence[Tokens], weights: Sequence[float] | None = None) -> list[float]:
+    """Rewards of a Bradley-Terry model, a sequence classifier, read at the end of each sequence.
+
+    They are its first output, or the sum of its outputs by `weights`, one for each.
+    """
     if not hasattr(model, "score"):  # its layout is unknown, and it may not be causal
         ids, lengths = padded(sequences, model.config.get_text_config().pad_token_id or 0, model.device)  # (B, L), (B,)
         mask = torch.arange(ids.shape[1], device=model.device) < lengths[:, None]
-        return model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float().tolist()
-    return _rewards_of(model, _ends(model, [read_part(model, ids) for ids in sequences])).tolist()
+        return _summed(model(input_ids=ids, attention_mask=mask.long()).logits.float(), weights).tolist()
+    return _summed(_outputs_of(model, _ends(model, [read_part(model, ids) for ids in sequences])), weights).tolist()
 
 
 @torch.inference_mode()
 def packed_rewards(
-    model: PreTrainedModel, sequences: Sequence[tuple[Tokens, Tokens]], tokens_per_row: int
+    model: PreTrainedModel,
+    sequences: Sequence[tuple[Tokens, Tokens]],
+    tokens_per_row: int,
+    weights: Sequence[float] | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Yield (index, reward) of each `(prompt, response)` of token ids under a Bradley-Terry model, row after packed row.
 
@@ -93,7 +100,40 @@ def packed_rewards(
     order.
     """
     for row, indices, places in _rows(sequences, tokens_per_row, whole=True):
-        yield from zip(indices, _rewards_of(model, _row_ends(model, row, places)).tolist(), strict=True)
+        outputs = _outputs_of(model, _row_ends(model, row, places))
+        yield from zip(indices, _summed(outputs, weights).tolist(), strict=True)
+
+
+@torch.inference_mode()
+def step_probabilities(
+    model: PreTrainedModel, sequences: Sequence[Tokens], places: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """The probabilities that a process reward model gives at the `places` of each sequence, of one padded batch."""
+    ids, _ = padded(sequences, 0, model.device)  # (B, L)
+    rows = torch.tensor([number for number, of_one in enumerate(places) for _ in of_one])
+    columns = torch.tensor([place for of_one in places for place in of_one])
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, columns]  # (N, H)
+    return _divided(_probabilities(model, states), places)
+
+
+@torch.inference_mode()
+def packed_step_probabilities(
+    model: PreTrainedModel,
+    sequences: Sequence[tuple[Tokens, Tokens]],
+    places: Sequence[Sequence[int]],
+    tokens_per_row: int,
+) -> Iterator[tuple[int, list[float]]]:
+    """Yield (index, probabilities) of each `(prompt, response)` of token ids, as `step_probabilities` gives them.
+
+    `places` count from the prompt's first token, and are in the response where there is one. The model must have a `score`
+    head and `attention.NAME` as its attention; rows are as in `trees.pack`, and so is the order.
+    """
+    for row, indices, found in _rows(sequences, tokens_per_row, whole=True):
+        of_row = [places[index] for index in indices]
+        ends = [place.last - sum(map(len, sequences[index])) + 1 for index, place in zip(indices, found, strict=True)]
+        at = torch.tensor([end + place for end, of_one in zip(ends, of_row, strict=True) for place in of_one])
+        probabilities = _probabilities(model, forward.hidden_states(model, row, at))
+        yield from zip(indices, _divided(probabilities, of_row), strict=True)
 
 
 @torch.inference_mode()
@@ -161,18 +201,25 @@ def read_part(model: PreTrainedModel, sequence: Tokens) -> Tokens:
     return without_padding(sequence, model.config.get_text_config().pad_token_id)
 
 
-def without_padding(sequence: Tokens, pad: int | None) -> Tokens:
-    """A sequence up to its last token that is not the padding token; at least one token."""
-    end = len(sequence)
-    while end > 1 and sequence[end - 1] == pad:
-        end -= 1
-    return sequence[:end]
-
-
-def _rewards_of(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """The score head on hidden states (N, H), in float32: (N,)."""
+def _outputs_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The score head on hidden states (N, H), in float32: (N, outputs)."""
     bias = None if model.score.bias is None else model.score.bias.float()
-    return F.linear(states.float(), model.score.weight.float(), bias)[:, 0]
+    return F.linear(states.float(), model.score.weight.float(), bias)
+
+
+def _summed(outputs: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """The first of each row's outputs, or their sum by `weights`: (N,)."""
+    return outputs[:, 0] if weights is None else outputs @ outputs.new_tensor(weights)
+
+
+def _probabilities(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The probability of "right" at hidden states (N, H), (N,), whose logit is the model's output."""
+    return _outputs_of(model, states)[:, 0].sigmoid()
+
+
+def _divided(values: Tensor, places: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The values of each sequence's places, which stand one after another."""
+    return [part.tolist() for part in values.split([len(of_one) for of_one in places])]
 
 
 def _ends(model: PreTrainedModel, sequences: Sequence[Tokens]) -> Tensor:

@@ -1,6 +1,7 @@
 """Chat templates: from a conversation to the token ids that a model reads, and from sampled ids to their text."""
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -92,6 +93,26 @@ def encode_all(tokenizer: Any, conversations: list[Messages], wheres: list[str])
     except (jinja2.TemplateError, TypeError, KeyError):  # one by one, to name the record
         return [conversation_token_ids(tokenizer, *both) for both in zip(conversations, wheres, strict=True)]
     return _encode(tokenizer, texts)
+
+
+def with_places(tokenizer: Any, prompt: Messages, response: str, ends: list[int], where: str) -> tuple[list[int], list[int]]:
+    """The token ids of a conversation that ends with `response`, and the places in them where some of its beginnings end.
+
+    `ends` are how many characters of the response each beginning has, at least one; its place is that of the token with its
+    last character. Raises InputError if the template rewrites what is said, or the tokenizer does not tell where tokens stand.
+    """
+    messages = [*prompt, {"role": "assistant", "content": response}]
+    opening, written, _ = _turn(tokenizer, messages, where)
+    start = written.rfind(response.strip())  # templates may strip it, and write something of their own before it
+    if start < 0:
+        raise _rewritten(len(messages), where)
+    if not tokenizer.is_fast:
+        raise InputError(f"{tokenizer.name_or_path}: its tokenizer does not tell which characters a token has: a fast one does")
+    start += len(opening) - (len(response) - len(response.lstrip()))
+    text = _text(tokenizer, messages, where, add_generation_prompt=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    first = [begin for begin, _ in encoded["offset_mapping"]]
+    return encoded["input_ids"], [bisect_left(first, start + end) - 1 for end in ends]
 
 
 def response_pieces(tokenizer: Any, messages: Messages, where: str, stopped: bool = True) -> list[tuple[list[int], bool]]:

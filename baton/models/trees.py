@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Tokens = Sequence[int]
+from baton.models.sequences import Tokens, shared_tokens
 
 
 @dataclass
@@ -66,8 +66,11 @@ def with_prompts(sequences: Sequence[Tokens]) -> list[tuple[Tokens, Tokens]]:
 
     Sequences that share no beginning are a prompt each.
     """
-    first, last = min(sequences), max(sequences)  # what these two share, all between them do
-    shared = next((place for place, both in enumerate(zip(first, last, strict=False)) if both[0] != both[1]), len(first))
+    return cut_after(sequences, shared_tokens(sequences))
+
+
+def cut_after(sequences: Sequence[Tokens], shared: int) -> list[tuple[Tokens, Tokens]]:
+    """Sequences as prompt and response, the prompt being the tokens that they share, or all of each where that is none."""
     return [(ids[: shared or len(ids)], ids[shared or len(ids) :]) for ids in sequences]
 
 

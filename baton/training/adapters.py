@@ -4,6 +4,7 @@ The names are those of TRL's ModelConfig. Nothing heavy is imported with this fi
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,12 @@ def quantization_config(arguments: LoraArguments, config: Any) -> Any:
 
 
 def merge_adapter(
-    model: str, folder: Path, config: Any, dtype: ExportDtype, pad_token_id: int | None = None
+    model: str,
+    folder: Path,
+    config: Any,
+    dtype: ExportDtype,
+    pad_token_id: int | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Replace the adapter in `folder` by `model` with the adapter merged in, a plain Hugging Face folder.
 
@@ -98,7 +104,8 @@ def merge_adapter(
     called by process 0, when `folder` is complete.
 
     Args:
-        pad_token_id: of a reward model, a sequence classifier with one output; None: a causal language model.
+        pad_token_id: of a reward model, a sequence classifier; None: a causal language model.
+        outputs: names of the reward model's outputs; None: it has one without a name.
     """
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
@@ -109,7 +116,7 @@ def merge_adapter(
 
     given, architecture = {**(config.model_init_kwargs or {}), "device_map": None, "dtype": "float32"}, None
     if pad_token_id is not None:
-        given, architecture = given | {"num_labels": 1}, AutoModelForSequenceClassification
+        given, architecture = given | settings_of_outputs(outputs), AutoModelForSequenceClassification
     with unsharded(config):
         base = create_model_from_path(model, architecture, **given)
         if pad_token_id is not None:
@@ -119,3 +126,11 @@ def merge_adapter(
     for name in ADAPTER_FILES:
         (folder / name).unlink()
     return facts
+
+
+def settings_of_outputs(outputs: Sequence[str] | None) -> dict[str, Any]:
+    """The settings of a classifier's configuration that give it these outputs; None: one without a name."""
+    if outputs is None:
+        return {"num_labels": 1}
+    numbers = {name: number for number, name in enumerate(outputs)}
+    return {"num_labels": len(outputs), "id2label": dict(enumerate(outputs)), "label2id": numbers}

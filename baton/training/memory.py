@@ -15,7 +15,7 @@ import pyarrow.compute
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import strtobool
 
 from baton.errors import InputError
@@ -63,8 +63,10 @@ def sharding_of(config: Any) -> Sharding:
     return Sharding(processes, 3 if fsdp and config.device.type != "cpu" else 0)
 
 
-def outline(model: str, adapter: Any = None) -> nn.Module:
+def outline(model: str, adapter: Any = None, outputs: int | None = None) -> nn.Module:
     """A model, with an adapter if one is given, whose weights have a shape and no content.
+
+    With `outputs` it is a sequence classifier with so many of them, whatever the model is.
 
     Raises InputError for an unknown architecture, or an adapter of modules that the model does not have.
     """
@@ -74,7 +76,11 @@ def outline(model: str, adapter: Any = None) -> nn.Module:
     if architecture is None:
         raise InputError(f"{model}: its config.json names the architecture {name!r}, which transformers does not have")
     with torch.device("meta"):
-        outlined = architecture(configuration)
+        if outputs is None:
+            outlined = architecture(configuration)
+        else:
+            configuration.num_labels = outputs
+            outlined = AutoModelForSequenceClassification.from_config(configuration)
         if adapter is None:
             return outlined
         from peft import get_peft_model
@@ -96,6 +102,11 @@ def largest_batch(rows: Any, config: Any, packed: bool, tokens_per_row: int | No
     )
     pair = pyarrow.compute.add(pyarrow.compute.add(prompt, chosen), rejected)
     longest = pyarrow.compute.max(pair if packed else pyarrow.compute.add(pair, prompt)).as_py()
+    return largest_row(longest, config, tokens_per_row)
+
+
+def largest_row(longest: int, config: Any, tokens_per_row: int | None) -> int:
+    """As `largest_batch`, of members of which the longest has so many tokens in a pass."""
     if tokens_per_row is None:
         return config.per_device_train_batch_size * longest
     share = config.per_device_train_batch_size * config.gradient_accumulation_steps * longest
@@ -181,8 +192,9 @@ def frozen_bytes(model: nn.Module, frozen: int, config: Any, sharding: Sharding,
     size = computing_bytes(config) if sharding.deepspeed else loaded_weight_bytes(model, config)
     if not in_4_bit:
         return frozen * size
-    lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    not_quantized = head.numel() + (lookup.numel() if lookup is not head else 0)  # bitsandbytes leaves them as they are
+    lookup, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    # bitsandbytes leaves them as they are
+    not_quantized = lookup.numel() + (0 if head is None or head.weight is lookup else head.weight.numel())
     quantized = frozen - not_quantized
     return not_quantized * size + quantized * NF4_BYTES
 

@@ -59,6 +59,7 @@ def test_check_says_what_a_file_holds_and_ends_with_3_where_records_were_refused
         ({"prompt": "Hello"}, "prompts, read from prompts"),
         ({"text": "It opens at sea."}, "demonstrations, read from plain text"),
         ({"prompt": "x", "completion": "y", "label": True}, "labelled, read from KTO"),
+        ({"prompt": "x", "completions": ["y"], "labels": [True]}, "stepwise, read from steps with labels"),
         (
             {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
             "demonstrations, read from ShareGPT",

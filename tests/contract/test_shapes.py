@@ -19,7 +19,7 @@ from baton.preferences import preference_records
 from baton.prompts import PromptSet
 from baton.records import prompt_of
 from baton.scored import with_rows_merged
-from baton.shapes import baton_records, shape_of
+from baton.shapes import baton_records, parts_of, shape_of
 from dpo_iteration import run_dpo, run_kto
 from dpo_iteration.choose import choose_pairs
 from reward_model import run_rm
@@ -218,6 +218,13 @@ def test_a_labelled_response_of_every_shape_becomes_the_same_record(record):
     assert converted([record])[:2] == ([{"prompt": DEEP, "completion": "Yes.", "label": True}], "labelled")
 
 
+def test_steps_with_labels_are_a_kind_of_their_own():
+    record = {"prompt": "Hello", "completions": ["One.\n", "Two."], "labels": [True, 0], "kept": 1}
+    wanted = {"prompt": OPENING, "completions": ["One.", "Two."], "labels": [True, False], "kept": 1}
+    assert converted([record])[:2] == ([wanted], "stepwise") == converted([wanted])[:2]
+    assert parts_of(wanted, "stepwise") == (OPENING, ("One.\n\nTwo.",))
+
+
 PLAIN = st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=8)
 
 
@@ -238,13 +245,14 @@ def test_what_was_converted_is_read_as_it_is(record):
     assert converted(copy.deepcopy(once))[:2] == (once, kind)
 
 
-KEYS = "prompt messages conversations instruction input output chosen rejected completions label text".split()
+KEYS = "prompt messages conversations instruction input output chosen rejected completions label labels text".split()
 MESSAGES = st.lists(st.dictionaries(st.sampled_from(["role", "from", "value", "content", "response"]), st.text(max_size=4)))
 VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.none() | st.text(max_size=2)) | MESSAGES
 
 
 @given(
-    st.sampled_from(["prompts", "demonstrations", "preferences", "labelled"]), st.dictionaries(st.sampled_from(KEYS), VALUES)
+    st.sampled_from(["prompts", "demonstrations", "preferences", "labelled", "stepwise"]),
+    st.dictionaries(st.sampled_from(KEYS), VALUES),
 )
 def test_whatever_a_record_holds_it_is_read_or_refused_by_its_place(kind, record):
     shape_of(record)
@@ -280,6 +288,8 @@ def test_whatever_a_record_holds_it_is_read_or_refused_by_its_place(kind, record
         ({"prompt": "x", "completions": [{"response": 1, "score": 1}] * 2}, "preferences", "`response` must be a text"),
         ({"chosen": HH + " Yes.", "rejected": "\n\nHuman: x\n\nAssistant: y"}, "preferences", "the same conversation"),
         ({"messages": OPENING, "label": True}, "labelled", "must end with the response of the assistant that `label`"),
+        ({"prompt": "x", "completions": ["y"], "labels": ["good"]}, "stepwise", "`labels` must be a list of true or false"),
+        ({"completions": ["y"], "labels": [True]}, "stepwise", "no `prompt` or `context_messages`"),
         ({"prompt": "x", "completion": "y", "label": "good"}, "labelled", "`label` must be true .*got 'good'.*--label_key"),
     ],
 )

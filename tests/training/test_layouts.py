@@ -73,6 +73,18 @@ def test_a_program_trains_and_saves_the_same_in_every_layout(program, task, tmp_
             torch.testing.assert_close(reference_logps(other, pairs), reference_logps(one, pairs), rtol=0, atol=1e-3)
 
 
+def test_a_regression_on_responses_that_share_prompts_is_the_same_in_two_processes(task, annotated, tmp_path):
+    words = ["--dataset_name_or_path", annotated, "--loss_type", "regression", "--tokens_per_row", 120]
+    losses, scores = {}, {}
+    for layout in ("one process", "ZeRO-3"):
+        losses[layout] = trained("reward_model/run_rm.py", layout, task, tmp_path / layout, *words)
+        manifest = json.loads((tmp_path / layout / "out.manifest.json").read_text())
+        scores[layout] = manifest["held_out"]["heads"]["reward"]
+        assert losses[layout] == pytest.approx(losses["one process"], abs=1e-5) and len(losses[layout]) == STEPS
+        for name in ("mse", "pearson", "spearman", "accuracy"):
+            assert scores[layout][name] == pytest.approx(scores["one process"][name], abs=1e-3), (layout, name)
+
+
 def test_a_reference_in_memory_is_sharded_too(task, tmp_path):
     words = ["--forward", "trl", "--ref_model", task / "base", "--max_training_samples", STEPS * BATCH]  # no short step
     whole, sharded = (

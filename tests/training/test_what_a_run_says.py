@@ -165,6 +165,15 @@ def test_offloading_and_4_bits_take_memory_off_the_device(llama_8b):
     assert needs["weights"] / 1e9 == pytest.approx(6.0, abs=0.1) and needs["gradients"] < 0.1e9
 
 
+def test_a_reward_model_has_outputs_in_place_of_a_vocabulary(llama_8b):
+    of_policy, of_rewards = (estimate(outline(llama_8b, None, n), config_of(), Sharding(), 4096) for n in (None, 5))
+    assert (of_policy["weights"] - of_rewards["weights"]) / 4 == (128256 - 5) * 4096
+    adapter = adapter_config(LoraArguments(use_peft=True), "SEQ_CLS")
+    config = config_of(bf16=True, model_init_kwargs={"dtype": "bfloat16"})
+    needs = estimate(outline(llama_8b, adapter, 1), config, Sharding(), 4096, in_4_bit=True)
+    assert needs["weights"] / 1e9 == pytest.approx(6.0 - 1.05, abs=0.1)  # without the head's 0.53 billion in bfloat16
+
+
 def test_the_largest_batch_is_that_of_the_longest_pair():
     rows = Dataset.from_list([{"prompt_ids": [1] * p, "chosen_ids": [1] * 4, "rejected_ids": [1] * 5} for p in (3, 10, 7)])
     config = config_of(per_device_train_batch_size=2, gradient_accumulation_steps=2)
