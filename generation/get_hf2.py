@@ -11,7 +11,6 @@ sampled is not sampled again by another.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +69,7 @@ class Arguments(GenerationArguments):
 def main() -> None:
     engine.prepare_environment()
     with shards.noting_refusal(*named_shard(sys.argv[1:])):
-        arguments = parse(Arguments, __doc__ or "", accept=partial(own_names, known=Arguments.model_fields))
+        arguments = parse(Arguments, __doc__ or "", accept=lambda settings: own_names(settings, Arguments.model_fields))
         inputs = checked_inputs(arguments)
     prefix, shard = Path(arguments.output_dir), (arguments.local_index, arguments.my_world_size)
     check_device = gpus.check_vllm if arguments.backend == "vllm" else lambda: None

@@ -116,7 +116,7 @@ def _writes_whole(config: Any) -> bool:
     if config.deepspeed_plugin is not None:
         zero = config.deepspeed_plugin.deepspeed_config["zero_optimization"]
         return bool(zero.get("stage3_gather_16bit_weights_on_model_save"))
-    return "FULL" in os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    return "FULL" in os.environ.get("FSDP_STATE_DICT_TYPE", "")
 
 
 def check_order(config: Any, remedy: str = "leave it out") -> None:

@@ -5,6 +5,7 @@ the batch is split decides what is in a step, or its loss. `StepSampler` deals a
 they cost (`dealing.py`), `TrainsRowByRow` trains them.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,9 @@ from baton.training.arguments import Compile
 from baton.training.compiling import compile_where_it_pays
 from baton.training.dealing import deal, model_size, rows_of_shares
 from baton.training.memory import sharding_of
+
+
+log = logging.getLogger("baton")
 
 
 class Row(NamedTuple):
@@ -143,6 +147,8 @@ class TrainsRowByRow:
         if balances and how == "on":
             raise InputError("`compile`: on, but the router's loss is computed from inside the layers; set it to auto or off")
         if balances:
+            if how == "auto":
+                log.info("layers are not compiled: the router's loss is computed from inside them")
             return
         passes = 2 if is_peft_model(self.model) else 3
         flops = passes * 2 * model_size(self.model).body * self.per_process(costs.sum() / 1000)

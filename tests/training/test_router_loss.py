@@ -93,18 +93,21 @@ def test_a_step_in_several_rows_has_the_mean_of_their_losses_by_tokens(tokenizer
 
 
 def test_pairs_train_row_by_row_with_the_routers_loss(tokenizer, tmp_path):
-    model, losses = experts("qwen3"), []
-    for tokens in (10_000, 60):
+    model, losses, norms = experts("qwen3"), [], []
+    for tokens, again in ((10_000, False), (10_000, True), (60, True)):
         trainer = test_dpo_core.trainer_of(
             model, with_reference(random_pairs(8), model), tokenizer, tmp_path, tokens_per_row=tokens, max_steps=1,
             logging_steps=1, per_device_train_batch_size=8, router_aux_loss_coef=COEFFICIENT,
+            gradient_checkpointing=again,
         )  # fmt: skip
         assert trainer._steps is not None
         trainer.train()
         line = trainer.state.log_history[0]
         losses.append(line["loss"] - COEFFICIENT * line["aux_loss"])
+        norms.append(line["grad_norm"])
         assert 0.5 < line["useful_tokens"] < 1
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-4)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)  # layers that run again in the backward pass change nothing
 
 
 def test_a_reward_models_router_is_balanced_over_the_tokens_of_both_responses(tokenizer, tmp_path):
