@@ -72,7 +72,8 @@ def train(
     if checkpoint is not None:
         fit_layout(trainer, checkpoint)
         state = _state_of(checkpoint)
-        if state["global_step"] >= state["max_steps"]:
+        stopped = early_stopping is not None and no_better_for(trainer.args, state["log_history"]) >= early_stopping
+        if stopped or state["global_step"] >= state["max_steps"]:
             # Transformers looks for the end after each step, so it would train one more where that is within an epoch.
             trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     elif trainer.is_deepspeed_enabled and not is_peft_model(trainer.model):
@@ -93,16 +94,24 @@ class StopEarly(TrainerCallback):
         self.patience = patience
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
-        name = args.metric_for_best_model
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        values = [line[name] for line in state.log_history if name in line]
-        if not values:
-            raise InputError(f"`metric_for_best_model`: an evaluation has no {name}")
-        since = len(values) - 1 - values.index((max if args.greater_is_better else min)(values))
+        since = no_better_for(args, state.log_history)
         if since >= self.patience and not control.should_training_stop:
-            log.info("step %d: the last %d evaluations are no better than %s %.4g: the training ends", state.global_step,
-                     since, name, values[-1 - since])  # fmt: skip
+            log.info(
+                "step %d: the last %d evaluations are no better than the best: the training ends", state.global_step, since
+            )
             control.should_training_stop = True
+
+
+def no_better_for(args: Any, history: list[dict[str, Any]]) -> int:
+    """How many evaluations of a log's history came after the best one, by `metric_for_best_model` of a TrainingArguments."""
+    name = args.metric_for_best_model
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    values = [line[name] for line in history if name in line]
+    if not values:
+        if any("eval_loss" in line for line in history):
+            raise InputError(f"`metric_for_best_model`: an evaluation has no {name}")
+        return 0
+    return len(values) - 1 - values.index((max if args.greater_is_better else min)(values))
 
 
 def keep_checkpoints(

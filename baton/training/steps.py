@@ -2,7 +2,7 @@
 
 The settings of the batch say how many members the global batch has, and nothing else: neither the number of processes nor how
 the batch is split decides what is in a step, or its loss. `StepSampler` deals a step's members to processes and rows by what
-they cost (`dealing.py`), `TrainsRowByRow` trains them.
+they cost (`dealing.py`), `TrainsRowByRow` trains them. The loss that balances a router is the one that depends on rows.
 """
 
 import logging
@@ -27,7 +27,6 @@ from baton.training.arguments import Compile
 from baton.training.compiling import compile_where_it_pays
 from baton.training.dealing import deal, model_size, rows_of_shares
 from baton.training.memory import sharding_of
-
 
 log = logging.getLogger("baton")
 

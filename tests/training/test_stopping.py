@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from baton.errors import InputError
-from baton.training.checkpoints import StopEarly, checkpoints_to_keep
+from baton.training.checkpoints import StopEarly, checkpoints_to_keep, no_better_for
 from baton.training.checks import check_kept
 from baton.training.memory import Sharding
 
@@ -27,8 +27,8 @@ def test_a_training_ends_after_so_many_evaluations_without_a_better_one():
     assert ends_at([3, 2, 2.5, 1, 1.5], patience=2) is None
     assert ends_at([1, 2, 3, 2], patience=1, greater=True) == 4
     assert ends_at([2, 2], patience=1) == 2  # as good is no better
-    with pytest.raises(InputError, match="an evaluation has no eval_loss"):
-        StopEarly(1).on_evaluate(SimpleNamespace(metric_for_best_model="eval_loss"), SimpleNamespace(log_history=[]), None)
+    with pytest.raises(InputError, match="an evaluation has no eval_accuracy"):
+        no_better_for(SimpleNamespace(metric_for_best_model="accuracy"), [{"eval_loss": 1.0}])
 
 
 def test_the_best_checkpoint_stays_and_then_the_last_ones(tmp_path):
