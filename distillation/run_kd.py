@@ -24,14 +24,20 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
-from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
-from baton.prompts import mixed_records, source_inputs, split_sources
+from baton.prompts import mixed_records, source_inputs
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import metrics_file, parse_training, tokens_per_row_option
+from baton.training.arguments import (
+    early_stopping_option,
+    keep_checkpoints_option,
+    metrics_file,
+    parse_training,
+    tokens_per_row_option,
+)
+from baton.training.data import DataArguments, dataset_probs
 from baton.training.demonstrations import Demonstration, rows_of_demonstrations
 from baton.training.reports import check_outside, place_reports
 from distillation.losses import LossName
@@ -46,7 +52,7 @@ OTHERS = (
 )
 
 
-class Arguments(LoraArguments):
+class Arguments(DataArguments, LoraArguments):
     """What this program adds to SFTConfig."""
 
     model_name_or_path: str = option(..., "the student: a folder or a Hugging Face name", changes_result=False)
@@ -56,9 +62,6 @@ class Arguments(LoraArguments):
         "commas between",
         changes_result=False,
     )  # fmt: skip
-    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
-    dataset_split: str = option("train", "split of a Hugging Face dataset")
-    dataset_key: str | None = option(None, "key of the prompt or the conversation, if it is an unusual one (docs/data.md)")
     output_key: str | None = option(
         None, "key of the demonstrated response, or of a whole conversation such as `chosen`, if it is an unusual one"
     )
@@ -84,8 +87,9 @@ class Arguments(LoraArguments):
         False, "accepted for OpenRLHF's sake: the teacher is never in memory with the student", changes_result=False
     )
     max_length: int = option(2048, "longest conversation, in tokens; longer ones are dropped and counted, texts cut", ge=2)
-    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     tokens_per_row: int = tokens_per_row_option("conversation")
+    keep_checkpoints: int = keep_checkpoints_option()
+    early_stopping: int | None = early_stopping_option()
 
 
 def config_class() -> type:
@@ -111,11 +115,6 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     asked = [name for name in ("do_eval", "eval_strategy") if spelling(settings.get(name)) not in (None, False, "no")]
     if asked and not arguments.eval_dataset:
         raise InputError(f"`{asked[0]}` needs data to evaluate on: name it with --eval_dataset, or leave it out")
-
-
-def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
-    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
-    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
 
 
 def examples(arguments: Arguments, source: str) -> Iterator[Demonstration]:
@@ -152,15 +151,17 @@ def rows_of(arguments: Arguments, source: str, tokenizer: Any, config: Any, name
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's SFTConfig. Raises InputError for settings that cannot train."""
     check_outside(settings, [arguments.model_name_or_path, arguments.teacher_model], ahead=arguments.check)
-    from baton.training.checks import check_order, check_settings
+    from baton.training.checks import check_kept, check_order, check_settings
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
 
     # TRL prepares texts; these rows are token ids already.
     settings = settings | {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
+    adapter, kept = arguments.use_peft, arguments.keep_checkpoints
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter, kept)
     check_settings(config, sharding_of(config), arguments, evaluates=bool(arguments.eval_dataset))
     check_order(config)
+    check_kept(arguments, config, sharding_of(config))
     return config
 
 
@@ -246,7 +247,7 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, last_evaluation, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, keep_checkpoints, last_evaluation, stop_at_end_of_turn, train
     from baton.training.config import log_training
     from distillation.teacher import check_tokenizers
 
@@ -267,13 +268,19 @@ def main() -> None:
     log_training(trainer)
     out = count - drops.counts.total()  # a long text gives several rows
     counts = {"in": count, "out": out, "dropped": dict(drops.counts)}
-    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
+    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts, arguments.early_stopping)
     if program.rank() == 0:
         if arguments.merge_adapter:
             metrics |= merge_adapter(student, stage.partial_folder, config, arguments.export_dtype)
         every = examples(arguments, arguments.dataset_name_or_path)
-        if first := next((each for each in every if not isinstance(each.messages, str)), None):
-            stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
+        first = next((each for each in every if not isinstance(each.messages, str)), None)
+
+        def finish(folder: Path) -> None:
+            if first:
+                stop_at_end_of_turn(folder, tokenizer, first.messages, first.where)
+
+        finish(stage.partial_folder)
+        keep_checkpoints(trainer, arguments, stage.partial_folder, finish)
         if held_out is not None:
             metrics |= last_evaluation(trainer)
         stage.finish(records_in=count, records_out=out, drops=drops, metrics=metrics, scratch=SCRATCH)

@@ -4,7 +4,7 @@ from typing import Any
 
 from baton.errors import InputError
 from baton.parallel import data_parallel
-from baton.training.checks import check_order, check_settings
+from baton.training.checks import check_kept, check_order, check_settings
 from baton.training.compiling import obstacle
 from baton.training.memory import Sharding
 
@@ -17,6 +17,7 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         config: a DPOConfig.
     """
     check_settings(config, sharding, arguments, evaluates=bool(arguments.eval_dir))
+    check_kept(arguments, config, sharding)
     if arguments.compile == "on":
         reason = obstacle(config, sharding, arguments.load_in_4bit)
         if arguments.forward == "trl":

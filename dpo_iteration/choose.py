@@ -162,11 +162,11 @@ def pairs_again(paths: Iterable[Path], counted: Counter[str]) -> Iterator[tuple[
             yield where, pair
 
 
-def at_least_one(pairs: Iterator[dict[str, Any]], source: str, drops: Drops) -> Iterator[dict[str, Any]]:
-    """Yield the pairs of `source`. Raises InputError if there is none, saying which filter took how many."""
+def at_least_one(pairs: Iterator[dict[str, Any]], source: str, drops: Drops, what: str = "pair") -> Iterator[dict[str, Any]]:
+    """Yield the pairs, or `what` else, of `source`. Raises InputError if there is none, saying which filter took how many."""
     empty = True
     for pair in pairs:
         empty = False
         yield pair
     if empty:
-        raise InputError(f"{source}: no pair is left; dropped: {drops}; loosen what drops the most")
+        raise InputError(f"{source}: no {what} is left; dropped: {drops}; loosen what drops the most")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from trl import KTOConfig, KTOTrainer
 
@@ -14,6 +15,8 @@ from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, share_prefixes
 from baton.parallel import data_parallel
 from baton.training.checks import check_packing
+from baton.training.config import train_in_float32
+from baton.training.metrics import EvaluateAtEnd
 from baton.training.reference import dataset_reference_logps
 from baton.training.sharding import KeepsFloat32
 
@@ -93,10 +96,10 @@ def in_training_order(rows: Dataset, config: KTOConfig, max_length: int) -> Iter
             yield {**row, "KL_completion_ids": other["completion_ids"][: max_length - len(row["prompt_ids"])]}
 
 
-def with_reference_logps(rows: Dataset, reference: str, config: KTOConfig, folder: Path) -> Dataset:
+def with_reference_logps(rows: Dataset, reference: str, config: KTOConfig, folder: Path, quantization: Any = None) -> Dataset:
     """The rows of `in_training_order` with `ref_logps` and `ref_KL_logps`, float32; they are kept in a file in `folder`."""
     second = "completion_ids" if config.loss_type == WITHOUT_KL else "KL_completion_ids"
-    logps = dataset_reference_logps(rows, ("completion_ids", second), reference, config, folder, remedy=REMEDY)
+    logps = dataset_reference_logps(rows, ("completion_ids", second), reference, config, folder, quantization, remedy=REMEDY)
     return rows.add_column("ref_logps", logps[:, 0]).add_column("ref_KL_logps", logps[:, 1])
 
 
@@ -117,12 +120,17 @@ class PackedKTOTrainer(KeepsFloat32, KTOTrainer):
         self, model: Any, *, tokens_per_row: int = TOKENS_PER_ROW, check_first_batch: bool | None = None, **kwargs: Any
     ):
         super().__init__(model, **kwargs)
+        if kwargs.get("quantization_config") is not None:
+            train_in_float32(self.model)  # TRL makes QLoRA's adapters bfloat16, and keeps no float32 copy of them
+        if self.eval_dataset is not None:
+            self.add_callback(EvaluateAtEnd())
+        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._check_next_batch = self.accelerator.device.type == "cuda" if check_first_batch is None else check_first_batch
-        if reason := obstacle(self.model):
-            log.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(self.model).__name__, reason)
+        if reason := obstacle(policy):
+            log.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
             self._check_next_batch = False
         else:
-            share_prefixes(self.model, tokens_per_row)
+            share_prefixes(policy, tokens_per_row)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset

@@ -25,7 +25,6 @@ from baton.errors import InputError
 from baton.jsonl import Record
 from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
-from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
 from baton.pairs import PairSettings
 from baton.prompts import mixed_records, read_records, source_inputs, split_sources
@@ -33,7 +32,16 @@ from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
 from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
-from baton.training.arguments import Compile, compile_option, metrics_file, parse_training, tokens_per_row_option
+from baton.training.arguments import (
+    Compile,
+    compile_option,
+    early_stopping_option,
+    keep_checkpoints_option,
+    metrics_file,
+    parse_training,
+    tokens_per_row_option,
+)
+from baton.training.data import DataArguments, dataset_probs
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account, in_words
 from dpo_iteration.choose import NO_MARGIN, at_least_one, choose_pairs, earlier_pairs, extra_responses, pairs_again, write_pairs
@@ -49,7 +57,7 @@ IMPORTS = ("dpo_iteration.trainer", "baton.training.checkpoints", "baton.trainin
 HELD_OUT_PAIRS = 100  # of `eval_dir`, as in Online-RLHF
 
 
-class Arguments(PairArguments, LoraArguments):
+class Arguments(DataArguments, PairArguments, LoraArguments):
     """What this program adds to DPOConfig."""
 
     model_name_or_path: str = option(..., "the policy that this round starts from", changes_result=False)
@@ -60,9 +68,6 @@ class Arguments(PairArguments, LoraArguments):
         "a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset; several with commas between; `train_dir` too",
         changes_result=False,
     )
-    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
-    dataset_split: str = option("train", "split of a Hugging Face dataset")
-    dataset_key: str | None = option(None, "key of the prompt, if it is an unusual one (docs/data.md)")
     chosen_key: str | None = option(None, "key of the better response, if it is not `chosen`")
     rejected_key: str | None = option(None, "key of the worse response, if it is not `rejected`")
     score_key: str | None = option(None, "key of the score of a response in data sets such as UltraFeedback (docs/data.md)")
@@ -95,11 +100,12 @@ class Arguments(PairArguments, LoraArguments):
     rebel_eta: float = option(1.0, "loss_type rebel: nats of log-ratio that a unit of reward comes to", gt=0)
     max_length: int = option(2048, "longest prompt and response together, in tokens; responses are cut to fit", ge=2)
     max_prompt_length: int = option(1024, "longest prompt, in tokens; longer ones are dropped and counted", ge=1)
-    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     seed: int = option(42, "seed of the training and of random pairs")
     forward: Literal["packed", "trl"] = option("packed", "packed rows that share prefixes, or TRL's own padded batches")
     tokens_per_row: int = tokens_per_row_option("pair")
     compile: Compile = compile_option()
+    keep_checkpoints: int = keep_checkpoints_option()
+    early_stopping: int | None = early_stopping_option()
 
 
 def loss_numbers(arguments: Arguments) -> LossNumbers:
@@ -147,11 +153,6 @@ def held_out_source(arguments: Arguments, settings: dict[str, Any]) -> str | Non
     return None if spelling(settings.get("do_eval")) is False else arguments.eval_dir
 
 
-def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
-    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
-    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
-
-
 def records_of(arguments: Arguments) -> Iterator[tuple[str, Record]]:
     """("file:line", record) of every dataset, mixed at their rates."""
     split, probs = arguments.dataset_split, dataset_probs(arguments)
@@ -190,7 +191,8 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     from dpo_iteration.own_losses import check_own_losses
 
     settings = settings | {"max_length": arguments.max_length, "seed": arguments.seed}
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
+    adapter, kept = arguments.use_peft, arguments.keep_checkpoints
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter, kept)
     check_training(arguments, config, sharding_of(config))
     for name in ("margin_scale", "length_alpha"):
         check_offset(config, name, getattr(arguments, name))
@@ -338,7 +340,7 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, last_evaluation, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, keep_checkpoints, last_evaluation, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
     chosen = Account()
@@ -359,13 +361,15 @@ def main() -> None:
         trainer = make_trainer(arguments, config, tokenizer, dataset, held_out, models.get("reference"), pairs_path.parent)
     log_training(trainer)
     counts = {"in": account.counted[IN], "out": len(dataset), "dropped": dict(account.drops.counts)}
-    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
+    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts, arguments.early_stopping)
     if program.rank() == 0:
         if arguments.merge_adapter:
             metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype)
         where, first = next(chain(jsonl.read(pairs_path), *map(jsonl.read, earlier)))
         conversation = [*first["prompt"], {"role": "assistant", "content": first["chosen"]}]
-        stop_at_end_of_turn(stage.partial_folder, tokenizer, conversation, where)
+        finish = partial(stop_at_end_of_turn, tokenizer=tokenizer, messages=conversation, where=where)
+        finish(stage.partial_folder)
+        keep_checkpoints(trainer, arguments, stage.partial_folder, finish)
         log.info("pairs: %s", in_words(account.counted))
         if held_out is not None:
             metrics |= last_evaluation(trainer)

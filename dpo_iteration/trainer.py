@@ -20,13 +20,12 @@ from trl import DPOConfig, DPOTrainer
 
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, sequences_of, share_prefixes
+from baton.models.router import balance_of
 from baton.models.trees import distinct_tokens
 from baton.training.arguments import Compile
 from baton.training.checks import check_packing
-from baton.training.compiling import compile_where_it_pays
 from baton.training.config import train_in_float32
 from baton.training.dealing import model_size, tree_costs, tree_tokens
-from baton.training.memory import sharding_of
 from baton.training.metrics import EvaluateAtEnd, LineOfMetrics, WarnOfTrouble, kl_on_pairs, peak_flops, weights_of
 from baton.training.sharding import KeepsFloat32
 from baton.training.steps import TrainsRowByRow, needs_its_own_batches
@@ -42,7 +41,7 @@ REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
 # TRL's metrics that are means over tokens, by the amount of the step that they count; all others are means over pairs.
 MEANS_OVER_TOKENS = {
     "entropy": "tokens", "logits/chosen": "chosen_tokens", "logits/rejected": "rejected_tokens",
-    "mean_token_accuracy": "chosen_tokens",
+    "mean_token_accuracy": "chosen_tokens", "aux_loss": "router_tokens",
 }  # fmt: skip
 
 # Where packed log-probabilities are not the model's own:
@@ -52,8 +51,9 @@ REMEDY = "Train with `--forward trl`: padded batches and the model's own attenti
 class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
     """`trl.DPOTrainer` on packed rows of prefix-sharing trees, a forward and backward pass for each row.
 
-    A loss that is no sum over rows takes the whole batch of a process in one pass (`losses.over_a_batch`); so does a mixture of
-    experts that balances its router (`aux_loss`), and an optimizer that steps in the backward pass. The log says so.
+    A loss that is no sum over rows takes the whole batch of a process in one pass (`losses.over_a_batch`); so does an optimizer
+    that steps in the backward pass. The log says so. The loss that balances the router of a mixture of experts (`aux_loss`) is
+    one of each row's tokens, and a step's their mean by these.
 
     Takes what `trl.DPOTrainer` takes, and rows that are already tokenised: `prompt_ids`, `chosen_ids`,
     `rejected_ids` (lists of token ids, used as they are), optionally `ref_chosen_logps` and
@@ -128,9 +128,8 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
             if self._token_counts is None and compile_layers == "on":
                 raise InputError("`compile`: on, but this model's batches are padded, which is not compiled; leave it out")
             if self._token_counts is not None:
-                flops = self._line.passes * 2 * weights[0] * self.per_process(costs.sum() / 1000)
                 in_4_bit = kwargs.get("quantization_config") is not None
-                compile_where_it_pays(self.model, compile_layers, flops, self.args, sharding_of(self.args), in_4_bit)
+                self.compile_layers(compile_layers, costs, in_4_bit, self.aux_loss_enabled)
             self._divide_steps(costs, *lengths)
         plain = self.loss_types == ["sigmoid"] and not self._has_terms and not self.use_weighting
         if self.eval_dataset is not None:
@@ -143,7 +142,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         if self._forward_replaced or not self._packed:
             return
         self._forward_replaced = True
-        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self._policy = policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reason = why_padded(self.model)
         if reason:
             logger.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
@@ -171,8 +170,11 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         chosen, rejected = responses.T
         amounts = {
             "pairs": np.ones(len(costs)), "chosen_tokens": chosen, "rejected_tokens": rejected, "tokens": chosen + rejected,
+            "router_tokens": 2 * prompts + chosen + rejected,
         }  # fmt: skip
-        self.train_row_by_row(costs, tree_tokens(prompts, responses), amounts, self._tokens_per_row)
+        # The router's loss reads the last token of a response too.
+        tokens = tree_tokens(prompts, responses + self.aux_loss_enabled)
+        self.train_row_by_row(costs, tokens, amounts, self._tokens_per_row)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if set(dataset.column_names or ()) >= TOKEN_COLUMNS:
@@ -217,8 +219,10 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def loss_of_row(self, model, inputs, shares):
-        """TRL's loss of a row, in which the mean over chosen tokens counts by these and every other term by pairs."""
+        """TRL's loss of a row: the mean over chosen tokens counts by these, the router's by all, every other term by pairs."""
         types, weights, self._fills = self.loss_types, self.loss_weights, not shares["pairs"]
+        coefficient = self.router_aux_loss_coef
+        self.router_aux_loss_coef *= shares["router_tokens"] / shares["pairs"] if shares["pairs"] else 0.0
         if OVER_TOKENS in types:
             ratio = shares["chosen_tokens"] / shares["pairs"] if shares["pairs"] else 0.0
             terms = [
@@ -229,6 +233,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
             self.loss_types, self.loss_weights = zip(*(terms or [("sigmoid", 0.0)]), strict=True)
         loss = super().loss_of_row(model, inputs, shares)
         self.loss_types, self.loss_weights, self._fills = types, weights, False
+        self.router_aux_loss_coef = coefficient
         return loss
 
     def _compute_loss(self, model, inputs, return_outputs):
@@ -287,7 +292,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
 
     def _tokens_of(self, inputs) -> tuple[int, int]:
         """Tokens of a batch that had to be computed, and that were."""
-        if self._token_counts is not None and not self.aux_loss_enabled:
+        if self._token_counts is not None and (not self.aux_loss_enabled or balance_of(self._policy) is not None):
             return self._token_counts.needed, self._token_counts.computed
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         sequences = sequences_of(inputs["input_ids"], inputs["attention_mask"], labels)

@@ -20,6 +20,7 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.words import new_parser, parse_known
+from baton.openrlhf import own_names
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
 from baton.sources import check_hub, check_hub_ahead, check_model_path
@@ -68,7 +69,7 @@ class Arguments(GenerationArguments):
 def main() -> None:
     engine.prepare_environment()
     with shards.noting_refusal(*named_shard(sys.argv[1:])):
-        arguments = parse(Arguments, __doc__ or "")
+        arguments = parse(Arguments, __doc__ or "", accept=lambda settings: own_names(settings, Arguments.model_fields))
         inputs = checked_inputs(arguments)
     prefix, shard = Path(arguments.output_dir), (arguments.local_index, arguments.my_world_size)
     check_device = gpus.check_vllm if arguments.backend == "vllm" else lambda: None

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow
 import torch
 
+from baton.models.router import count_sequences
 from baton.models.sequences import without_padding
 from baton.models.trees import cut_after, pack, with_prompts
 from baton.training.learnt import padded
@@ -18,15 +19,18 @@ class Collator:
 
     `row` is the packed row, and `ends`, int64 (B, 2), where the rewards of chosen and rejected are read in it; `margin` is
     float32 (B,). `input_ids` and `attention_mask`, int64 (2 B, L), are as in TRL: all that are chosen, then all rejected.
+    `balanced`: whether forward passes keep what the router's loss needs.
     """
 
-    def __init__(self, pad: int):
-        self.pad = pad
+    def __init__(self, pad: int, balanced: bool = False):
+        self.pad, self.balanced = pad, balanced
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         # Transformers reads a reward at the last token that is not the padding token.
         pairs = [[without_padding(row[side], self.pad) for side in SIDES] for row in rows]
         (packed,), places = pack([part for pair in pairs for part in with_prompts(pair)], None, whole=True)
+        if self.balanced:
+            count_sequences([packed], places)
         batch = padded([row[side] for side in SIDES for row in rows], self.pad)
         if "margin" in rows[0]:
             batch["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)

@@ -30,10 +30,9 @@ from baton.errors import InputError
 from baton.jsonl import Record
 from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
-from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer
 from baton.preferences import preference_records
-from baton.prompts import mixed_records, source_inputs, split_sources
+from baton.prompts import mixed_records, source_inputs
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.steps import OUTPUT, separator_of, stepwise_records
@@ -41,11 +40,13 @@ from baton.training.adapters import LoraArguments, adapter_config, check_lora, m
 from baton.training.arguments import (
     Compile,
     compile_option,
+    early_stopping_option,
     keep_checkpoints_option,
     metrics_file,
     parse_training,
     tokens_per_row_option,
 )
+from baton.training.data import DataArguments, dataset_probs
 from baton.training.reports import check_outside, place_reports
 from reward_model.quality import quality
 from reward_model.rows import rows_of_preferences
@@ -61,13 +62,13 @@ ONLY_WITH = {
     "step_separator": ("process",),
     "score_key": ("bradley_terry", "regression"),
     **dict.fromkeys(("chosen_key", "rejected_key", "max_pairs_per_prompt", "loss", "margin_scale"), ("bradley_terry",)),
-    "center_rewards_coefficient": ("bradley_terry",),  # of TRL's RewardConfig
+    **dict.fromkeys(("router_aux_loss_coef", "center_rewards_coefficient"), ("bradley_terry",)),  # the last is TRL's
 }
 
 IMPORTS = ("reward_model.trainer", "baton.training.checkpoints", "baton.training.rows")
 
 
-class Arguments(LoraArguments):
+class Arguments(DataArguments, LoraArguments):
     """What this program adds to RewardConfig."""
 
     model_name_or_path: str = option(..., "the model to start from: a folder or a Hugging Face name", changes_result=False)
@@ -85,9 +86,6 @@ class Arguments(LoraArguments):
     step_separator: str | None = option(
         None, "for process: what stands between steps; \\n is a line break (default: an empty line, \\n\\n)"
     )
-    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
-    dataset_split: str = option("train", "split of a Hugging Face dataset")
-    dataset_key: str | None = option(None, "key of the prompt, if it is an unusual one (docs/data.md)")
     chosen_key: str | None = option(None, "key of the better response, if it is not `chosen`")
     rejected_key: str | None = option(None, "key of the worse response, if it is not `rejected`")
     score_key: str | None = option(None, "key of the score of a response in data sets such as UltraFeedback (docs/data.md)")
@@ -121,11 +119,14 @@ class Arguments(LoraArguments):
         "what the score head starts from: normal: N(0, 1 / (d + 1)) of the hidden size d, default: the model's own "
         "initialisation, or its head if it has one",
     )
+    router_aux_loss_coef: float = option(
+        0.0, "weight of the loss that balances the router of a mixture of experts; 0: without", ge=0
+    )
     max_length: int = option(2048, "longest conversation, in tokens; pairs with a longer one are dropped and counted", ge=2)
-    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     tokens_per_row: int = tokens_per_row_option("pair")
     compile: Compile = compile_option()
-    keep_checkpoints: bool = keep_checkpoints_option()
+    keep_checkpoints: int = keep_checkpoints_option()
+    early_stopping: int | None = early_stopping_option()
 
 
 def training_pairs(arguments: Arguments, count: int) -> Iterator[tuple[str, Record]]:
@@ -158,11 +159,6 @@ def all_pairs(arguments: Arguments, drops: Drops | None = None) -> Iterator[tupl
     split, probs, most = arguments.dataset_split, dataset_probs(arguments), arguments.max_samples
     records = mixed_records(arguments.dataset_name_or_path, split, probs, max_samples=most)
     return _preferences(records, arguments, drops)
-
-
-def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
-    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
-    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
 
 
 def _preferences(
@@ -281,14 +277,16 @@ def count_pairs(arguments: Arguments) -> tuple[int, int, Drops]:
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's RewardConfig. Raises InputError for settings that cannot train."""
     check_outside(settings, [arguments.model_name_or_path], ahead=arguments.check)
-    from baton.training.checks import check_order, check_settings
+    from baton.training.checks import check_kept, check_order, check_settings
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
 
     settings = settings | {"max_length": arguments.max_length}
-    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter=arguments.use_peft)
+    adapter, kept = arguments.use_peft, arguments.keep_checkpoints
+    config = trainer_config(config_class(), settings, Arguments.model_fields, stage, adapter, kept)
     check_settings(config, sharding_of(config), arguments, evaluates=True)
     check_order(config)
+    check_kept(arguments, config, sharding_of(config))
     return config
 
 
@@ -338,6 +336,7 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, h
         quantization_config=quantization_config(arguments, config),
         tokens_per_row=arguments.tokens_per_row,
         head_init=arguments.head_init,
+        router_aux_loss_coef=arguments.router_aux_loss_coef,
         compile_layers=arguments.compile,
     )
 
@@ -403,7 +402,7 @@ def main() -> None:
 
     import numpy as np
 
-    from baton.training.checkpoints import scratch, train
+    from baton.training.checkpoints import SCRATCH, keep_checkpoints, train
     from baton.training.config import log_training
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
@@ -421,16 +420,17 @@ def main() -> None:
     log_training(trainer)
     records_in = count if held_out else count - len(held_out_rows) - held_out_drops.counts.total()
     counts = {"in": records_in, "out": len(rows), "dropped": dict(drops.counts)}
-    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
+    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts, arguments.early_stopping)
     what = "pairs" if of_pairs else "records"
     log.info("evaluating on %d held-out %s", len(held_out_rows), what)
     loss = trainer.evaluate()["eval_loss"]
     trainer.create_model_card()
     if program.rank() == 0:
+        classifier = {"pad_token_id": trainer.processing_class.pad_token_id, "outputs": outputs_of(arguments)}
         if arguments.merge_adapter:
-            pad = trainer.processing_class.pad_token_id
-            to = stage.partial_folder, config, arguments.export_dtype, pad, outputs_of(arguments)
-            metrics |= merge_adapter(arguments.model_name_or_path, *to)
+            to = stage.partial_folder, config, arguments.export_dtype
+            metrics |= merge_adapter(arguments.model_name_or_path, *to, **classifier)
+        keep_checkpoints(trainer, arguments, stage.partial_folder, **classifier)
         if not np.isfinite(trainer.rewards).all():
             raise InputError("rewards are not numbers: the training has diverged; --overwrite with a smaller `learning_rate`")
         found = quality(trainer.rewards, margins) if of_pairs else trainer.quality()
@@ -438,7 +438,7 @@ def main() -> None:
         held_out_facts = found | {"loss": loss, what: len(held_out_rows), "dropped": dict(held_out_drops.counts)}
         counts = {"records_in": records_in, "records_out": len(rows), "drops": drops}
         facts = {"no_pairs": dict(no_pairs.counts), "held_out": held_out_facts, "metrics": metrics}
-        stage.finish(**counts, **facts, scratch=scratch(arguments.keep_checkpoints))
+        stage.finish(**counts, **facts, scratch=SCRATCH)
 
 
 if __name__ == "__main__":

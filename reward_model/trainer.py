@@ -47,6 +47,7 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
             the loss takes from their difference.
         tokens_per_row: most tokens of a packed row, unless a single pair has more.
         head_init: what the score head starts from, `set_head`.
+        router_aux_loss_coef: weight of the loss that balances the router of a mixture of experts, which TRL's has not.
         compile_layers: whether the layers of packed rows are compiled (`compiling.py`).
         check_first_batch: compare the first row's hidden states with those of the model's own forward pass; None: on a GPU,
             whose kernels no test has seen.
@@ -66,6 +67,7 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
         eval_dataset: Dataset | None = None,
         tokens_per_row: int = TOKENS_PER_ROW,
         head_init: HeadInit = "default",
+        router_aux_loss_coef: float = 0.0,
         compile_layers: Compile = "off",
         check_first_batch: bool | None = None,
         **kwargs: Any,
@@ -80,6 +82,8 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
         self._extremes: list[Tensor] = []
         scorer = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if reason := why_padded(scorer, args):
+            if router_aux_loss_coef:
+                raise InputError(f"`router_aux_loss_coef`: {reason}, and TRL's padded batches do not have it; leave it out")
             self.stay_padded(scorer, reason, compile_layers)
             one_each = np.ones(0 if eval_dataset is None else len(eval_dataset), dtype=np.int64)
             self.held_out = HeldOut(one_each, one_each, args.per_device_eval_batch_size, self.data_collator)
@@ -88,8 +92,14 @@ class PackedRewardTrainer(MeasuresRows, KeepsFloat32, RewardTrainer):
         self.check_first_row(check_first_batch)
         self.data_collator = self.collator(scorer.config.get_text_config().pad_token_id)
         costs, tokens = sizes_of(*self.lengths_of(train_dataset), self.model)
-        self.compile_layers(compile_layers, costs, in_4_bit)
-        self.train_row_by_row(costs, tokens, {self.mean_over: self.counts_of(train_dataset)}, tokens_per_row)
+        self.compile_layers(compile_layers, costs, in_4_bit, bool(router_aux_loss_coef))
+        amounts = {self.mean_over: self.counts_of(train_dataset)}
+        if router_aux_loss_coef:
+            self.balance_router(scorer, router_aux_loss_coef)
+            self.data_collator.balanced = True
+            prompts, responses = lengths_of(train_dataset)
+            amounts["router_tokens"] = 2 * prompts + responses.sum(axis=1)
+        self.train_row_by_row(costs, tokens, amounts, tokens_per_row)
         if eval_dataset is not None:
             self.held_out = HeldOut(*sizes_of(*self.lengths_of(eval_dataset), self.model), tokens_per_row, self.data_collator)
 

@@ -28,9 +28,8 @@ from baton.errors import InputError
 from baton.jsonl import Record
 from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
-from baton.mixing import parse_probs
 from baton.models.templates import load_tokenizer, template_warning
-from baton.prompts import mixed_records, source_inputs, split_sources
+from baton.prompts import mixed_records, source_inputs
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
@@ -38,11 +37,13 @@ from baton.training.adapters import LoraArguments, adapter_config, check_lora, m
 from baton.training.arguments import (
     Compile,
     compile_option,
+    early_stopping_option,
     keep_checkpoints_option,
     metrics_file,
     parse_training,
     tokens_per_row_option,
 )
+from baton.training.data import DataArguments, dataset_probs
 from baton.training.demonstrations import Demonstration, demonstration_in, rows_of_demonstrations
 from baton.training.reports import check_outside, place_reports
 
@@ -58,7 +59,7 @@ DONE_ANYWAY = ("packing", "packing_strategy", "eval_packing", "padding_free", *L
 OF_TEXTS = ("truncation_mode", "dataset_text_field", "dataset_kwargs")
 
 
-class Arguments(LoraArguments):
+class Arguments(DataArguments, LoraArguments):
     """What this program adds to SFTConfig."""
 
     model_name_or_path: str = option(..., "the model to start from: a folder or a Hugging Face name", changes_result=False)
@@ -67,9 +68,6 @@ class Arguments(LoraArguments):
         "demonstrations: .jsonl, .jsonl.gz, .json, .parquet or a Hugging Face dataset; several with commas between",
         changes_result=False,
     )
-    dataset_probs: str | None = option(None, "draw from several datasets at these rates, such as 0.7,0.3, until one is used up")
-    dataset_split: str = option("train", "split of a Hugging Face dataset")
-    dataset_key: str | None = option(None, "key of the prompt or the conversation, if it is an unusual one (docs/data.md)")
     output_key: str | None = option(
         None, "key of the demonstrated response, or of a whole conversation such as `chosen`, if it is an unusual one"
     )
@@ -91,15 +89,10 @@ class Arguments(LoraArguments):
     max_length: int = option(
         2048, "longest conversation, in tokens; longer ones are dropped and counted, and longer texts cut into pieces", ge=2
     )
-    chat_template: str | None = option(None, "Jinja file that replaces the tokenizer's chat template", changes_result=False)
     tokens_per_row: int = tokens_per_row_option("demonstration")
     compile: Compile = compile_option()
-    keep_checkpoints: bool = keep_checkpoints_option()
-
-
-def dataset_probs(arguments: Arguments) -> tuple[float, ...] | None:
-    """The rate of each dataset, or None. Raises InputError where there are not as many rates as datasets."""
-    return parse_probs(arguments.dataset_probs, len(split_sources(arguments.dataset_name_or_path)))
+    keep_checkpoints: int = keep_checkpoints_option()
+    early_stopping: int | None = early_stopping_option()
 
 
 def training_demonstrations(arguments: Arguments) -> Iterator[Demonstration]:
@@ -177,15 +170,17 @@ def config_class() -> type:
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's SFTConfig. Raises InputError for settings that cannot train."""
     check_outside(settings, [arguments.model_name_or_path], ahead=arguments.check)
-    from baton.training.checks import check_order, check_settings
+    from baton.training.checks import check_kept, check_order, check_settings
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
 
     # TRL prepares texts; these rows are token ids already.
     fixed = {"max_length": arguments.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    config = trainer_config(config_class(), settings | fixed, Arguments.model_fields, stage, adapter=arguments.use_peft)
+    adapter, kept = arguments.use_peft, arguments.keep_checkpoints
+    config = trainer_config(config_class(), settings | fixed, Arguments.model_fields, stage, adapter, kept)
     check_settings(config, sharding_of(config), arguments, evaluates=holds_out(arguments))
     check_order(config)
+    check_kept(arguments, config, sharding_of(config))
     return config
 
 
@@ -268,10 +263,11 @@ def main() -> None:
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
-    count = sum(1 for _ in training_demonstrations(arguments))
     config = checked(stage)
+    # With the process group there, or another machine would not notice that a record is bad.
+    count = sum(1 for _ in training_demonstrations(arguments)) if program.rank() == 0 else 0
 
-    from baton.training.checkpoints import scratch, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, keep_checkpoints, stop_at_end_of_turn, train
     from baton.training.config import log_training
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template, of_texts=arguments.pretrain_mode)
@@ -279,8 +275,8 @@ def main() -> None:
     rows, drops, counted = rows_of(every, "demonstrations", arguments, count, tokenizer, config)
     aside, held_out_rows, held_out_drops = 0, None, Drops()
     if holds_out(arguments):
-        aside = sum(1 for _ in held_out_demonstrations(arguments))
-        if not aside:
+        aside = sum(1 for _ in held_out_demonstrations(arguments)) if program.rank() == 0 else 0
+        if not aside and program.rank() == 0:
             reason = held_out or f"`eval_every` {arguments.eval_every} of {count} demonstrations"
             raise InputError(f"no demonstration is held out: {reason}")
         every = held_out_demonstrations(arguments)
@@ -294,18 +290,24 @@ def main() -> None:
     log_training(trainer)
     out = count - drops.counts.total()  # a long text gives several rows
     counts = {"in": count, "out": out, "dropped": dict(drops.counts)}
-    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts)
+    metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts, arguments.early_stopping)
     if program.rank() == 0:
         if arguments.merge_adapter:
             metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype)
-        if first := next((each for each in demonstrations(arguments) if not isinstance(each.messages, str)), None):
-            stop_at_end_of_turn(stage.partial_folder, tokenizer, first.messages, first.where)
+        first = next((each for each in demonstrations(arguments) if not isinstance(each.messages, str)), None)
+
+        def finish(folder: Path) -> None:
+            if first:
+                stop_at_end_of_turn(folder, tokenizer, first.messages, first.where)
+
+        finish(stage.partial_folder)
+        keep_checkpoints(trainer, arguments, stage.partial_folder, finish)
         facts = {"metrics": metrics}
         if held_out_rows is not None:
             of_held_out = aside - held_out_drops.counts.total()
             facts["held_out"] = held_out_facts(trainer, of_held_out, held_out_drops)
         counts = {"records_in": count, "records_out": out, "drops": drops}
-        stage.finish(**counts, **facts, scratch=scratch(arguments.keep_checkpoints))
+        stage.finish(**counts, **facts, scratch=SCRATCH)
         if warning:
             log.warning("%s", warning)
 

@@ -1,5 +1,6 @@
 """TRL's SFT trainer with another forward pass, packed rows instead of a padded batch, row by row."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +68,13 @@ class PackedSFTTrainer(MeasuresRows, KeepsFloat32, SFTTrainer):
         self._noise = None if alpha is None else Noise(policy.get_input_embeddings(), alpha)
         outlined = outline(train_dataset)
         costs, tokens = sizes_of(outlined, self.model)
-        self.compile_layers(compile_layers, costs, in_4_bit)
-        self.train_row_by_row(costs, tokens, {"tokens": outlined.learnt}, tokens_per_row)
+        amounts = {"tokens": outlined.learnt}
+        if self.aux_loss_enabled:
+            self.balance_router(policy, self.router_aux_loss_coef)
+            self.data_collator = partial(collate, balanced=True)
+            amounts["router_tokens"] = outlined.prompts + outlined.responses
+        self.compile_layers(compile_layers, costs, in_4_bit, self.aux_loss_enabled)
+        self.train_row_by_row(costs, tokens, amounts, tokens_per_row)
         if eval_dataset is not None:
             self.held_out = HeldOut(*sizes_of(outline(eval_dataset), self.model), tokens_per_row, collate)
 

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from baton.models.attention import NAME, padded_length
 from baton.models.logps import TokenScores, token_logps, token_scores
+from baton.models.router import balance_loss, balance_of, count_sequences
 from baton.models.trees import Place, Row, Tokens, distinct_tokens, pack
 from baton.parallel import data_parallel
 
@@ -37,6 +38,7 @@ class ScoredTokens(ModelOutput):
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
+    aux_loss: Tensor | None = None  # of a mixture of experts, where `output_router_logits` asks for it
 
 
 @dataclass
@@ -70,15 +72,22 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
     if reason:
         raise ValueError(f"{type(model).__name__} cannot take packed trees: {reason}")
     own_forward, own_attention = model.forward, model.config._attn_implementation
-    counts = TokenCounts()
+    counts, balance = TokenCounts(), balance_of(model)
 
     def forward(self, *args, fused_lm_head=False, **kwargs):
-        if fused_lm_head and not kwargs.get("output_router_logits"):
+        balanced = kwargs.get("output_router_logits")
+        if fused_lm_head and (balance is not None or not balanced):
             sequences = sequences_of(kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
-            rows, places = pack(sequences, None if self.training or data_parallel().size > 1 else tokens_per_row)
+            most = None if self.training or data_parallel().size > 1 else tokens_per_row
+            rows, places = pack(sequences, most, whole=bool(balanced))
+            if balanced:
+                count_sequences(rows, places)
             counts.needed = distinct_tokens(sequences)
             counts.computed = sum(row.layout.length + _padding(row, self.device) for row in rows)
-            return _unpack(kwargs["labels"], *_score_rows(self, rows, places))
+            scored = _unpack(kwargs["labels"], *_score_rows(self, rows, places))
+            if balanced:
+                scored["aux_loss"] = balance_loss(balance, rows)
+            return scored
         with attention(self, own_attention):
             return own_forward(*args, **({"fused_lm_head": True} if fused_lm_head else {}), **kwargs)
 
@@ -195,9 +204,11 @@ def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
         torch.nn.functional.pad(ids, (0, padding)).to(device, non_blocking=True)[None]
         for ids in (row.input_ids, row.position_ids)
     )
-    states = model.base_model(
-        input_ids=input_ids, position_ids=position_ids, layout=row.layout, use_cache=False
-    ).last_hidden_state[0]  # (T, H)
+    more = {} if row.counts is None else {"output_router_logits": True}
+    outputs = model.base_model(input_ids=input_ids, position_ids=position_ids, layout=row.layout, use_cache=False, **more)
+    if row.counts is not None:
+        row.router_logits = outputs.router_logits
+    states = outputs.last_hidden_state[0]  # (T, H)
     return states[at.to(states.device, non_blocking=True)]
 
 

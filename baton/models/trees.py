@@ -38,7 +38,8 @@ class Row:
     """One packed row of T tokens with N scored response tokens.
 
     `input_ids` and `position_ids` are int64 (T,). Scored token n is `targets[n]`, predicted from the hidden
-    state at `predictors[n]`; both int64 (N,).
+    state at `predictors[n]`; both int64 (N,). With `counts`, float32 (T,), a forward pass of a mixture of experts leaves its
+    `router_logits` here (`router.py`).
     """
 
     input_ids: Tensor
@@ -46,6 +47,8 @@ class Row:
     predictors: Tensor
     targets: Tensor
     layout: Layout
+    counts: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from baton.arguments import Accept, StageArguments, check_known, option, parse_with_rest
+from baton.openrlhf import own_names
 from baton.training.known import CONFIGS, config_fields, refuse_foreign
 
 ExportDtype = Literal["checkpoint", "float32"]
@@ -46,11 +47,23 @@ def tokens_per_row_option(member: str) -> Any:
 
 
 def keep_checkpoints_option() -> Any:
-    """The argument `keep_checkpoints` of a program that ends with `checkpoints.scratch`."""
+    """The argument `keep_checkpoints` of a program that calls `checkpoints.keep_checkpoints`."""
     return option(
-        False,
-        "leave the trainer's checkpoints in the finished folder, as many as `save_total_limit` says (default: the last one)",
+        0,
+        "leave so many checkpoints in the finished folder, each a model's folder `step-N`: the last ones, and with "
+        "`load_best_model_at_end` the best one first",
+        ge=0,
         changes_result=False,
+    )
+
+
+def early_stopping_option() -> Any:
+    """The argument `early_stopping` of a program whose trainer evaluates, for `checkpoints.train`."""
+    return option(
+        None,
+        "end the training after so many evaluations in a row that are no better than the best one before; needs "
+        "`load_best_model_at_end`",
+        ge=1,
     )
 
 
@@ -73,14 +86,15 @@ def parse_training(
     """`parse_with_rest` of a training program, named as in `known.CONFIGS`, without a heavy import.
 
     Raises InputError for a setting that neither the program nor its trainer has, with the nearest one, or with the program that
-    has it. `rewrite` gives settings of other toolkits the names that this program knows.
+    has it. `rewrite` gives settings of other toolkits the names that this program knows; OpenRLHF's are known too.
     """
     own = set(model.model_fields)
 
     def accept(settings: dict[str, Any]) -> dict[str, Any]:
-        settings = rewrite(settings)
+        known = own | config_fields(CONFIGS[program])
+        settings = own_names(rewrite(settings), known)
         refuse_foreign(settings, program, own)
-        check_known(settings, own | config_fields(CONFIGS[program]))
+        check_known(settings, known)
         return settings
 
     return parse_with_rest(model, description, config_class, argv, accept)

@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from baton.errors import InputError
 from baton.models.templates import end_token_id
 from baton.records import Messages
 from baton.stage import Stage
+from baton.training.adapters import merge_adapter
 from baton.training.arguments import ExportDtype, metrics_file
 from baton.training.card import write_card
-from baton.training.export import copies_without_zero, export
+from baton.training.export import copies_without_zero, export, recast
 from baton.training.float32_copy import start_from_files
 from baton.training.metrics_file import MetricsFile
 from baton.training.progress import ProgressLines
@@ -31,6 +33,11 @@ log = logging.getLogger("baton")
 # What of `<output>.partial` is not the model or the tokenizer; for `Stage.finish`.
 CHECKPOINTS = "checkpoint-*"
 SCRATCH = (CHECKPOINTS, "rows", "training_args.bin")
+# What of a checkpoint is for the trainer alone.
+TRAINERS_OWN = (
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json"),
+    *("global_step*", "latest*", "zero_to_fp32.py", "pytorch_model_fsdp*"),
+)
 
 UNSHARDED, DEEPSPEED, ZERO_1_2, ZERO_3, FSDP = "no sharding", "DeepSpeed without ZeRO", "ZeRO-1 or ZeRO-2", "ZeRO-3", "FSDP"
 
@@ -41,6 +48,7 @@ def train(
     export_dtype: ExportDtype = "checkpoint",
     metrics_path: Path | None = None,
     counts: dict[str, Any] | None = None,
+    early_stopping: int | None = None,
 ) -> dict[str, float]:
     """Train from the last whole checkpoint, or from the start, and export the model; returns metrics of both.
 
@@ -49,19 +57,23 @@ def train(
     Args:
         metrics_path: the file for what the trainer logs; default: `<output>.metrics.jsonl`.
         counts: of records, for the model's card; None: process 0 writes none. `trainer.create_model_card()` writes it again.
+        early_stopping: evaluations in a row without a better one that end the training.
     """
     if trainer.is_fsdp_enabled:
         keep_outputs(trainer.accelerator.state.fsdp_plugin)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLines())
     trainer.add_callback(MetricsFile(metrics_path or metrics_file(stage.output, None)))
+    if early_stopping is not None:
+        trainer.add_callback(StopEarly(early_stopping))
     # TRL writes a card of its own with each checkpoint, and to the hub.
     trainer.create_model_card = lambda *_, **__: _write_card(trainer, stage, counts)
     checkpoint = last_whole_checkpoint(stage.partial_folder)
     if checkpoint is not None:
         fit_layout(trainer, checkpoint)
         state = _state_of(checkpoint)
-        if state["global_step"] >= state["max_steps"]:
+        stopped = early_stopping is not None and no_better_for(trainer.args, state["log_history"]) >= early_stopping
+        if stopped or state["global_step"] >= state["max_steps"]:
             # Transformers looks for the end after each step, so it would train one more where that is within an epoch.
             trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     elif trainer.is_deepspeed_enabled and not is_peft_model(trainer.model):
@@ -72,9 +84,71 @@ def train(
     return metrics
 
 
-def scratch(keep_checkpoints: bool) -> tuple[str, ...]:
-    """What to delete when a training ends: all that is not the model or the tokenizer, perhaps but for the checkpoints."""
-    return tuple(name for name in SCRATCH if name != CHECKPOINTS or not keep_checkpoints)
+class StopEarly(TrainerCallback):
+    """Ends a training after `patience` evaluations in a row without a better one, by `metric_for_best_model`.
+
+    It counts in the log's history, which checkpoints hold, so a training that goes on after a death ends at the same step.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        since = no_better_for(args, state.log_history)
+        if since >= self.patience and not control.should_training_stop:
+            log.info(
+                "step %d: the last %d evaluations are no better than the best: the training ends", state.global_step, since
+            )
+            control.should_training_stop = True
+
+
+def no_better_for(args: Any, history: list[dict[str, Any]]) -> int:
+    """How many evaluations of a log's history came after the best one, by `metric_for_best_model` of a TrainingArguments."""
+    name = args.metric_for_best_model
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    values = [line[name] for line in history if name in line]
+    if not values:
+        if any("eval_loss" in line for line in history):
+            raise InputError(f"`metric_for_best_model`: an evaluation has no {name}")
+        return 0
+    return len(values) - 1 - values.index((max if args.greater_is_better else min)(values))
+
+
+def keep_checkpoints(
+    trainer: Any, arguments: Any, folder: Path, finish: Callable[[Path], None] = lambda _: None, **classifier: Any
+) -> None:
+    """Leave `--keep_checkpoints` checkpoints of a training in `folder`, each as a model's folder `step-N`; for process 0.
+
+    They are exported as the model itself: in the dtype of `--export_dtype`, and merged where the adapter is. What the trainer
+    needs to go on is left out, and the checkpoints themselves stay until `Stage.finish`.
+
+    Args:
+        arguments: those of the program.
+        finish: what the program does to a finished folder, such as `stop_at_end_of_turn`.
+        classifier: of a reward model, `pad_token_id` and `outputs` of `merge_adapter`.
+    """
+    for checkpoint in checkpoints_to_keep(trainer, folder, arguments.keep_checkpoints):
+        kept = folder / f"step-{_step_of(checkpoint)}"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(checkpoint, kept, ignore=shutil.ignore_patterns(*TRAINERS_OWN))
+        model, dtype = arguments.model_name_or_path, arguments.export_dtype
+        if not is_peft_model(trainer.model):
+            recast(kept, model, dtype)
+        elif arguments.merge_adapter:
+            merge_adapter(model, kept, trainer.args, dtype, **classifier)
+        finish(kept)
+        log.info("%s: kept as %s", checkpoint.name, kept.name)
+
+
+def checkpoints_to_keep(trainer: Any, folder: Path, count: int) -> list[Path]:
+    """So many checkpoints of a folder: the best one first, where the training has one, then the last ones."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    best_step = _step_of(Path(best)) if best else None
+    return sorted(folder.glob(CHECKPOINTS), key=lambda path: (_step_of(path) != best_step, -_step_of(path)))[:count]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _write_card(trainer: Any, stage: Stage, counts: dict[str, Any] | None) -> None:
@@ -85,7 +159,7 @@ def _write_card(trainer: Any, stage: Stage, counts: dict[str, Any] | None) -> No
 def history_of_export(trainer: Any) -> list[dict[str, Any]]:
     """What was logged up to the step whose weights are exported: the best one's with `load_best_model_at_end`."""
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    step = int(best.rpartition("-")[2]) if best else trainer.state.global_step
+    step = _step_of(Path(best)) if best else trainer.state.global_step
     return [line for line in trainer.state.log_history if line["step"] <= step]
 
 
@@ -128,7 +202,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
     The trainer writes `trainer_state.json` last.
     """
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for checkpoint in sorted(folder.glob(CHECKPOINTS), key=_step_of, reverse=True):
         try:
             step = _state_of(checkpoint)["global_step"]
         except (FileNotFoundError, json.JSONDecodeError, KeyError):

@@ -3,6 +3,7 @@
 TRL's and Transformers' own checks of one setting are not repeated, unless they come after loading.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -81,6 +82,41 @@ def check_checkpoints(config: Any) -> None:
             "`save_only_model` leaves the optimizer out of the checkpoints, so that a killed run could not go on from them: "
             "leave it out; the finished folder holds the model alone in any case"
         )
+
+
+def check_kept(arguments: Any, config: Any, sharding: Sharding) -> None:
+    """Raise InputError where `early_stopping` has no evaluations to go by, or checkpoints that shall be kept are not there.
+
+    Args:
+        arguments: of a program that has `early_stopping` and `keep_checkpoints`.
+    """
+    if arguments.early_stopping is not None and not config.load_best_model_at_end:
+        raise InputError(
+            "`early_stopping` needs `load_best_model_at_end: true`, with `eval_strategy` and `save_strategy` alike, or the "
+            "last weights would be exported and not the best: set it, or leave `early_stopping` out"
+        )
+    count = arguments.keep_checkpoints
+    if not count:
+        return
+    if config.save_strategy == "no":
+        raise InputError("`keep_checkpoints`: `save_strategy: no` writes none; leave one of them out")
+    if config.save_total_limit is not None and config.save_total_limit < count:
+        raise InputError(
+            f"`keep_checkpoints` {count}: `save_total_limit` {config.save_total_limit} deletes some of them; leave it out"
+        )
+    if sharding.stage == 3 and not arguments.use_peft and not _writes_whole(config):
+        raise InputError(
+            "`keep_checkpoints`: these checkpoints hold shards of the model alone; set `zero3_save_16bit_model: true` or "
+            "`fsdp_state_dict_type: FULL_STATE_DICT` in the launcher's configuration, as in configs/"
+        )
+
+
+def _writes_whole(config: Any) -> bool:
+    """Whether a checkpoint of a model that is spread over processes has the whole model too."""
+    if config.deepspeed_plugin is not None:
+        zero = config.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        return bool(zero.get("stage3_gather_16bit_weights_on_model_save"))
+    return "FULL" in os.environ.get("FSDP_STATE_DICT_TYPE", "")
 
 
 def check_order(config: Any, remedy: str = "leave it out") -> None:

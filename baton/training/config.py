@@ -20,7 +20,7 @@ log = logging.getLogger("baton")
 
 
 def trainer_config(
-    config_class: type, settings: dict[str, Any], own_names: Iterable[str], stage: Stage, adapter: bool = False
+    config_class: type, settings: dict[str, Any], own_names: Iterable[str], stage: Stage, adapter: bool = False, kept: int = 0
 ) -> Any:
     """The trainer's configuration, working in `<output>.partial`. Raises InputError on a bad setting.
 
@@ -29,6 +29,7 @@ def trainer_config(
 
     Args:
         adapter: whether an adapter is trained, and the model itself frozen.
+        kept: checkpoints that shall stay after the training.
     """
     settings = dict(settings)
     if settings.get("chat_template_path"):
@@ -40,7 +41,7 @@ def trainer_config(
         "report_to": "none",
         "use_cpu": not is_torch_cuda_available(),
         "activation_checkpointing": True,
-        "save_total_limit": 1,
+        "save_total_limit": max(1, kept),
     }
     config = build_config(config_class, defaults | settings | {"output_dir": str(stage.partial_folder)}, own_names)
     asked = (config.model_init_kwargs or {}).get("dtype")

@@ -90,6 +90,26 @@ def write_model(
     return rounding.facts()
 
 
+def recast(folder: Path, start: str, dtype: ExportDtype) -> None:
+    """Give the weights in a model's folder the dtypes in which `write_model` writes them; `start` is as there."""
+    with Checkpoint(str(folder)) as own, Checkpoint(start) as checkpoint:
+        usual = torch.float32 if dtype == "float32" else checkpoint.dtype
+        shards = Shards(folder)
+        old = [Path(path) for path in weight_files(str(folder))]
+        for name in own.files:
+            tensor, before = own.files[name].get_tensor(name), checkpoint.tensor(name)
+            wanted = before.dtype if dtype == "checkpoint" and before is not None else usual
+            shards.add(name, tensor.to(wanted) if tensor.is_floating_point() else tensor)
+    for path in [*old, folder / SAFE_WEIGHTS_INDEX_NAME]:
+        path.unlink(missing_ok=True)
+    shards.close()
+    path = folder / "config.json"
+    settings = orjson.loads(path.read_bytes())
+    name = str(usual).removeprefix("torch.")
+    settings |= {key: name for key in ("dtype", "torch_dtype") if key in settings}
+    path.write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+
+
 def trained_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of a trainer's model once, with its name, whole and unrounded, on every process; see `gathered`."""
     model = trainer.model

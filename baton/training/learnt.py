@@ -9,6 +9,7 @@ import pyarrow
 import torch
 from torch import Tensor
 
+from baton.models.router import count_sequences
 from baton.models.trees import Row, Tokens, pack
 
 
@@ -27,13 +28,18 @@ def cut(input_ids: Tokens, labels: Tokens) -> Cut:
     return Cut(input_ids[:start], input_ids[start:], places - start)
 
 
-def learnt_rows(sequences: Sequence[Cut], tokens_per_row: int | None) -> Iterator[tuple[Row, list[int]]]:
+def learnt_rows(
+    sequences: Sequence[Cut], tokens_per_row: int | None, balanced: bool = False
+) -> Iterator[tuple[Row, list[int]]]:
     """Yield packed rows and which sequences each holds: its scored tokens are their learnt ones, one after another.
 
     Args:
         tokens_per_row: as for `trees.pack`.
+        balanced: whether forward passes keep what the router's loss needs (`router.py`).
     """
-    rows, places = pack([(sequence.prompt, sequence.response) for sequence in sequences], tokens_per_row)
+    rows, places = pack([(sequence.prompt, sequence.response) for sequence in sequences], tokens_per_row, whole=balanced)
+    if balanced:
+        count_sequences(rows, places)
     members: list[list[int]] = [[] for _ in rows]
     for number, place in enumerate(places):
         members[place.row].append(number)
@@ -74,13 +80,14 @@ def _flat(column: pyarrow.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy()
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def collate(rows: Sequence[dict[str, Any]], balanced: bool = False) -> dict[str, Any]:
     """Rows of token ids as one packed row.
 
     `input_ids`, `attention_mask`, `labels` are int64 (B, L), padded on the right; `row` is the packed row, whose N scored
     tokens are the learnt ones of one row of token ids after another; `members` are the numbers of those, in that order.
+    `balanced` is as in `learnt_rows`.
     """
-    ((packed, members),) = learnt_rows([cut(row["input_ids"], row["labels"]) for row in rows], None)
+    ((packed, members),) = learnt_rows([cut(row["input_ids"], row["labels"]) for row in rows], None, balanced)
     return {
         **padded([row["input_ids"] for row in rows]),
         "labels": right_padded([row["labels"] for row in rows], -100),

@@ -4,11 +4,10 @@ import logging
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
@@ -16,14 +15,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from baton.errors import InputError
 from baton.models.forward import row_scores, share_prefixes
 from baton.models.logps import TokenScores
+from baton.models.router import Balance, balance_loss, balance_of
 from baton.models.trees import Row
 from baton.parallel import data_parallel
 from baton.training.arguments import Compile
 from baton.training.checks import check_packing
-from baton.training.compiling import compile_where_it_pays
 from baton.training.dealing import deal, model_size, rows_of_shares, tree_costs, tree_tokens
 from baton.training.learnt import Outline
-from baton.training.memory import sharding_of
 from baton.training.steps import TrainsRowByRow
 
 log = logging.getLogger("baton")
@@ -46,6 +44,8 @@ class MeasuresRows(TrainsRowByRow):
     """
 
     mean_over = "tokens"
+    shares_of_metrics: ClassVar = {"aux_loss": "router_tokens"}
+    _balance: Balance | None = None
     remedy = ""  # ends the message where packed numbers are not the model's own
     checks_next_row = False
     held_out: HeldOut | None = None
@@ -69,11 +69,16 @@ class MeasuresRows(TrainsRowByRow):
         if how == "on":
             raise InputError("`compile`: on, but this model's batches are padded, which is not compiled; leave it out")
 
-    def compile_layers(self, how: Compile, costs: np.ndarray, in_4_bit: bool) -> None:
-        """Compile the model's layers as `compile_where_it_pays`, where an epoch costs these (`tree_costs`)."""
-        passes = 2 if is_peft_model(self.model) else 3
-        flops = passes * 2 * model_size(self.model).body * self.per_process(costs.sum() / 1000)
-        compile_where_it_pays(self.model, how, flops, self.args, sharding_of(self.args), in_4_bit)
+    def balance_router(self, model: PreTrainedModel, coefficient: float) -> None:
+        """Have steps add so many times the router's loss of a mixture of experts, `model` without an adapter's wrapper.
+
+        To be called before `train_row_by_row`, which then needs the amount `router_tokens`, and rows with `counts`. The loss is
+        that of each row's tokens, and a step's the mean by these. Raises InputError where the model's is not known.
+        """
+        self._balance = balance_of(model)
+        if self._balance is None:
+            raise InputError(f"`router_aux_loss_coef`: the router's loss of {type(model).__name__} is not known; leave it out")
+        self.router_aux_loss_coef = coefficient
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.checks_next_row and "rows" in inputs:
@@ -83,6 +88,11 @@ class MeasuresRows(TrainsRowByRow):
 
     def loss_of_row(self, model: Any, inputs: dict[str, Any], shares: dict[str, float]) -> Tensor:
         loss, metrics = self.measure(model, inputs)
+        if self._balance is not None:
+            balance = balance_loss(self._balance, [inputs["row"]])
+            metrics["aux_loss"] = balance.item()
+            if whole := shares[self.mean_over]:  # by which `compute_loss` multiplies
+                loss = loss + self.router_aux_loss_coef * shares["router_tokens"] / whole * balance
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
         return loss

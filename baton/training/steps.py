@@ -2,9 +2,10 @@
 
 The settings of the batch say how many members the global batch has, and nothing else: neither the number of processes nor how
 the batch is split decides what is in a step, or its loss. `StepSampler` deals a step's members to processes and rows by what
-they cost (`dealing.py`), `TrainsRowByRow` trains them.
+they cost (`dealing.py`), `TrainsRowByRow` trains them. The loss that balances a router is the one that depends on rows.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,13 +15,20 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from transformers.trainer_utils import seed_worker
 
+from baton.errors import InputError
+from baton.models.router import balance_of
 from baton.parallel import DataParallel, data_parallel
-from baton.training.dealing import deal, rows_of_shares
+from baton.training.arguments import Compile
+from baton.training.compiling import compile_where_it_pays
+from baton.training.dealing import deal, model_size, rows_of_shares
+from baton.training.memory import sharding_of
+
+log = logging.getLogger("baton")
 
 
 class Row(NamedTuple):
@@ -130,6 +138,21 @@ class TrainsRowByRow:
         epochs = args.max_steps * size / len(self.train_dataset) if args.max_steps > 0 else args.num_train_epochs
         return epochs * epoch / processes
 
+    def compile_layers(self, how: Compile, costs: np.ndarray, in_4_bit: bool, balances: bool = False) -> None:
+        """Compile the model's layers as `compile_where_it_pays`, where an epoch costs these (`tree_costs`).
+
+        With `balances` the router's numbers are read inside of layers, which are then left as they are.
+        """
+        if balances and how == "on":
+            raise InputError("`compile`: on, but the router's loss is computed from inside the layers; set it to auto or off")
+        if balances:
+            if how == "auto":
+                log.info("layers are not compiled: the router's loss is computed from inside them")
+            return
+        passes = 2 if is_peft_model(self.model) else 3
+        flops = passes * 2 * model_size(self.model).body * self.per_process(costs.sum() / 1000)
+        compile_where_it_pays(self.model, how, flops, self.args, sharding_of(self.args), in_4_bit)
+
     def get_train_dataloader(self) -> DataLoader:
         if self._steps is None:
             return super().get_train_dataloader()
@@ -217,8 +240,8 @@ def needs_its_own_batches(model: torch.nn.Module, config: Any) -> str | None:
     Args:
         config: a TrainingArguments of TRL's.
     """
-    if balances_router(model, config):
-        return "the router's loss is one over a batch"
+    if balances_router(model, config) and balance_of(model.get_base_model() if is_peft_model(model) else model) is None:
+        return "the router's loss is not known for packed rows"
     return steps_in_backward(config)
 
 
@@ -229,7 +252,7 @@ def steps_in_backward(config: Any) -> str | None:
 
 
 def balances_router(model: torch.nn.Module, config: Any) -> bool:
-    """Whether TRL adds the router's loss of a mixture of experts, and so runs the model's own forward pass."""
+    """Whether TRL adds the router's loss of a mixture of experts."""
     text = model.config.get_text_config()
     coefficient = config.router_aux_loss_coef
     own = getattr(text, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient

@@ -9,6 +9,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from baton import openrlhf as general
+from baton.training.known import CONFIGS
 from ppo import openrlhf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +30,11 @@ PLACEHOLDER = re.compile(r"\b[A-Z]+\b")
 # Flags that a program passes on to another one.
 PASSES_ON = {"scripts/test_gen.sh": "generation/get_hf2.py", "scripts/run_ppo.sh": "ppo/run_ppo.py"}
 # Names of another toolkit that a program understands beside its own.
-OTHER_NAMES = {"ppo/run_ppo.py": {*openrlhf.NAMES, *openrlhf.DONE_ANYWAY, "train_batch_size"}}
+OF_OPENRLHF = {*general.NAMES, *general.DONE_ANYWAY, general.WHOLE, general.MICRO, "ipo"}
+OTHER_NAMES = {
+    "ppo/run_ppo.py": {*openrlhf.NAMES, *openrlhf.DONE_ANYWAY, "train_batch_size"},
+    **dict.fromkeys((*CONFIGS, "generation/get_hf2.py"), OF_OPENRLHF),
+}
 PROGRAM = re.compile(r"(?:\./)?((?:\w+/)+\w+\.(?:py|sh))")
 
 ids = {"ids": lambda page: str(page.relative_to(ROOT))}

@@ -145,7 +145,7 @@ def test_a_mistyped_setting_is_refused_before_any_stage_starts(run_dir):
         (RECIPE + "ROUNDS=5\n", "5 ROUNDS, but PROMPTS names 2 sets"),
         (RECIPE + "GPUS=64\n", "GPUS=64, but there are"),
         (RECIPE + "REWARD_ARGS=(--api_key hush)\n", "bad.env: --api_key: every user of a machine can read its command lines"),
-        (RECIPE + "DPO_ARGS+=(--model_init_kwargs '{\"token\": \"hush\"}')\n", 'bad.env: "token": every user of a machine'),
+        (RECIPE + 'DPO_ARGS+=(--model_init_kwargs \'{"token": "hush"}\')\n', 'bad.env: "token": every user of a machine'),
     ],
 )
 def test_recipe_that_cannot_run_is_refused_at_once(tmp_path, recipe, message):

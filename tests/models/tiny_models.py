@@ -39,9 +39,7 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE),
     # Eager: older versions of transformers choose torch's attention for it, which leaves the soft cap out
-    "gemma2": Gemma2Config(
-        **SHAPE, **WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, attn_implementation="eager"
-    ),
+    "gemma2": Gemma2Config(**SHAPE, **WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, attn_implementation="eager"),
     "gemma3": Gemma3TextConfig(**SHAPE, **WINDOW, query_pre_attn_scalar=8),
     "mistral": MistralConfig(**SHAPE, sliding_window=5),
 }

@@ -1,6 +1,6 @@
 """Run under torchrun by test_tokenising.py: process 0 makes rows for longer than the other may wait in a collective.
 
-    torchrun --nproc_per_node 2 rows_processes.py FOLDER
+torchrun --nproc_per_node 2 rows_processes.py FOLDER
 """
 
 import sys

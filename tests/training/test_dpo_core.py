@@ -24,7 +24,6 @@ from transformers import (
     DeepseekV3Config,
     MambaConfig,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
 )
 from trl import DPOConfig
 
@@ -311,16 +310,6 @@ def test_an_architecture_that_cannot_be_packed_is_padded_and_says_so(family, tok
     assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[0] == 4  # two pairs at a time: TRL's own steps
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-
-
-def test_a_mixture_of_experts_that_balances_its_router_trains_in_whole_batches(tokenizer, tmp_path, caplog):
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SHAPE, **experts))
-    with caplog.at_level(logging.WARNING, logger="dpo_iteration.trainer"):
-        trainer = trainer_of(model, random_pairs(4), tokenizer, tmp_path, max_steps=1, logging_steps=1)
-    assert "the router's loss is one over a batch" in caplog.text
-    trainer.train()
-    assert 0 < trainer.state.log_history[0]["useful_tokens"] < 1 and trainer.state.log_history[0]["aux_loss"] > 0
 
 
 # The reference

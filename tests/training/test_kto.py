@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
@@ -20,9 +21,11 @@ from baton.models import attention
 from baton.models.attention import by_trees
 from baton.models.templates import load_tokenizer
 from baton.models.trees import Layout
+from baton.training.adapters import LoraArguments, adapter_config
+from baton.training.reference import reference_logps
 from dpo_iteration.kto import PackedKTOTrainer, balance_advice, check_config, in_training_order, with_reference_logps
 from dpo_iteration.rows import Rows
-from tests.models.tiny_models import model_of, random_pairs
+from tests.models.tiny_models import model_of, pairs_of, random_pairs
 from tests.programs import read_jsonl, run_program
 
 MAX_LENGTH = 16
@@ -190,6 +193,33 @@ def test_a_training_stops_at_a_first_batch_whose_packed_numbers_are_not_the_mode
         train()
 
 
+def test_an_adapter_without_effect_gives_the_loss_of_the_whole_model_and_the_model_is_its_reference(task, tmp_path):
+    rows = [
+        {"prompt_ids": pair["prompt_ids"], "completion_ids": pair["chosen_ids"], "label": number % 2 == 0}
+        for number, pair in enumerate(random_pairs(6))
+    ]
+    values = {"per_device_train_batch_size": 6, "gradient_checkpointing": False, "precompute_ref_log_probs": True}
+    config = config_of(tmp_path, **values, model_init_kwargs={"dtype": "float32"})
+    made = Dataset.from_list(list(in_training_order(Dataset.from_list(rows), config, 64)))
+    made = with_reference_logps(made, str(task / "base"), config, tmp_path)
+    found = []
+    for adapter in (None, adapter_config(LoraArguments(use_peft=True, lora_target_modules="all-linear"))):
+        trainer = PackedKTOTrainer(
+            str(task / "base"), args=config, train_dataset=made, peft_config=adapter,
+            processing_class=load_tokenizer(str(task / "base")),
+        )  # fmt: skip
+        assert trainer.ref_model is None
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+        loss.backward()
+        found.append((loss.item(), trainer._metrics["train"]["kl"][-1]))
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    # 1 - sigmoid(beta (0 - 0)) of a desirable and of an undesirable example
+    assert found[1] == pytest.approx((0.5, 0.0), abs=1e-4)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+    assert trained and all("lora_" in name for name in trained)
+
+
 def kto(task, data, output, *more):
     return run_program(
         "dpo_iteration/run_kto.py", "--model_name_or_path", task / "base", "--dataset_name_or_path", data,
@@ -235,3 +265,37 @@ def test_kto_raises_the_desirable_and_accounts_for_every_response(task, annotate
     assert again.returncode == 0 and "up to date" in again.stderr
     other = kto(task, annotated, tmp_path / "other", "--desirable_above", -9, "--undesirable_below", -9)
     assert other.returncode == 2 and "192 desirable and 0 undesirable examples are left" in other.stderr
+
+
+def test_an_adapter_is_merged_and_the_best_checkpoint_is_exported_and_kept_with_the_last(task, annotated, tmp_path):
+    lines = annotated.read_text().splitlines(keepends=True)
+    data, held_out = tmp_path / "data.jsonl", tmp_path / "held_out.jsonl"
+    data.write_text("".join(lines[8:]))
+    held_out.write_text("".join(lines[:8]))
+    words = ["--use_peft", "--lora_r", 4, "--lora_target_modules", "all-linear", "--max_steps", 6, "--learning_rate", 1e-2]
+    words += ["--eval_dataset_name_or_path", held_out, "--load_best_model_at_end", "true", "--early_stopping", 6]
+    words += [word for name in ("eval", "save") for word in (f"--{name}_strategy", "steps", f"--{name}_steps", 2)]
+    done = kto(task, data, tmp_path / "policy", *words, "--merge_adapter", "--keep_checkpoints", 2)
+    assert done.returncode == 0, done.stderr
+    evaluated = {
+        line["step"]: line["eval_loss"] for line in read_jsonl(tmp_path / "policy.metrics.jsonl") if "eval_loss" in line
+    }
+    assert list(evaluated) == [2, 4, 6]
+    best = min(evaluated, key=evaluated.get)
+    manifest = json.loads((tmp_path / "policy.manifest.json").read_text())
+    assert manifest["metrics"]["eval_loss"] == evaluated[best]
+    kept = {path.name for path in (tmp_path / "policy").glob("step-*")}
+    assert len(kept) == 2 and f"step-{best}" in kept
+    pairs = pairs_of(random_pairs(6))
+    policy, of_best = (
+        reference_logps(AutoModelForCausalLM.from_pretrained(tmp_path / "policy" / name), pairs)
+        for name in (".", f"step-{best}")
+    )
+    torch.testing.assert_close(policy, of_best)
+    assert json.loads((tmp_path / "policy" / f"step-{best}/generation_config.json").read_text())["eos_token_id"]
+
+    adapter = kto(task, data, tmp_path / "adapter", *words)
+    assert adapter.returncode == 0, adapter.stderr
+    base = AutoModelForCausalLM.from_pretrained(task / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").get_base_model()
+    torch.testing.assert_close(policy, reference_logps(adapted, pairs), atol=1e-4, rtol=1e-4)

@@ -55,6 +55,36 @@ def test_a_setting_of_another_program_names_that_program(program, flags, message
         parse(program, *flags)
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_openrlhfs_names_are_those_of_the_programs_settings(program, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = {"pretrain": "a/b", "dataset": "d", "max_len": "64", "lora_rank": "8", "l2": "0.1", "max_epochs": "2"}
+    given |= {"max_samples": "9", "train_batch_size": "64", "micro_train_batch_size": "4", "flash_attn": "true"}
+    given |= {"teacher_model": "c/d"} if "distillation" in program else {}
+    arguments, settings = parse(program, *(word for name, value in given.items() for word in (f"--{name}", value)))
+    assert arguments.model_name_or_path == "a/b" and arguments.dataset_name_or_path == "d" and arguments.max_length == 64
+    assert arguments.use_peft and arguments.lora_r == 8
+    assert 9 in (getattr(arguments, "max_samples", None), getattr(arguments, "max_training_samples", None))
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
+    assert settings == batch | {"weight_decay": "0.1", "num_train_epochs": "2"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--zero_stage", "3"], "`zero_stage` of OpenRLHF: here `accelerate launch --config_file configs/zero2.yaml`"),
+        (["--pretrain", "a", "--model_name_or_path", "b"], "`pretrain` and `model_name_or_path` are two names of one setting"),
+        (["--train_batch_size", "7", "--micro_train_batch_size", "2"], "7 is no multiple of 1 processes x"),
+        (["--train_batch_size", "8", "--gradient_accumulation_steps", "2"], "both say how large a batch is"),
+        (["--flash_attn", "false"], "`flash_attn` is always True here"),
+        (["--ipo", "--loss_type", "hinge"], "`ipo` and `loss_type` both name a loss"),
+    ],
+)
+def test_what_openrlhf_says_and_baton_decides_elsewhere_is_refused(flags, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse("dpo_iteration/run_dpo.py", *flags)
+
+
 def test_an_unknown_setting_is_refused_before_torch_or_trl_is_imported():
     words = [sys.executable, "-X", "importtime", "dpo_iteration/run_dpo.py", "configs/training.yaml", "--lerning_rate", "1"]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
