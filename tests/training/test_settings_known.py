@@ -57,7 +57,8 @@ def test_a_setting_of_another_program_names_that_program(program, flags, message
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_openrlhfs_names_are_those_of_the_programs_settings(program, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
     given = {"pretrain": "a/b", "dataset": "d", "max_len": "64", "lora_rank": "8", "l2": "0.1", "max_epochs": "2"}
     given |= {"max_samples": "9", "train_batch_size": "64", "micro_train_batch_size": "4", "flash_attn": "true"}
     given |= {"teacher_model": "c/d"} if "distillation" in program else {}
