@@ -530,7 +530,7 @@ def test_bad_scorers_are_refused_before_anything_runs(models, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def rule(prompts, responses, records): pass\nreturn 1\n")
     for changes, message in [
-        ({"scorer": "somewhere"}, "expected [NAME=]KIND:TARGET, with KIND one of bt, vllm, pair, custom, function, http"),
+        ({"scorer": "somewhere"}, "expected [NAME=]KIND:TARGET, with KIND one of bt, vllm, pair, process, custom, function"),
         ({"scorer": f"fn:{rules}:rule"}, "no kind `fn`; expected [NAME=]KIND:TARGET, with KIND one of bt, vllm"),
         ({"scorer": f"btt:{models / 'rm'}"}, "did you mean `bt`?"),
         ({"scorer": [rule, rule]}, "another one is called function already"),
