@@ -37,7 +37,7 @@ from baton.errors import FailuresListed
 from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.program import rank, run
-from baton.scorers import KINDS_ON_GPU
+from baton.scorers import KINDS_ON_GPU, identity
 from baton.sources import check_hub, check_hub_ahead, template_input
 from baton.stage import Stage
 
@@ -73,7 +73,7 @@ def main() -> None:
     inputs: dict[str, str | Path] = {"dataset": arguments.dataset_name_or_path, **template_input(arguments.chat_template)}
     for scorer in wanted:
         inputs |= scorers.check(scorer, arguments)
-    settings = {"scorers": [scorers.identity(scorer) for scorer in wanted]}
+    settings = {"scorers": [identity(scorer) for scorer in wanted]}
 
     def read_responses() -> Responses:
         responses = Responses(arguments.dataset_name_or_path, arguments.dataset_key, arguments.K)

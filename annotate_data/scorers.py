@@ -65,11 +65,6 @@ def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:
     return {f"{label}: rubric": arguments.rubric or DEFAULT_RUBRIC}
 
 
-def identity(scorer: Wanted) -> str:
-    """What of a scorer is compared beside its inputs: its name, its kind, and of a file the function."""
-    return f"{scorer.name}={scorer.kind}" + (f":{check_function(scorer.target)[1]}" if scorer.kind == "function" else "")
-
-
 def maker(scorer: Wanted, arguments: Any) -> Callable[[], Scorer]:
     """A function that makes the scorer: loads its model, or prepares its calls."""
     return lambda: MAKERS[scorer.kind](scorer.target, arguments, arguments.model_settings())

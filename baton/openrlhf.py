@@ -1,41 +1,45 @@
-"""OpenRLHF's names of settings that mean the same in the programs that are not PPO, and those that something else decides."""
+"""OpenRLHF's names of settings that mean the same here, and those that something else decides."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from baton.errors import InputError
 from baton.parallel import data_parallel
 from baton.task import spelling
 
+# Those that every program has, PPO too, whose own are in ppo/openrlhf.py.
 NAMES = {
     "pretrain": "model_name_or_path",
-    "ref_pretrain": "ref_model",
-    "dataset": "dataset_name_or_path",
     "input_key": "dataset_key",
     "save_path": "output_dir",
-    "output_path": "output_dir",
-    "max_samples": "max_training_samples",
-    "max_len": "max_length",
     "prompt_max_len": "max_prompt_length",
-    "max_epochs": "num_train_epochs",
     "lr_scheduler": "lr_scheduler_type",
     "l2": "weight_decay",
     "max_norm": "max_grad_norm",
-    "aux_loss_coef": "router_aux_loss_coef",
     "lora_rank": "lora_r",
-    "target_modules": "lora_target_modules",
-    "best_of_n": "K",
-    "tp_size": "tensor_parallel_size",
 }
 # Settings that say what is done here anyway, where they have these values.
-DONE_ANYWAY = {
-    "apply_chat_template": True, "flash_attn": True, "packing_samples": True, "enable_prefix_caching": True,
-    "unpaired_preference": True, "ref_offload": True,
-}  # fmt: skip
+DONE_ANYWAY = {"apply_chat_template": True, "flash_attn": True, "packing_samples": True, "enable_prefix_caching": True}
 ELSEWHERE = {
     "zero_stage": "`accelerate launch --config_file configs/zero2.yaml` decides how models are spread",
     "adam_offload": "`accelerate launch --config_file configs/zero2_offload.yaml` keeps the optimizer in RAM",
     "use_wandb": "`report_to: wandb`, with the key in WANDB_API_KEY",
+}
+# Those of the programs that are not PPO.
+NOT_PPO_NAMES = NAMES | {
+    "ref_pretrain": "ref_model",
+    "dataset": "dataset_name_or_path",
+    "output_path": "output_dir",
+    "max_samples": "max_training_samples",
+    "max_len": "max_length",
+    "max_epochs": "num_train_epochs",
+    "aux_loss_coef": "router_aux_loss_coef",
+    "target_modules": "lora_target_modules",
+    "best_of_n": "K",
+    "tp_size": "tensor_parallel_size",
+}
+NOT_PPO_DONE_ANYWAY = DONE_ANYWAY | {"unpaired_preference": True, "ref_offload": True}
+NOT_PPO_ELSEWHERE = ELSEWHERE | {
     "greedy_sampling": "`temperature: 0` with `K: 1`",
     "vanilla_loss": "the first version of KTO is not there: leave it out",
 }
@@ -43,31 +47,45 @@ WHOLE, MICRO = "train_batch_size", "micro_train_batch_size"
 
 
 def own_names(settings: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Settings of one source (a YAML file, or flags) by the names of a program that knows the settings `known`.
+    """Settings of one source (a YAML file, or flags) by the names of a program, not PPO, that knows the settings `known`.
 
-    A name that the program itself has is left alone, and so is one whose counterpart it does not have. Raises InputError for
-    what is decided elsewhere, and for two names of one thing.
+    A name that the program itself has is left alone, and so is one whose counterpart it does not have. Raises InputError as
+    `renamed`.
     """
-    settings = dict(settings)
-    for name, own in NAMES.items():
-        if name not in settings or name in known or own not in known:
-            continue
-        if own in settings:
-            raise InputError(f"`{name}` and `{own}` are two names of one setting: leave one out")
-        settings[own] = settings.pop(name)
-        if name == "lora_rank":
-            _adapter(settings)
-    for name, value in DONE_ANYWAY.items():
-        if name in settings and name not in known and spelling(settings.pop(name)) != value:
-            raise InputError(f"`{name}` is always {value} here: leave it out")
-    for name, advice in ELSEWHERE.items():
-        if name in settings and name not in known:
-            raise InputError(f"`{name}` of OpenRLHF: here {advice}")
+    names = {name: own for name, own in NOT_PPO_NAMES.items() if name not in known and own in known}
+    done_anyway = {name: value for name, value in NOT_PPO_DONE_ANYWAY.items() if name not in known}
+    elsewhere = {name: advice for name, advice in NOT_PPO_ELSEWHERE.items() if name not in known}
+    of_an_adapter = "lora_rank" in settings and "lora_rank" in names
+    settings = renamed(settings, names, done_anyway, elsewhere)
+    if of_an_adapter:
+        _adapter(settings)
     if "ipo" in settings and "loss_type" in known and spelling(settings.pop("ipo")):
         if "loss_type" in settings:
             raise InputError("`ipo` and `loss_type` both name a loss: leave one out")
         settings["loss_type"] = "ipo"
     return _batch(settings) if "per_device_train_batch_size" in known else settings
+
+
+def renamed(
+    settings: dict[str, Any], names: Mapping[str, str], done_anyway: Mapping[str, Any], elsewhere: Mapping[str, str]
+) -> dict[str, Any]:
+    """Settings of one source by our `names`, without those that say what is done anyway.
+
+    Raises InputError for what is decided `elsewhere`, and for two names of one thing.
+    """
+    settings = dict(settings)
+    for name, own in names.items():
+        if name in settings:
+            if own in settings:
+                raise InputError(f"`{name}` and `{own}` are two names of one setting: leave one out")
+            settings[own] = settings.pop(name)
+    for name, value in done_anyway.items():
+        if name in settings and spelling(settings.pop(name)) != value:
+            raise InputError(f"`{name}` is always {value} here: leave it out")
+    for name, advice in elsewhere.items():
+        if name in settings:
+            raise InputError(f"`{name}` of OpenRLHF: here {advice}")
+    return settings
 
 
 def _adapter(settings: dict[str, Any]) -> None:

@@ -1,23 +1,17 @@
-"""OpenRLHF's names of settings that mean the same here, and those that something else decides here."""
+"""OpenRLHF's names of PPO's settings that mean the same here, and those that something else decides here."""
 
 from typing import Any
 
+from baton import openrlhf
 from baton.errors import InputError
 from baton.task import spelling
 
-NAMES = {
-    "pretrain": "model_name_or_path",
+NAMES = openrlhf.NAMES | {
     "critic_pretrain": "critic_model",
     "prompt_data": "dataset_name_or_path",
-    "input_key": "dataset_key",
-    "save_path": "output_dir",
     "actor_learning_rate": "learning_rate",
-    "lr_scheduler": "lr_scheduler_type",
-    "l2": "weight_decay",
-    "max_norm": "max_grad_norm",
     "n_samples_per_prompt": "K",
     "generate_max_len": "max_new_tokens",
-    "prompt_max_len": "max_prompt_length",
     "init_kl_coef": "kl_coef",
     "lambd": "lam",
     "max_epochs": "num_ppo_epochs",
@@ -25,44 +19,25 @@ NAMES = {
     "vllm_num_engines": "num_servers",
     "vllm_tensor_parallel_size": "tensor_parallel_size",
     "remote_rm_url": "reward_url",
-    "lora_rank": "lora_r",
     "prompt_split": "dataset_split",
     "pretrain_data": "ptx_dataset",
 }
-# Settings that say what is done here anyway, where they have these values.
-DONE_ANYWAY = {
-    "apply_chat_template": True, "flash_attn": True, "enable_prefix_caching": True, "packing_samples": True,
-    "vllm_sync_backend": "nccl",
-}  # fmt: skip
-ELSEWHERE = {
-    "zero_stage": "`accelerate launch --config_file configs/zero2.yaml` decides how models are spread",
-    "adam_offload": "`accelerate launch --config_file configs/zero2_offload.yaml` keeps the optimizer in RAM",
+DONE_ANYWAY = openrlhf.DONE_ANYWAY | {"vllm_sync_backend": "nccl"}
+ELSEWHERE = openrlhf.ELSEWHERE | {
     "micro_train_batch_size": "`tokens_per_row` bounds the memory of a pass, in tokens",
     "micro_rollout_batch_size": "`tokens_per_row` bounds the memory of a pass, in tokens",
-    "use_wandb": "`report_to: wandb`, with the key in WANDB_API_KEY",
     "reward_pretrain": "`scorer: bt:MODEL`; several models are several words, and `weights` says what each counts",
     "head_prefix": "a reward model is a sequence classifier of Transformers, whose head is called `score`",
-}  # fmt: skip
+}
 
 
 def own_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of one source (a YAML file, or flags) by the names of run_ppo.py.
 
-    `train_batch_size` counts samples, so it is `prompts_per_update` times the samples of a prompt. Raises InputError for what
-    is decided elsewhere, and for two names of one thing.
+    `train_batch_size` counts samples, so it is `prompts_per_update` times the samples of a prompt. Raises InputError as
+    `openrlhf.renamed`.
     """
-    settings = dict(settings)
-    for name, own in NAMES.items():
-        if name in settings:
-            if own in settings:
-                raise InputError(f"`{name}` and `{own}` are two names of one setting: leave one out")
-            settings[own] = settings.pop(name)
-    for name, value in DONE_ANYWAY.items():
-        if name in settings and spelling(settings.pop(name)) != value:
-            raise InputError(f"`{name}` is always {value} here: leave it out")
-    for name, advice in ELSEWHERE.items():
-        if name in settings:
-            raise InputError(f"`{name}` of OpenRLHF: here {advice}")
+    settings = openrlhf.renamed(settings, NAMES, DONE_ANYWAY, ELSEWHERE)
     if spelling(settings.get("normalize_reward")) in (True, False):
         settings["normalize_reward"] = "running" if spelling(settings["normalize_reward"]) else "none"
     if "train_batch_size" in settings:

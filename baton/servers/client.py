@@ -9,7 +9,7 @@ import tenacity
 
 from baton.errors import FailuresListed, InputError
 from baton.program import harmless
-from baton.servers.addresses import PASSING, Refused, Transient, error_text, proxy_settings
+from baton.servers.addresses import BROKEN, PASSING, Refused, Transient, error_text, proxy_settings
 
 ALONE = 3  # requests in a row that fail, with no answer to any in between: then the service is away
 
@@ -61,7 +61,7 @@ class Client:
         url = self.urls[next(turns) % len(self.urls)]
         try:
             answer = self.http.post(url, json=body)
-        except (httpx.TransportError, httpx.DecodingError) as error:
+        except BROKEN as error:
             raise Transient(f"{url}: {str(error) or type(error).__name__}") from error
         status = answer.status_code
         if status in PASSING or status >= 500:

@@ -15,7 +15,7 @@ import orjson
 import tenacity
 
 from baton.errors import FailuresListed, InputError
-from baton.servers.addresses import PASSING, Refused, Transient, check_url, error_text, proxy_settings
+from baton.servers.addresses import BROKEN, PASSING, Refused, Transient, check_url, error_text, proxy_settings
 
 log = logging.getLogger("baton")
 
@@ -134,7 +134,7 @@ class Servers:
             if isinstance(error, httpx.ConnectTimeout):
                 self._set_aside(server)
             raise Transient(f"{server.url}: no answer in time ({type(error).__name__})") from None
-        except httpx.TransportError as error:
+        except BROKEN as error:
             self._set_aside(server)
             raise Transient(f"{server.url}: {type(error).__name__}: {error}") from None
         finally:
@@ -164,7 +164,7 @@ class Servers:
         try:
             response = await self.client.get(f"{server.url}/models", timeout=10)
             models = self._checked(server, response).get("data")
-        except httpx.TransportError:
+        except BROKEN:
             self._set_aside(server)  # the probe says so
             return []
         except Transient as error:
@@ -194,7 +194,7 @@ class Servers:
         try:
             response = await self.client.get(f"{server.url}/models", timeout=10)
             return response.status_code < 500 and (not self.is_usable or await self.is_usable(self.client, server.url))
-        except httpx.TransportError as error:
+        except (*BROKEN, ValueError) as error:  # the last: what should be JSON is none
             if warn:
                 log.warning("%s: set aside: %s", server.url, str(error) or type(error).__name__)
             return False

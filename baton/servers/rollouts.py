@@ -127,7 +127,7 @@ class Rollouts:
         if self.version is None:
             return True
         answer = await client.get(f"{url.removesuffix('/v1')}/weight_info", timeout=10)
-        return answer.status_code == 200 and answer.json()["weight_version"] == str(self.version)
+        return answer.status_code == 200 and answer.json().get("weight_version") == str(self.version)
 
     async def _ask_all(self, bodies: list[dict[str, Any]], n: int, version: int | None, results: queue.SimpleQueue) -> None:
         """Put what `sample` gives into `results`; the first failure ends all."""

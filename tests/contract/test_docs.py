@@ -30,7 +30,7 @@ PLACEHOLDER = re.compile(r"\b[A-Z]+\b")
 # Flags that a program passes on to another one.
 PASSES_ON = {"scripts/test_gen.sh": "generation/get_hf2.py", "scripts/run_ppo.sh": "ppo/run_ppo.py"}
 # Names of another toolkit that a program understands beside its own.
-OF_OPENRLHF = {*general.NAMES, *general.DONE_ANYWAY, general.WHOLE, general.MICRO, "ipo"}
+OF_OPENRLHF = {*general.NOT_PPO_NAMES, *general.NOT_PPO_DONE_ANYWAY, general.WHOLE, general.MICRO, "ipo"}
 OTHER_NAMES = {
     "ppo/run_ppo.py": {*openrlhf.NAMES, *openrlhf.DONE_ANYWAY, "train_batch_size"},
     **dict.fromkeys((*CONFIGS, "generation/get_hf2.py"), OF_OPENRLHF),
