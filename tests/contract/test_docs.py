@@ -27,8 +27,12 @@ CODE_SPAN = re.compile(r"`([^`]+)`")
 PROJECT_FILE = re.compile(rf"(?<![\w./-])(?:\./)?((?:{'|'.join(FOLDERS)})/[\w./{{}},-]*\.(?:py|sh|yaml|env|md|txt))(?![\w/])")
 PLACEHOLDER = re.compile(r"\b[A-Z]+\b")
 
-# Flags that a program passes on to another one.
-PASSES_ON = {"scripts/test_gen.sh": "generation/get_hf2.py", "scripts/run_ppo.sh": "ppo/run_ppo.py"}
+# Flags that a program passes on to another one, or has from there.
+PASSES_ON = {
+    "scripts/test_gen.sh": "generation/get_hf2.py",
+    "scripts/run_ppo.sh": "ppo/run_ppo.py",
+    **dict.fromkeys((f"benchmarks/{name}.py" for name in ("dpo", "trainers", "distillation")), "benchmarks/sides.py"),
+}
 # Names of another toolkit that a program understands beside its own.
 OF_OPENRLHF = {*general.NOT_PPO_NAMES, *general.NOT_PPO_DONE_ANYWAY, general.WHOLE, general.MICRO, "ipo"}
 OTHER_NAMES = {
