@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from baton.models.router import balance_loss, balance_of
 from baton.models.scoring import without_padding
+from baton.training.checkpoints import load_as_written
 from baton.training.learnt import collate, padded
 from reward_model.packing import SIDES
 from reward_model.trainer import PackedRewardTrainer
@@ -126,6 +128,20 @@ def test_a_reward_models_router_is_balanced_over_the_tokens_of_both_responses(to
     logits = copy.deepcopy(model).base_model(**batch, output_router_logits=True, use_cache=False).router_logits
     own = sys.modules[type(model).__module__].load_balancing_loss_func(logits, 4, 2, batch["attention_mask"])
     assert found == pytest.approx(own.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_loaded_from_a_checkpoint(family, tokenizer, tmp_path):
+    trainer = test_sft_core.trainer_of(experts(family), random_rows(), tokenizer, tmp_path)
+    trained = copy.deepcopy(trainer.model.state_dict())
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    load_as_written(trainer)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    for load in (partial(trainer._load_from_checkpoint, trainer.state.best_model_checkpoint), trainer._load_best_model):
+        for weight in trainer.model.parameters():
+            weight.data.zero_()
+        load()
+        assert all(torch.equal(tensor, trained[name]) for name, tensor in trainer.model.state_dict().items())
 
 
 def test_a_model_without_experts_has_no_such_loss():
