@@ -68,6 +68,7 @@ def train(
         trainer.add_callback(StopEarly(early_stopping))
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_peft_model(trainer.model)):
         load_as_written(trainer)
+    trainer.add_callback(BestIsHere())
     # TRL writes a card of its own with each checkpoint, and to the hub.
     trainer.create_model_card = lambda *_, **__: _write_card(trainer, stage, counts)
     checkpoint = last_whole_checkpoint(stage.partial_folder)
@@ -99,6 +100,19 @@ def load_as_written(trainer: Any) -> None:
 
     trainer._load_from_checkpoint = load
     trainer._load_best_model = lambda: load(trainer.state.best_model_checkpoint)
+
+
+class BestIsHere(TrainerCallback):
+    """Has a training that goes on find its best checkpoint in the folder as it is called now.
+
+    A checkpoint names it by the path of the run that wrote it. Where that is another, since the folder was moved or the program
+    started elsewhere, Transformers takes it that there is no best one until it saves again, and would export the last weights.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_global_step is not None and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
 
 class StopEarly(TrainerCallback):
