@@ -33,13 +33,21 @@ class Layout:
         return sum(prompt + sum(responses) for prompt, responses in self.trees)
 
 
+class Left:
+    """What a forward pass leaves behind: the router's logits of each layer, of a mixture of experts (`router.py`).
+
+    No dataclass, of which FSDP gives the model a copy.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+
+
 @dataclass
 class Row:
     """One packed row of T tokens with N scored response tokens.
 
     `input_ids` and `position_ids` are int64 (T,). Scored token n is `targets[n]`, predicted from the hidden
-    state at `predictors[n]`; both int64 (N,). With `counts`, float32 (T,), a forward pass of a mixture of experts leaves its
-    `router_logits` here (`router.py`).
+    state at `predictors[n]`; both int64 (N,). With `counts`, float32 (T,), a forward pass leaves the router's logits in `left`.
     """
 
     input_ids: Tensor
@@ -48,7 +56,7 @@ class Row:
     targets: Tensor
     layout: Layout
     counts: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+    left: Left = field(default_factory=Left)
 
 
 @dataclass(frozen=True)
