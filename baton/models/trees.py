@@ -8,6 +8,7 @@ is predicted from it. Of `whole` sequences it is one: a reward is read there.
 """
 
 from bisect import bisect_left, insort
+from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,11 +23,12 @@ class Layout:
     """Where the trees of one row lie, in tokens: all that attention needs to know.
 
     `trees` holds, in row order, `(prompt length, [input length of each response])`; every length counts
-    tokens of the row. `masks` keeps what attention derives from it, shared by all layers of a forward pass.
+    tokens of the row. `masks` keeps what attention derives from it, shared by all layers of a forward pass. It is no dict,
+    since FSDP gives each layer a copy of those.
     """
 
     trees: list[tuple[int, list[int]]]
-    masks: dict = field(default_factory=dict)
+    masks: UserDict = field(default_factory=UserDict)
 
     @property
     def length(self) -> int:
