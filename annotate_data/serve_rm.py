@@ -99,6 +99,8 @@ def application(submits: dict[str, Any], weights: dict[str, float], kinds: set[s
         if not carries_key(request.headers.get("authorization", ""), key):
             raise HTTPException(401, "wrong or missing API key")
         try:
+            if "process" in kinds and body.get("messages") is None:
+                raise InputError("`query`: a process reward model reads what its own chat template writes: give `messages`")
             tasks = tasks_of(body, positions, from_prompts, pairwise)
             futures = {name: submit(tasks) for name, submit in submits.items()}
             await asyncio.gather(*(asyncio.wrap_future(future) for given in futures.values() for future in given))

@@ -104,13 +104,16 @@ def _batch(settings: dict[str, Any]) -> dict[str, Any]:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if name in settings:
             raise InputError(f"`{given[0]}` and `{name}` both say how large a batch is: leave one out")
+    if WHOLE not in given:  # which may stand in the other source, and decides the number of micro-batches
+        raise InputError(
+            f"`{MICRO}` splits a batch: give `{WHOLE}` beside it, in the same place (file or flags), or "
+            "`per_device_train_batch_size` and `gradient_accumulation_steps` instead"
+        )
     values = {name: spelling(settings.pop(name)) for name in given}
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"`{name}` must be a number from 1, got {value}")
     processes = data_parallel().size
-    if WHOLE not in values:
-        return settings | {"per_device_train_batch_size": values[MICRO]}
     micro = values.get(MICRO) or values[WHOLE] // processes
     if not micro or values[WHOLE] % (micro * processes):
         raise InputError(

@@ -15,6 +15,10 @@ from baton.records import SIDE_KEYS, check_finite, prompt_of, rewards_of
 from baton.scored import annotated_records, rewards_by_name
 
 LONGER = "responses longer than max_length, left out"
+DIVIDED = (
+    "steps hold the separator themselves: when a response is scored, it is read there too, where nothing was learnt; choose "
+    "another step_separator"
+)
 
 
 def scored_records(
@@ -72,7 +76,7 @@ def rows_of_scores(
 
 
 def rows_of_steps(
-    tokenizer: Any, max_length: int, separator: str, records: Iterable[tuple[str, Record]], drops: Drops, _: Counter[str]
+    tokenizer: Any, max_length: int, separator: str, records: Iterable[tuple[str, Record]], drops: Drops, counted: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row (`row_of`) for each of the `steps.stepwise_records` that fits; `drops` gets the others.
 
@@ -88,6 +92,8 @@ def rows_of_steps(
         if len(ids) > max_length:
             drops.add(f"longer than max_length {max_length} tokens", where)
         else:
+            if divided := sum(separator in step for step in record["completions"]):
+                counted[DIVIDED] += divided
             yield row_of([ids[: places[-1] + 1]], [places], [float(label) for label in record["labels"]])
 
 

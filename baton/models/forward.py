@@ -207,7 +207,7 @@ def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
     more = {} if row.counts is None else {"output_router_logits": True}
     outputs = model.base_model(input_ids=input_ids, position_ids=position_ids, layout=row.layout, use_cache=False, **more)
     if row.counts is not None:
-        row.router_logits = outputs.router_logits
+        row.left.router_logits = outputs.router_logits
     states = outputs.last_hidden_state[0]  # (T, H)
     return states[at.to(states.device, non_blocking=True)]
 

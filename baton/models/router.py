@@ -53,8 +53,8 @@ def count_sequences(rows: Sequence[Row], places: Sequence[Place]) -> None:
 
 def balance_loss(balance: Balance, rows: Sequence[Row]) -> Tensor:
     """The router's loss on rows after their forward pass, a number with gradients."""
-    layers = zip(*(row.router_logits for row in rows), strict=True)
+    layers = zip(*(row.left.router_logits for row in rows), strict=True)
     logits = tuple(torch.cat([part.flatten(end_dim=-2) for part in layer]) for layer in layers)
-    lengths = [len(row.router_logits[0].flatten(end_dim=-2)) for row in rows]
+    lengths = [len(row.left.router_logits[0].flatten(end_dim=-2)) for row in rows]
     counts = [F.pad(row.counts, (0, length - len(row.counts))) for row, length in zip(rows, lengths, strict=True)]
     return balance(logits, torch.cat(counts).to(logits[0].device))

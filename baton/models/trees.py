@@ -8,6 +8,7 @@ is predicted from it. Of `whole` sequences it is one: a reward is read there.
 """
 
 from bisect import bisect_left, insort
+from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,15 +23,25 @@ class Layout:
     """Where the trees of one row lie, in tokens: all that attention needs to know.
 
     `trees` holds, in row order, `(prompt length, [input length of each response])`; every length counts
-    tokens of the row. `masks` keeps what attention derives from it, shared by all layers of a forward pass.
+    tokens of the row. `masks` keeps what attention derives from it, shared by all layers of a forward pass. It is no dict,
+    since FSDP gives each layer a copy of those.
     """
 
     trees: list[tuple[int, list[int]]]
-    masks: dict = field(default_factory=dict)
+    masks: UserDict = field(default_factory=UserDict)
 
     @property
     def length(self) -> int:
         return sum(prompt + sum(responses) for prompt, responses in self.trees)
+
+
+class Left:
+    """What a forward pass leaves behind: the router's logits of each layer, of a mixture of experts (`router.py`).
+
+    No dataclass, of which FSDP gives the model a copy.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -38,8 +49,7 @@ class Row:
     """One packed row of T tokens with N scored response tokens.
 
     `input_ids` and `position_ids` are int64 (T,). Scored token n is `targets[n]`, predicted from the hidden
-    state at `predictors[n]`; both int64 (N,). With `counts`, float32 (T,), a forward pass of a mixture of experts leaves its
-    `router_logits` here (`router.py`).
+    state at `predictors[n]`; both int64 (N,). With `counts`, float32 (T,), a forward pass leaves the router's logits in `left`.
     """
 
     input_ids: Tensor
@@ -48,7 +58,7 @@ class Row:
     targets: Tensor
     layout: Layout
     counts: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+    left: Left = field(default_factory=Left)
 
 
 @dataclass(frozen=True)

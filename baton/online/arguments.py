@@ -184,7 +184,8 @@ def scorer_inputs(arguments: OnlineArguments) -> dict[str, str | Path]:
     The files that `reward_args` names are among them. Raises InputError where one is not there.
     """
     found: dict[str, str | Path] = {}
-    words = [part for word in shlex.split(arguments.reward_args) for part in word.split("=", 1)]
+    given = shlex.split(arguments.reward_args)
+    words = [part for word in given for part in (word.split("=", 1) if word.startswith("--") else [word])]
     files = {flag: Path(value) for flag, value in itertools.pairwise(words) if flag in ("--rubric", "--chat_template")}
     for scorer in wanted_scorers(arguments.scorer):
         if scorer.kind == "judge":

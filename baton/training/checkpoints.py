@@ -66,6 +66,9 @@ def train(
     trainer.add_callback(MetricsFile(metrics_path or metrics_file(stage.output, None)))
     if early_stopping is not None:
         trainer.add_callback(StopEarly(early_stopping))
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_peft_model(trainer.model)):
+        load_as_written(trainer)
+    trainer.add_callback(BestIsHere())
     # TRL writes a card of its own with each checkpoint, and to the hub.
     trainer.create_model_card = lambda *_, **__: _write_card(trainer, stage, counts)
     checkpoint = last_whole_checkpoint(stage.partial_folder)
@@ -82,6 +85,34 @@ def train(
     metrics |= export(trainer, stage.partial_folder, export_dtype)
     trainer.create_model_card()
     return metrics
+
+
+def load_as_written(trainer: Any) -> None:
+    """Have a trainer load a whole model's checkpoints, to go on and for the best one, by the names that these have.
+
+    Its own way goes by the model's names and passes over all others. Those of a mixture's experts are among them, which
+    Transformers joins when it loads a model: they would stay what they were at the start of the run.
+    """
+
+    def load(folder: str, *_: Any) -> None:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+
+    trainer._load_from_checkpoint = load
+    trainer._load_best_model = lambda: load(trainer.state.best_model_checkpoint)
+
+
+class BestIsHere(TrainerCallback):
+    """Has a training that goes on find its best checkpoint in the folder as it is called now.
+
+    A checkpoint names it by the path of the run that wrote it. Where that is another, since the folder was moved or the program
+    started elsewhere, Transformers takes it that there is no best one until it saves again, and would export the last weights.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_global_step is not None and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
 
 class StopEarly(TrainerCallback):

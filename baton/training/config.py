@@ -24,8 +24,8 @@ def trainer_config(
 ) -> Any:
     """The trainer's configuration, working in `<output>.partial`. Raises InputError on a bad setting.
 
-    Unless set: no reports to outside services, no GPU where there is none, the last checkpoint kept. The dtype in its
-    `model_init_kwargs` is that of `loaded_dtype`, whatever the settings say.
+    Unless set: no reports to outside services, no GPU where there is none, the last checkpoint kept, and the best one with
+    `load_best_model_at_end`. The dtype in its `model_init_kwargs` is that of `loaded_dtype`, whatever the settings say.
 
     Args:
         adapter: whether an adapter is trained, and the model itself frozen.
@@ -44,6 +44,9 @@ def trainer_config(
         "save_total_limit": max(1, kept),
     }
     config = build_config(config_class, defaults | settings | {"output_dir": str(stage.partial_folder)}, own_names)
+    if config.load_best_model_at_end and "save_total_limit" not in settings:
+        # With 1 Transformers deletes the last checkpoint at the end, and a death before the export would cost its training.
+        config.save_total_limit = max(2, kept)
     asked = (config.model_init_kwargs or {}).get("dtype")
     dtype = loaded_dtype(config, adapter)
     if dtype == "float32" and asked not in (None, "float32"):

@@ -131,6 +131,8 @@ def test_both_score_at_once_and_serve_rm_serves_them(models, tmp_path):
     answer = TestClient(app).post("/get_reward", json={"messages": conversations}).json()
     assert answer["rewards"] == pytest.approx(record["rewards"], abs=1e-5)
     assert answer["rewards_by"]["process"] == pytest.approx(record["rewards_by"]["process"], abs=1e-5)
+    refused = TestClient(app).post("/get_reward", json={"query": ["Why? So."], "prompts": ["Why? "]})
+    assert refused.status_code == 422 and "give `messages`" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.utils import _apply_to_tensors
 
 from baton.models.attention import NAME
 from baton.models.forward import attention, score, share_prefixes
@@ -33,6 +34,11 @@ def logps_packed(model, sequences, tokens_per_row=None) -> list[torch.Tensor]:
 
 
 # Packing
+
+
+def test_copies_of_a_layout_as_fsdp_makes_them_share_their_masks():
+    ((row,), _) = pack([([3], [4, 5])], None)
+    assert _apply_to_tensors(torch.clone, row).layout.masks is row.layout.masks
 
 
 @given(

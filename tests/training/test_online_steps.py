@@ -297,7 +297,7 @@ def test_openrlhfs_batch_of_samples_needs_the_samples_of_a_prompt():
 def test_a_judges_rubric_and_other_files_of_the_rewards_count_by_their_content(folder, tmp_path):
     judge = {"scorer": ["tone=judge:http://127.0.0.1:1/v1"]}
     assert scorer_inputs(arguments_of(folder, **judge)) == {"scorer tone: rubric": RUBRIC} and RUBRIC.is_file()
-    rubric, template = tmp_path / "rubric.txt", tmp_path / "chat.jinja"
+    rubric, template = tmp_path / "lr=1e-6.txt", tmp_path / "chat.jinja"
     rubric.write_text("Is it kind?")
     template.write_text("")
     words = f"--judge_model small --rubric {rubric} --chat_template={template}"

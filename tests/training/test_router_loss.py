@@ -2,14 +2,18 @@
 
 import copy
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.distributed.utils import _apply_to_tensors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, MixtralConfig, Qwen3MoeConfig
 
 from baton.models.router import balance_loss, balance_of
 from baton.models.scoring import without_padding
+from baton.training.checkpoints import load_as_written
 from baton.training.learnt import collate, padded
+from baton.training.measured import take_rows
 from reward_model.packing import SIDES
 from reward_model.trainer import PackedRewardTrainer
 from tests.models.tiny_models import SHAPE, one_thread, random_pairs
@@ -128,7 +132,32 @@ def test_a_reward_models_router_is_balanced_over_the_tokens_of_both_responses(to
     assert found == pytest.approx(own.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_loaded_from_a_checkpoint(family, tokenizer, tmp_path):
+    trainer = test_sft_core.trainer_of(experts(family), random_rows(), tokenizer, tmp_path)
+    trained = copy.deepcopy(trainer.model.state_dict())
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    load_as_written(trainer)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    for load in (partial(trainer._load_from_checkpoint, trainer.state.best_model_checkpoint), trainer._load_best_model):
+        for weight in trainer.model.parameters():
+            weight.data.zero_()
+        load()
+        assert all(torch.equal(tensor, trained[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_model_that_is_given_a_copy_of_the_row_has_the_same_loss():
+    model, row = experts("mixtral"), collate(list(random_rows()), balanced=True)["row"]
+    take_rows(model)
+    losses = []
+    for given in (row, _apply_to_tensors(torch.clone, row)):  # what FSDP does to the arguments of a module
+        row.left.router_logits = None
+        model(row=given)
+        losses.append(balance_loss(balance_of(model), [row]).item())
+    assert losses[0] == losses[1]
+
+
 def test_a_model_without_experts_has_no_such_loss():
     assert balance_of(AutoModelForCausalLM.from_config(copy.deepcopy(test_dpo_core.NOT_PACKED["bloom"][0]))) is None
     row = collate(list(random_rows()))["row"]
-    assert row.counts is None and row.router_logits is None
+    assert row.counts is None and row.left.router_logits is None

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy.stats import kendalltau
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import RewardConfig
 
+from baton.drops import Drops
 from baton.errors import InputError
 from baton.models import attention
 from baton.models.attention import by_trees
@@ -21,7 +23,7 @@ from baton.models.trees import Layout
 from baton.steps import steps_of, stepwise_records
 from reward_model.quality import score_quality, step_quality
 from reward_model.run_rm import Arguments, check
-from reward_model.score_rows import row_of, scored_records
+from reward_model.score_rows import DIVIDED, row_of, rows_of_steps, scored_records
 from reward_model.score_trainer import PackedScoreTrainer, targets_of
 from tests.models.tiny_models import FAMILIES, VOCABULARY, one_thread
 from tests.programs import read_jsonl, run_program, write_jsonl
@@ -257,6 +259,15 @@ def test_a_step_ends_with_the_token_of_its_last_character(task):
         for end, place in zip(ends, places, strict=True):
             before, with_it = (tokenizer.decode(ids[:last]) for last in (place, place + 1))
             assert len(before) < said.rindex(response.strip()) + len(response[:end].lstrip()) <= len(with_it)
+
+
+def test_steps_that_hold_the_separator_are_counted(task):
+    tokenizer, counted = load_tokenizer(str(task / "base")), Counter()
+    record = {"prompt": "Go on.", "completions": ["A warm\n\nfilm.", "It shines."], "labels": [True, False]}
+    for separator, divided in (("\n\n", 1), ("\n\n\n", 0)):
+        counted.clear()
+        (row,) = rows_of_steps(tokenizer, 256, separator, stepwise_records([("f:1", record)]), Drops(), counted)
+        assert len(row["places"][0]) == 2 and counted == (Counter({DIVIDED: divided}) if divided else {})
 
 
 # The program

@@ -77,6 +77,7 @@ def test_openrlhfs_names_are_those_of_the_programs_settings(program, monkeypatch
         (["--pretrain", "a", "--model_name_or_path", "b"], "`pretrain` and `model_name_or_path` are two names of one setting"),
         (["--train_batch_size", "7", "--micro_train_batch_size", "2"], "7 is no multiple of 1 processes x"),
         (["--train_batch_size", "8", "--gradient_accumulation_steps", "2"], "both say how large a batch is"),
+        (["--micro_train_batch_size", "2"], "`micro_train_batch_size` splits a batch: give `train_batch_size` beside it"),
         (["--flash_attn", "false"], "`flash_attn` is always True here"),
         (["--ipo", "--loss_type", "hinge"], "`ipo` and `loss_type` both name a loss"),
     ],

@@ -3,10 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerState
+from trl import SFTConfig
 
 from baton.errors import InputError
-from baton.training.checkpoints import StopEarly, checkpoints_to_keep, no_better_for
+from baton.stage import Stage
+from baton.training.checkpoints import BestIsHere, StopEarly, checkpoints_to_keep, no_better_for
 from baton.training.checks import check_kept
+from baton.training.config import trainer_config
 from baton.training.memory import Sharding
 
 
@@ -41,6 +45,25 @@ def test_the_best_checkpoint_stays_and_then_the_last_ones(tmp_path):
         return [int(path.name.split("-")[1]) for path in checkpoints_to_keep(trainer, tmp_path, count)]
 
     assert kept(2, True) == [4, 10] and kept(2, False) == [10, 6] and kept(9, True) == [4, 10, 6, 2] and kept(0, True) == []
+
+
+def test_the_best_checkpoint_is_found_after_its_folder_was_moved(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    state = TrainerState(best_global_step=4)  # without a path: Transformers leaves out one that is not there
+    BestIsHere().on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    for step in (None, 2):
+        state = TrainerState(best_global_step=step)
+        BestIsHere().on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+        assert state.best_model_checkpoint is None
+
+
+def test_the_last_checkpoint_stays_beside_the_best_one(tmp_path):
+    def limit(kept=0, **settings):
+        evaluated = {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch", "bf16": False}
+        return trainer_config(SFTConfig, evaluated | settings, [], Stage(tmp_path / "out", {}), kept=kept).save_total_limit
+
+    assert limit() == 2 and limit(load_best_model_at_end="false") == 1 and limit(kept=3) == 3 and limit(save_total_limit=1) == 1
 
 
 @pytest.mark.parametrize(
