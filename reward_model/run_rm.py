@@ -375,6 +375,8 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
             raise InputError(f"`{name}` acts with loss_type {' and '.join(loss_types)} only: leave it out")
     if arguments.heads and len(set(arguments.heads)) < len(arguments.heads):
         raise InputError(f"`heads`: a name stands twice in {', '.join(arguments.heads)}")
+    if arguments.heads and arguments.score_key:
+        raise InputError("`heads` names the rewards, and `score_key` does too: leave one out")
     if arguments.heads == [OUTPUT]:
         raise InputError(f"`heads`: `{OUTPUT}` is the name of a process reward model's output; call it otherwise")
     check_start(arguments.model_name_or_path)

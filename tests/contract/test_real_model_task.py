@@ -114,7 +114,7 @@ def test_responses_to_a_prompt_from_two_files_stand_side_by_side_without_what_wa
     assert record["finish_reasons"] == ["stop", "length"] * 2
     write_jsonl(hated, [record, record])
     refused = program("join_responses.py", "--dataset_name_or_path", loved, hated, "--output_dir", tmp_path / "new.jsonl")
-    assert refused.returncode == 2 and "hated.jsonl:2: not the prompt of the end of a file" in refused.stderr
+    assert refused.returncode == 2 and "hated.jsonl:2: not the prompt of the end of a shorter file" in refused.stderr
 
 
 # The script and its recipe

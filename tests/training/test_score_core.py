@@ -238,6 +238,7 @@ def test_steps_without_a_label_each_are_named(record, message):
         ({"loss_type": "regression"}, {"center_rewards_coefficient": 0.1}, "`center_rewards_coefficient` acts with"),
         ({"loss_type": "regression", "heads": ["a", "a"]}, {}, "`heads`: a name stands twice"),
         ({"loss_type": "regression", "heads": ["step"]}, {}, "`heads`: `step` is the name of a process reward model's output"),
+        ({"loss_type": "regression", "heads": ["a"], "score_key": "s"}, {}, "`score_key` does too"),
         ({"loss_type": "process", "step_separator": ""}, {}, "`step_separator` must not be empty"),
     ],
 )
