@@ -242,7 +242,7 @@ online_round() {
   score_heldout "$(($1 - 1))"
   train "round$1-train" "$program" "$TRAIN_CONFIG" --model_name_or_path "$2" --ref_model "$4" --dataset_name_or_path "$3" \
     --K "$K" --temperature "$TEMPERATURE" --top_p "$TOP_P" --max_new_tokens "$MAX_NEW_TOKENS" \
-    --scorer "${scorers[@]}" --weights "${weights[@]}" --reward_args="$reward_words" \
+    --scorer "${scorers[@]}" --weights "${weights[@]}" --reward_args="${reward_words% }" \
     ${DATASET_KEY:+--dataset_key "$DATASET_KEY"} ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} \
     --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + $1))" \
     "${of_servers[@]}" "${template_args[@]}" "${TRAIN_ARGS[@]}"
@@ -294,7 +294,7 @@ scorers=("${SCORERS[@]}")
 weights=("${WEIGHTS[@]}")
 ((${#weights[@]})) || weights=("${scorers[@]/*/1}")
 # As one text, of which the programs that score on warm servers make words again.
-reward_words=$(in_env training python -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "${REWARD_ARGS[@]}")
+reward_words=$( ((${#REWARD_ARGS[@]} == 0)) || printf '%q ' "${REWARD_ARGS[@]}")
 
 # One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
 {
