@@ -22,12 +22,10 @@ from annotate_data.work import Scorer
 from baton.errors import InputError
 from baton.models import loading
 from baton.program import log_what_runs, world_size
-from baton.scorers import Wanted
+from baton.scorers import DEFAULT_RUBRIC, Wanted
 from baton.servers.addresses import check_url
 from baton.sources import check_model_path, check_process_model, check_reward_model
 from baton.steps import separator_of
-
-DEFAULT_RUBRIC = Path(__file__).with_name("rubric.txt")
 
 
 def check(scorer: Wanted, arguments: Any) -> dict[str, str | Path]:

@@ -2,10 +2,12 @@
 
 import difflib
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from baton.errors import InputError
 
+DEFAULT_RUBRIC = Path(__file__).resolve().parents[1] / "annotate_data/rubric.txt"  # a judge's, where no other is named
 KINDS_ON_GPU = ("bt", "vllm", "pair", "process", "custom")
 KINDS = (*KINDS_ON_GPU, "function", "http", "judge")
 

@@ -44,6 +44,8 @@ def side_by_side(paths: list[Path]) -> Iterator[Record]:
     Raises InputError, naming file and line, where another file has another prompt, or none.
     """
     for (where, record), *others in zip_longest(*map(jsonl.read, paths), fillvalue=("the end of a shorter file", None)):
+        if record is not None:
+            responses_of(record, where)
         whole = record
         for other_where, other in others:
             if record is None or other is None or prompt_of(record, where) != prompt_of(other, other_where):

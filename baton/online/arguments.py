@@ -10,15 +10,13 @@ from pydantic import SecretStr, model_validator
 
 from baton.arguments import option
 from baton.errors import InputError
-from baton.launch.unit import ROOT
 from baton.prompts import source_inputs
-from baton.scorers import identity, wanted_scorers
+from baton.scorers import DEFAULT_RUBRIC, identity, wanted_scorers
 from baton.secrets import secret_among
 from baton.sources import check_model_path, check_reward_model, check_start, template_input
 from baton.training.adapters import LoraArguments, check_lora
 from baton.training.reports import check_reports
 
-RUBRIC = ROOT / "annotate_data/rubric.txt"  # a judge's, where `reward_args` names no other
 HERE = "their own are started on this machine, and end with the program"
 
 
@@ -189,7 +187,7 @@ def scorer_inputs(arguments: OnlineArguments) -> dict[str, str | Path]:
     files = {flag: Path(value) for flag, value in itertools.pairwise(words) if flag in ("--rubric", "--chat_template")}
     for scorer in wanted_scorers(arguments.scorer):
         if scorer.kind == "judge":
-            found[f"scorer {scorer.name}: rubric"] = files.get("--rubric", RUBRIC)
+            found[f"scorer {scorer.name}: rubric"] = files.get("--rubric", DEFAULT_RUBRIC)
         elif scorer.kind != "http":
             target = scorer.target.rpartition(":")[0] if scorer.kind == "function" else scorer.target
             found[f"scorer {scorer.name}"] = target

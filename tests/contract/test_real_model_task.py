@@ -113,6 +113,9 @@ def test_responses_to_a_prompt_from_two_files_stand_side_by_side_without_what_wa
     assert record["responses"] == ["fine", "so fine", "dull", "so dull"] and "prompt_prefix" not in record
     assert record["finish_reasons"] == ["stop", "length"] * 2
     write_jsonl(hated, [record, record])
+    bare = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": PROMPT}])
+    refused = program("join_responses.py", "--dataset_name_or_path", bare, loved, "--output_dir", tmp_path / "new.jsonl")
+    assert refused.returncode == 2 and "bare.jsonl:1" in refused.stderr and "responses" in refused.stderr
     refused = program("join_responses.py", "--dataset_name_or_path", loved, hated, "--output_dir", tmp_path / "new.jsonl")
     assert refused.returncode == 2 and "hated.jsonl:2: not the prompt of the end of a shorter file" in refused.stderr
 

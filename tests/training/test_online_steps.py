@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from baton import jsonl
 from baton.errors import FailuresListed, InputError
 from baton.online import checkpoints
-from baton.online.arguments import RUBRIC, scorer_inputs
+from baton.online.arguments import scorer_inputs
 from baton.online.collect import TAKEN, Collector, HowToSample, rollouts_of
 from baton.online.engines import Engines
 from baton.online.loop import Loop
@@ -28,6 +28,7 @@ from baton.online.prompts import Prompts
 from baton.online.samples import Samples, own_rows, packed
 from baton.pairs import PairSettings
 from baton.parallel import DataParallel
+from baton.scorers import DEFAULT_RUBRIC
 from baton.servers import own
 from baton.servers.rewards import Scored
 from baton.servers.rollouts import Rollouts, Sampled
@@ -296,7 +297,7 @@ def test_openrlhfs_batch_of_samples_needs_the_samples_of_a_prompt():
 
 def test_a_judges_rubric_and_other_files_of_the_rewards_count_by_their_content(folder, tmp_path):
     judge = {"scorer": ["tone=judge:http://127.0.0.1:1/v1"]}
-    assert scorer_inputs(arguments_of(folder, **judge)) == {"scorer tone: rubric": RUBRIC} and RUBRIC.is_file()
+    assert scorer_inputs(arguments_of(folder, **judge)) == {"scorer tone: rubric": DEFAULT_RUBRIC} and DEFAULT_RUBRIC.is_file()
     rubric, template = tmp_path / "lr=1e-6.txt", tmp_path / "chat.jinja"
     rubric.write_text("Is it kind?")
     template.write_text("")
