@@ -44,7 +44,7 @@ class Progress:
                 self.done,
                 "?" if self.total is None else self.total,
                 self.unit,
-                f"{1 / rate:.1f} s/{self.unit.removesuffix('s')}" if 0 < rate < 1 else f"{rate:.1f} {self.unit}/s",
+                f"{1 / rate:.1f} s each" if 0 < rate < 1 else f"{rate:.1f} {self.unit}/s",
                 left,
                 note,
             )

@@ -56,4 +56,4 @@ def test_what_takes_longer_than_a_second_has_its_seconds_said_instead_of_a_rate_
     bar = progress.Progress(10, "steps")
     clock.now += 45
     bar.update()
-    assert caplog.messages[-1].startswith("1 of 10 steps, 45.0 s/step")
+    assert caplog.messages[-1].startswith("1 of 10 steps, 45.0 s each")
