@@ -1,6 +1,7 @@
 """What run_loop.sh refuses and what it plans before any stage starts."""
 
 import json
+import re
 import shlex
 import subprocess
 from contextlib import nullcontext
