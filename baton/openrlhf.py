@@ -103,13 +103,12 @@ def _adapter(settings: dict[str, Any]) -> None:
 def _batch(settings: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """The batch of a step over all processes, `train_batch_size`, as the factors of which the trainer makes it.
 
-    Flags override the file name by name. One factor as a flag beside the file's `train_batch_size` is refused, since it would
+    Flags override the file name by name. A single factor as a flag beside the file's `train_batch_size` is refused: it would
     be multiplied by the other factor, which nobody gave.
     """
-    given = [name for name in (WHOLE, MICRO) if name in settings]
-    for name in FACTORS:
-        if name in settings and (given or WHOLE in before):
-            raise InputError(f"`{(given or [WHOLE])[0]}` and `{name}` both say how large a batch is: leave one out")
+    given, factors = ([name for name in names if name in settings] for names in ((WHOLE, MICRO), FACTORS))
+    if factors and (given or (WHOLE in before and len(factors) < len(FACTORS))):
+        raise InputError(f"`{(given or [WHOLE])[0]}` and `{factors[0]}` both say how large a batch is: leave one out")
     if not given:
         return settings
     values = {name: spelling(source[name]) for name in (WHOLE, MICRO) for source in (before, settings) if name in source}

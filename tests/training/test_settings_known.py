@@ -102,6 +102,8 @@ def test_flags_override_the_files_batch_name_by_name(tmp_path):
     assert batch_of(tmp_path, batch, "--micro_train_batch_size", "16") == dict.fromkeys(whole, 4) | {
         "per_device_train_batch_size": 16
     }
+    both = [word for name, value in whole.items() for word in (f"--{name}", str(value))]
+    assert batch_of(tmp_path, "train_batch_size: 8\n", *both) == {name: str(value) for name, value in whole.items()}
     factors = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 2\n"
     assert batch_of(tmp_path, factors, "--train_batch_size", "64", "--micro_train_batch_size", "4") == whole
 
