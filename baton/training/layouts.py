@@ -1,4 +1,4 @@
-"""A checkpoint made loadable by other processes, or other kinds of sharding, than those that wrote it."""
+"""A checkpoint made loadable by another number of processes than wrote it, or refused where it does not suit the run."""
 
 import logging
 import shutil

@@ -15,6 +15,8 @@ from baton.errors import InputError
 from baton.models import attention
 from baton.models.attention import by_trees
 from baton.models.trees import Layout
+from baton.stage import Stage
+from baton.training.checks import check_tokens
 from baton.training.data import warn_of_trained_on
 from baton.training.learnt import collate
 from sft import run_sft
@@ -193,6 +195,17 @@ def test_in_pretrain_mode_a_record_is_a_text(tmp_path):
     for key, message in (("nothing", r"the record has no `nothing` \(--dataset_key\)"), (None, "`text` must be a text")):
         with pytest.raises(InputError, match=message):
             list(run_sft.demonstrations(run_sft.Arguments(**given, pretrain_mode=True, dataset_key=key)))
+
+
+def test_losses_and_tokens_that_are_not_there_are_refused_before_a_model_is_loaded(tokenizer, tmp_path):
+    arguments = run_sft.Arguments(model_name_or_path=str(tmp_path), dataset_name_or_path="unused", output_dir="unused")
+    with pytest.raises(InputError, match="`loss_type`: 'nlll' is not one of nll, dft"):
+        run_sft.checked_config(arguments, {"loss_type": "nlll", "bf16": False}, Stage(tmp_path / "out", {}))
+    config = config_of(tmp_path)
+    check_tokens(config, tokenizer)
+    config.pad_token = "<none>"
+    with pytest.raises(InputError, match="`pad_token`: '<none>' is not in the vocabulary of"):
+        check_tokens(config, tokenizer)
 
 
 def test_held_out_data_that_is_trained_on_is_warned_of_but_not_another_split_of_a_data_set(tmp_path, caplog):
