@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
+from annotate_data.conversations import REWRITTEN, check_conversation
+from annotate_data.loaded import limits
 from annotate_data.work import Score, Task
+from baton.errors import InputError
 from baton.jsonl import Record
 from baton.models import loading
 from baton.models.batching import batches, windows
@@ -24,7 +27,8 @@ class CausalLM:
     """A language model on one device. Call it with tasks: it yields the summed log-probability of each missing response.
 
     Summed are the sampled tokens where the record has their ids, so an end-of-turn token counts where it was sampled. A
-    response that with its prompt is longer than `max_length` tokens has no score.
+    response that with its prompt is longer than `max_length` tokens has no score, and neither has one of another tokenizer
+    whose text the chat template changes.
     """
 
     def __init__(self, path: str, device: torch.device, settings: loading.Settings):
@@ -33,10 +37,7 @@ class CausalLM:
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         self.template = template_hash(self.tokenizer)
         self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device, settings.dtype)
-        self.max_length = loading.longest_input(self.model, settings.max_length)
-        self.tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-        self.tokens_per_row = settings.tokens_per_batch or loading.TOKENS_PER_ROW[device.type]
-        self.least_filled = loading.LEAST_FILLED[device.type]
+        self.limits = limits(self.model, device, settings, TOKENS_PER_BATCH)
         self.packing = Packing(self.model)
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
@@ -44,8 +45,13 @@ class CausalLM:
             kept, sequences = [], []
             for task, index in window:
                 prompt = prompt_token_ids(self.tokenizer, task.prompt, task.where)
-                response, note = self.response(task, index)
-                if len(prompt) + len(response) > self.max_length:
+                try:
+                    response, note = self.response(task, index)
+                except InputError:
+                    check_conversation(self.tokenizer, task, index)
+                    yield Score(task, index, None, REWRITTEN)
+                    continue
+                if len(prompt) + len(response) > self.limits.conversation:
                     yield Score(task, index, None, TOO_LONG)
                     continue
                 kept.append((task, index, note))
@@ -56,11 +62,11 @@ class CausalLM:
 
     def logps(self, sequences: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, float]]:
         """Yield (index, log-probability) of each (prompt, response), in any order; prompts are shared where the model can."""
-        if self.packing.agreed(sequences, self.tokens_per_row):
-            yield from packed_response_logps(self.model, sequences, self.tokens_per_row)
+        if self.packing.agreed(sequences, self.limits.row):
+            yield from packed_response_logps(self.model, sequences, self.limits.row)
             return
         lengths = [len(prompt) + len(response) for prompt, response in sequences]
-        for batch in batches(lengths, self.tokens_per_batch, self.least_filled):
+        for batch in batches(lengths, self.limits.batch, self.limits.least_filled):
             whole, prompts = [[*sequences[i][0], *sequences[i][1]] for i in batch], [len(sequences[i][0]) for i in batch]
             yield from zip(batch, response_logps(self.model, whole, prompts), strict=True)
 

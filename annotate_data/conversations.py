@@ -4,10 +4,13 @@ from typing import Any
 
 from annotate_data.work import Task
 from baton.errors import InputError
-from baton.models.templates import encode_all
+from baton.models.templates import conversation_token_ids, encode_all
 from baton.records import Messages
 
 TRUNCATED = "truncated: longer than max_length tokens, so the conversation's beginning was left out"
+
+# Of scorers that must know which tokens are the response's. A template may leave out its thoughts or blanks, for one.
+REWRITTEN = "changed by the chat template, so that its tokens are not known: give another template with --chat_template"
 
 
 def with_response(task: Task, index: int) -> Messages:
@@ -26,6 +29,11 @@ def token_ids(tokenizer: Any, window: list[tuple[Task, int]], max_length: int) -
     sequences = [text_ids(tokenizer, task, index) if task.texts else next(encoded) for task, index in window]
     notes = [TRUNCATED if len(ids) > max_length else None for ids in sequences]
     return [ids[-max_length:] for ids in sequences], notes
+
+
+def check_conversation(tokenizer: Any, task: Task, index: int) -> None:
+    """Raise InputError, naming the record, where the chat template refuses the conversation with response `index`."""
+    conversation_token_ids(tokenizer, with_response(task, index), task.where)
 
 
 def text_ids(tokenizer: Any, task: Task, index: int) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from annotate_data.conversations import token_ids
+from annotate_data.loaded import limits
 from annotate_data.work import Score, Task
 from baton.models import loading
 from baton.models.batching import batches, windows
@@ -23,12 +24,11 @@ class CustomModel:
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         model = loading.load(AutoModelForSequenceClassification, path, settings.dtype, trust_remote_code=True)
         self.model = loading.moved(model, device, settings.dtype)
-        self.max_length = loading.longest_input(self.model, settings.max_length)
-        self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
+        self.limits = limits(self.model, device, settings)
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for window in windows((task, index) for task in tasks for index in task.missing):
-            sequences, notes = token_ids(self.tokenizer, window, self.max_length)
-            for batch in batches([len(ids) for ids in sequences], self.tokens_per_batch, EQUAL_LENGTHS):
+            sequences, notes = token_ids(self.tokenizer, window, self.limits.conversation)
+            for batch in batches([len(ids) for ids in sequences], self.limits.batch, EQUAL_LENGTHS):
                 for i, reward in zip(batch, custom_rewards(self.model, [sequences[i] for i in batch]), strict=True):
                     yield Score(*window[i], reward, notes[i])

@@ -92,11 +92,11 @@ def kept(record: Record, where: str, arguments: FilterArguments) -> Record:
     low, high = arguments.reward_range or (-math.inf, math.inf)
     indices = [
         i
-        for i, (response, reward, reason) in enumerate(zip(responses, rewards, finish_reasons, strict=True))
-        if low <= reward <= high
-        and not (arguments.drop_truncated and reason == "length")
-        and not (arguments.drop_duplicates and response in responses[:i])
+        for i, (reward, reason) in enumerate(zip(rewards, finish_reasons, strict=True))
+        if low <= reward <= high and not (arguments.drop_truncated and reason == "length")
     ]
+    if arguments.drop_duplicates:  # the first of equal ones among those that are left
+        indices = sorted({responses[i]: i for i in reversed(indices)}.values())
     penalised = [reward - arguments.len_penalty * len(text) for text, reward in zip(responses, rewards, strict=True)]
     return only({**record, "rewards": penalised}, indices)
 

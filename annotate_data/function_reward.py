@@ -131,7 +131,7 @@ class FunctionReward:
             self.idle.put(worker)
             raise
         line, expired = answer_within(self.seconds, worker.process, orjson.dumps(request) + b"\n")
-        if line:
+        if line and not expired:
             self.idle.put(worker)
             return self.scores(task, line)
         stop(worker.process)
@@ -176,11 +176,13 @@ def answer_within(seconds: float, worker: subprocess.Popen, request: bytes) -> t
     try:
         worker.stdin.write(request)
         worker.stdin.flush()
-        return worker.stdout.readline(), expired.is_set()
+        line = worker.stdout.readline()
     except BrokenPipeError:
-        return b"", expired.is_set()
+        line = b""
     finally:
         timer.cancel()
+    timer.join()  # it may be ending the worker right now, which then must not be called again
+    return line, expired.is_set()
 
 
 def stop(worker: subprocess.Popen) -> None:

@@ -114,7 +114,7 @@ def main() -> None:
 def maker(scorer: scorers.Wanted, arguments: Arguments) -> Callable[[], Scorer]:
     """A function that makes the scorer, or gives the one that an earlier stage in this process has made."""
     make = scorers.maker(scorer, arguments)
-    if scorer.kind not in ("bt", "pair", "process", "custom"):
+    if scorer.kind not in scorers.IN_PROCESS:
         return make
     return kept(scorer.kind, scorer.target, arguments.model_settings(), arguments.device, make)
 

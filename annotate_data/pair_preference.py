@@ -8,6 +8,7 @@ from itertools import permutations
 
 import torch
 
+from annotate_data.loaded import limits
 from annotate_data.work import Score, Task
 from baton.errors import InputError
 from baton.models import loading
@@ -36,19 +37,18 @@ class PairPreference:
             raise InputError(f"{path}: its tokenizer has no single tokens for A and B, so it cannot answer with one of them")
         self.model = loading.place(loading.load(AutoModelForCausalLM, path, settings.dtype), device, settings.dtype)
         self.letters = [ids[0] for ids in letters]
-        self.max_length = loading.longest_input(self.model, settings.max_length)
-        self.tokens_per_batch = settings.tokens_per_batch or loading.TOKENS_PER_BATCH[device.type]
-        self.least_filled = loading.LEAST_FILLED[device.type]
+        self.limits = limits(self.model, device, settings)
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         for window in windows(tasks, RECORDS_AT_ONCE):
             questions = [(task, a, b) for task in window for a, b in permutations(range(len(task.responses)), 2)]
             sequences = [self.question(*question) for question in questions]
             wins = {task.position: [0.0] * len(task.responses) for task in window}
-            too_long = {q[0].position for q, ids in zip(questions, sequences, strict=True) if len(ids) > self.max_length}
+            most = self.limits.conversation
+            too_long = {q[0].position for q, ids in zip(questions, sequences, strict=True) if len(ids) > most}
             fitting = [i for i, (task, _, _) in enumerate(questions) if task.position not in too_long]
             lengths = [len(sequences[i]) for i in fitting]
-            for batch in batches(lengths, self.tokens_per_batch, self.least_filled):
+            for batch in batches(lengths, self.limits.batch, self.limits.least_filled):
                 chosen = [fitting[i] for i in batch]
                 for i, probability in zip(chosen, self.first_wins([sequences[i] for i in chosen]), strict=True):
                     task, a, b = questions[i]

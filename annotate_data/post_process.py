@@ -8,9 +8,9 @@
     best        the record with its best response alone, and that one's reward: best-of-n as inference
     ca          conditional SFT: every response as a demonstration, its binned reward written before the last user turn
 
-Before that, in this order: responses outside `reward_range`, cut off by length (`drop_truncated`) or repeated
-(`drop_duplicates`) are left out; `len_penalty` is subtracted for each character; rewards are normalised. A prompt that is left
-with too few responses is dropped, and counted.
+Before that, in this order: responses outside `reward_range` or cut off by length (`drop_truncated`) are left out, and those
+that repeat one of the others (`drop_duplicates`); `len_penalty` is subtracted for each character; rewards are normalised. A
+prompt that is left with too few responses is dropped, and counted.
 """
 
 import logging
@@ -23,6 +23,7 @@ from annotate_data.filters import FilterArguments, Filtered
 from annotate_data.work import check_output, write_records
 from baton.arguments import option, parse
 from baton.drops import Drops
+from baton.errors import InputError
 from baton.jsonl import Record
 from baton.launch.check import check_processes
 from baton.pairs import ChooseType, PairSettings, candidates, pairs_of
@@ -30,6 +31,13 @@ from baton.program import run
 from baton.stage import Stage
 
 log = logging.getLogger("baton")
+
+# Settings that only some post-processors read.
+ONLY_WITH = {
+    **dict.fromkeys(("choose_type", "pairs_per_prompt", "min_margin", "max_length_ratio", "seed"), ("iter_dpo",)),
+    "min_reward": ("rs", "best"),
+    "bins": ("ca",),
+}
 
 
 class Arguments(FilterArguments):
@@ -48,6 +56,7 @@ def main() -> None:
     arguments = parse(Arguments, __doc__)
     check_processes()
     check_output(arguments.output_dir)
+    check(arguments)
     settings = pair_settings(arguments)
     inputs = {"dataset": arguments.dataset_name_or_path}
     stage = Stage.begin("post_process", arguments, arguments.output_dir, inputs)
@@ -63,6 +72,16 @@ def main() -> None:
         facts = {"responses": filtered.responses, "responses_left_out": filtered.responses - written}
         log.info("responses left out: %d of %d", facts["responses_left_out"], filtered.responses)
     stage.finish(records_in=filtered.expected(of_prompt), records_out=written, drops=drops, **facts)
+
+
+def check(arguments: Arguments) -> None:
+    """Raise InputError for settings that would do nothing, or leave nothing."""
+    for name, processors in ONLY_WITH.items():
+        given = getattr(arguments, name) != Arguments.model_fields[name].default
+        if given and arguments.post_processor not in processors:
+            raise InputError(f"`{name}` acts with post_processor {' and '.join(processors)} only: leave it out")
+    if arguments.reward_range and not arguments.reward_range[0] <= arguments.reward_range[1]:
+        raise InputError("`reward_range`: LOW HIGH, of which the first must not be above the second")
 
 
 def post_processed(

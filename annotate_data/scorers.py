@@ -69,7 +69,7 @@ def maker(scorer: Wanted, arguments: Any) -> Callable[[], Scorer]:
 
 
 def _transformers(module: str, name: str) -> Callable[..., Scorer]:
-    """A maker of a scorer that runs a transformers model on this process's device."""
+    """A maker of a scorer that runs a transformers model on this process's device: the class `name` of a module here."""
 
     def make(target: str, arguments: Any, settings: loading.Settings) -> Scorer:
         import importlib
@@ -77,7 +77,7 @@ def _transformers(module: str, name: str) -> Callable[..., Scorer]:
         from baton.models import devices
 
         device = devices.choose_device(arguments.device)
-        scorer = getattr(importlib.import_module(module), name)(target, device, settings)
+        scorer = getattr(importlib.import_module(f"annotate_data.{module}"), name)(target, device, settings)
         log_what_runs(**devices.described(device), **loading.described(scorer.model))
         return scorer
 
@@ -123,11 +123,15 @@ def _judge(target: str, arguments: Any, settings: loading.Settings) -> Scorer:
     )
 
 
+# Those that load a model into this process, which a later stage of the process may use again (`kept.py`).
+IN_PROCESS: dict[str, Callable[[str, Any, loading.Settings], Scorer]] = {
+    "bt": _transformers("bradley_terry", "BradleyTerry"),
+    "pair": _transformers("pair_preference", "PairPreference"),
+    "process": _transformers("process_reward", "ProcessReward"),
+    "custom": _transformers("custom_model", "CustomModel"),
+}
 MAKERS: dict[str, Callable[[str, Any, loading.Settings], Scorer]] = {
-    "bt": _transformers("annotate_data.bradley_terry", "BradleyTerry"),
-    "pair": _transformers("annotate_data.pair_preference", "PairPreference"),
-    "process": _transformers("annotate_data.process_reward", "ProcessReward"),
-    "custom": _transformers("annotate_data.custom_model", "CustomModel"),
+    **IN_PROCESS,
     "vllm": _vllm,
     "function": _function,
     "http": _http,

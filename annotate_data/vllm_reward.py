@@ -11,6 +11,7 @@ from baton.models import loading
 from baton.models.batching import windows
 from baton.models.templates import load_tokenizer
 from baton.program import log_what_runs, world_size
+from baton.sources import check_reward_model
 
 
 class VLLMReward:
@@ -21,6 +22,8 @@ class VLLMReward:
         self.tokenizer = load_tokenizer(path, settings.chat_template)
         self.llm = pooling_engine(path, settings)
         config = self.llm.llm_engine.vllm_config.model_config
+        # Of a model of the hub, or of a stage that had not run yet, nothing was known before.
+        check_reward_model(path, config=config.hf_config.to_dict())
         self.max_length = config.max_model_len
         from vllm.platforms import current_platform
 

@@ -1,6 +1,7 @@
 """OpenRLHF's names of settings that mean the same here, and those that something else decides."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from baton.errors import InputError
@@ -44,13 +45,16 @@ NOT_PPO_ELSEWHERE = ELSEWHERE | {
     "vanilla_loss": "the first version of KTO is not there: leave it out",
 }
 WHOLE, MICRO = "train_batch_size", "micro_train_batch_size"
+FACTORS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-def own_names(settings: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+def own_names(
+    settings: dict[str, Any], known: Collection[str], before: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """Settings of one source (a YAML file, or flags) by the names of a program, not PPO, that knows the settings `known`.
 
-    A name that the program itself has is left alone, and so is one whose counterpart it does not have. Raises InputError as
-    `renamed`.
+    A name that the program itself has is left alone, and so is one whose counterpart it does not have. `before` are the
+    settings of the source before, as they were written, which these override. Raises InputError as `renamed`.
     """
     names = {name: own for name, own in NOT_PPO_NAMES.items() if name not in known and own in known}
     done_anyway = {name: value for name, value in NOT_PPO_DONE_ANYWAY.items() if name not in known}
@@ -63,7 +67,7 @@ def own_names(settings: dict[str, Any], known: Collection[str]) -> dict[str, Any
         if "loss_type" in settings:
             raise InputError("`ipo` and `loss_type` both name a loss: leave one out")
         settings["loss_type"] = "ipo"
-    return _batch(settings) if "per_device_train_batch_size" in known else settings
+    return _batch(settings, before) if FACTORS[0] in known else settings
 
 
 def renamed(
@@ -96,20 +100,23 @@ def _adapter(settings: dict[str, Any]) -> None:
         settings.setdefault("use_peft", True)
 
 
-def _batch(settings: dict[str, Any]) -> dict[str, Any]:
-    """The batch of a step over all processes, `train_batch_size`, as the factors of which the trainer makes it."""
-    given = [name for name in (WHOLE, MICRO) if name in settings]
+def _batch(settings: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch of a step over all processes, `train_batch_size`, as the factors of which the trainer makes it.
+
+    Flags override the file name by name. A single factor as a flag beside the file's `train_batch_size` is refused: it would
+    be multiplied by the other factor, which nobody gave.
+    """
+    given, factors = ([name for name in names if name in settings] for names in ((WHOLE, MICRO), FACTORS))
+    if factors and (given or (WHOLE in before and len(factors) < len(FACTORS))):
+        raise InputError(f"`{(given or [WHOLE])[0]}` and `{factors[0]}` both say how large a batch is: leave one out")
     if not given:
         return settings
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if name in settings:
-            raise InputError(f"`{given[0]}` and `{name}` both say how large a batch is: leave one out")
-    if WHOLE not in given:  # which may stand in the other source, and decides the number of micro-batches
+    values = {name: spelling(source[name]) for name in (WHOLE, MICRO) for source in (before, settings) if name in source}
+    if WHOLE not in values:
         raise InputError(
-            f"`{MICRO}` splits a batch: give `{WHOLE}` beside it, in the same place (file or flags), or "
-            "`per_device_train_batch_size` and `gradient_accumulation_steps` instead"
+            f"`{MICRO}` splits a batch: give `{WHOLE}` beside it, in the same place (file or flags), or `{FACTORS[0]}` and "
+            f"`{FACTORS[1]}` instead"
         )
-    values = {name: spelling(settings.pop(name)) for name in given}
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"`{name}` must be a number from 1, got {value}")
@@ -120,5 +127,5 @@ def _batch(settings: dict[str, Any]) -> dict[str, Any]:
             f"`{WHOLE}`: {values[WHOLE]} is no multiple of {processes} processes"
             + (f" x `{MICRO}` {micro}" if MICRO in values else "")
         )
-    steps = values[WHOLE] // (micro * processes)
-    return settings | {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
+    rest = {name: value for name, value in settings.items() if name not in given}
+    return rest | dict(zip(FACTORS, (micro, values[WHOLE] // (micro * processes)), strict=True))

@@ -162,14 +162,17 @@ def refuse_input(path: Path, inputs: dict[str, str | Path], flag: str, output: s
             raise InputError(f"{path}: cannot replace the input `{name}`; give another {flag}")
 
 
-def check_reward_model(path: str, heads: Sequence[str] | None = None, several: bool = False) -> None:
-    """Raise InputError, without any heavy import, if a local model is no reward model: a sequence classifier with one output.
+def check_reward_model(
+    path: str, heads: Sequence[str] | None = None, several: bool = False, config: Mapping[str, Any] | None = None
+) -> list[float] | None:
+    """Raise InputError, without any heavy import, if a model is no reward model, by its `config`, or its file.
 
-    With `several` it may have more, of which `heads` name what is read: see `weights_of_outputs`.
+    That is a sequence classifier with one output. With `several` it may have more, of which `heads` name what is read: returns
+    their `weights_of_outputs`.
     """
-    config = _config_of(path)
+    config = _config_of(path) if config is None else config
     if config is None:
-        return
+        return None
     architectures, outputs = _classifier(config)
     if outputs == [OUTPUT]:
         raise InputError(f"{path}: a process reward model, which scores steps: name it process:{path}")
@@ -178,7 +181,7 @@ def check_reward_model(path: str, heads: Sequence[str] | None = None, several: b
             f"{path}: not a Bradley-Terry reward model, which is a sequence classifier with one output; this is "
             f"{', '.join(architectures) or 'unnamed'} with {len(outputs)} labels"
         )
-    weights_of_outputs(path, outputs, heads)
+    return weights_of_outputs(path, outputs, heads)
 
 
 def check_process_model(path: str, config: Mapping[str, Any] | None = None) -> None:

@@ -11,8 +11,6 @@ files beside the output, which may be deleted afterwards. Then the student is tr
 """
 
 import logging
-from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,14 @@ from typing import Any
 from baton import program
 from baton.ahead import note_adapter
 from baton.arguments import option
-from baton.drops import Drops
 from baton.errors import InputError
-from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer, template_warning
-from baton.prompts import mixed_records, source_inputs
+from baton.prompts import source_inputs
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
-from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
+from baton.training.adapters import LoraArguments, adapter_config, check_lora, quantization_config
 from baton.training.arguments import (
     early_stopping_option,
     keep_checkpoints_option,
@@ -38,18 +34,23 @@ from baton.training.arguments import (
     tokens_per_row_option,
 )
 from baton.training.data import DataArguments, dataset_probs
-from baton.training.demonstrations import Demonstration, rows_of_demonstrations
+from baton.training.demonstrations import Rows, rows_of
 from baton.training.reports import check_outside, place_reports
 from distillation.losses import LossName
-from distillation.rows import examples_of
+from distillation.rows import examples
 
 log = logging.getLogger("baton")
 
-# Settings of SFTConfig that choose a loss or a way to pack, of which this program has its own.
+IMPORTS = ("distillation.trainer", "baton.training.checkpoints", "baton.training.rows")
+
+# Settings of SFTConfig that choose a loss or prepare texts, of which this program has its own ways. NEFTune's noise would be
+# that of a packed row as one long text.
 OTHERS = (
-    *("loss_type", "label_smoothing_factor", "packing", "eval_packing", "padding_free", "assistant_only_loss"),
-    *("completion_only_loss", "router_aux_loss_coef", "dataset_kwargs"),
+    *("loss_type", "label_smoothing_factor", "packing", "packing_strategy", "eval_packing", "padding_free", "dataset_kwargs"),
+    *("assistant_only_loss", "completion_only_loss", "router_aux_loss_coef", "neftune_noise_alpha", "truncation_mode"),
+    *("dataset_text_field", "shuffle_dataset"),
 )
+BYTES_OF_KEPT = 4 * 12  # float32 copies of a token's numbers in the loss and its gradient, of student and teacher
 
 
 class Arguments(DataArguments, LoraArguments):
@@ -109,43 +110,12 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
     for name in OTHERS:
         if name in settings:
             raise InputError(
-                f"`{name}` does nothing here: the loss is that of `kd_loss` and `kd_coef` on the assistant's tokens, and rows "
-                "are packed in any case; leave it out"
+                f"`{name}` is not for distillation: the loss is that of `kd_loss` and `kd_coef` on the assistant's tokens, and "
+                "rows are packed in any case; leave it out"
             )
     asked = [name for name in ("do_eval", "eval_strategy") if spelling(settings.get(name)) not in (None, False, "no")]
     if asked and not arguments.eval_dataset:
         raise InputError(f"`{asked[0]}` needs data to evaluate on: name it with --eval_dataset, or leave it out")
-
-
-def examples(arguments: Arguments, source: str) -> Iterator[Demonstration]:
-    """Yield what is to be learnt of `source`, of the first `max_samples` records. Raises InputError on the first bad one."""
-    trained_on = source == arguments.dataset_name_or_path
-    probs, most = (dataset_probs(arguments), arguments.max_samples) if trained_on else (None, None)
-    records = mixed_records(source, arguments.dataset_split, probs, max_samples=most)
-    for where, record in with_usual_keys(records, {"prompt": arguments.dataset_key, "response": arguments.output_key}):
-        yield from examples_of(record, where)
-
-
-def rows_of(arguments: Arguments, source: str, tokenizer: Any, config: Any, name: str) -> tuple[Any, int, Drops, Counter[str]]:
-    """The token ids of `source`, a dataset; of process 0, how many responses went in, what was dropped, and what was counted.
-
-    Raises InputError if no row is left.
-    """
-    from baton.training.rows import rows_on_disk
-    from baton.training.tokenising import tokenised
-
-    count = sum(1 for _ in examples(arguments, source)) if program.rank() == 0 else 0
-    drops, counted = Drops(), Counter()
-    make = partial(rows_of_demonstrations, tokenizer, arguments.max_length)
-
-    def token_ids():
-        yield from tokenised(make, examples(arguments, source), drops, counted, count)
-        if drops.counts.total() == count:
-            raise InputError(f"{source}: no response is left to learn from; dropped: {drops}")
-
-    rows = rows_on_disk(token_ids, config, name)
-    log.info("%s: %s; dropped: %s", name, ", ".join(f"{number} {origin}" for origin, number in counted.items()), drops)
-    return rows, count, drops, counted
 
 
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
@@ -165,23 +135,13 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     return config
 
 
-def teacher_tokenizer(teacher: str) -> Any:
-    """The teacher's tokenizer, which needs no chat template. Raises InputError if it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(teacher)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{teacher}: its tokenizer cannot be loaded: {error}") from None
-
-
 def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, held_out: Any | None, folder: Path) -> Any:
     """The trainer: the teacher is loaded first, and alone, and what it says of the rows is kept in `folder`.
 
     Logs the memory that this takes, before anything is loaded. `held_out` are rows to evaluate on.
     """
     from baton.training.learnt import outline as outline_rows
-    from baton.training.memory import check_memory, estimate, estimate_reference, outline, sharding_of
+    from baton.training.memory import check_memory, estimate, estimate_reference, largest_row, outline, sharding_of
     from distillation.teacher import check_packable, kept_teacher, teacher_config
     from distillation.trainer import PackedKDTrainer
 
@@ -191,8 +151,7 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, h
         check_packable(model)
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
     outlined = outline_rows(rows)
-    longest = int((outlined.prompts + outlined.responses).max())
-    tokens = max(longest, min(arguments.tokens_per_row, step_size(config) * longest))
+    tokens = largest_row(int((outlined.prompts + outlined.responses).max()), config, arguments.tokens_per_row)
     sharding, top = sharding_of(config), min(arguments.teacher_top_k, *sizes)
     needs = estimate(student, config, sharding, tokens, in_4_bit=quantization is not None)
     needs["the teacher's tokens"] = tokens * top * BYTES_OF_KEPT
@@ -221,14 +180,6 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, h
     )
 
 
-BYTES_OF_KEPT = 4 * 12  # float32 copies of a token's numbers in the loss and its gradient, of student and teacher
-
-
-def step_size(config: Any) -> int:
-    """Conversations of one process's share of a step."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
-
-
 def main() -> None:
     arguments, settings = parse_training("distillation/run_kd.py", Arguments, __doc__, config_class)
     check(arguments, settings)
@@ -247,45 +198,43 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, keep_checkpoints, last_evaluation, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, finish_policy, last_evaluation, train
+    from baton.training.checks import check_tokens
     from baton.training.config import log_training
-    from distillation.teacher import check_tokenizers
+    from distillation.teacher import check_tokenizers, teacher_tokenizer
 
     if arguments.teacher_offload:
         log.info("`teacher_offload`: the teacher runs first and alone, so there is nothing to offload")
     tokenizer = load_tokenizer(student, arguments.chat_template)
+    check_tokens(config, tokenizer)
     check_tokenizers(tokenizer, teacher_tokenizer(teacher), (student, teacher))
-    rows, count, drops, counted = rows_of(arguments, arguments.dataset_name_or_path, tokenizer, config, "examples")
-    held_out = arguments.eval_dataset and rows_of(arguments, arguments.eval_dataset, tokenizer, config, "held_out")[0]
-    if held_out is not None and arguments.eval_dataset == arguments.dataset_name_or_path:
+
+    def rows_in(source: str, name: str) -> Rows:
+        return rows_of(partial(examples, arguments, source), source, name, arguments.max_length, tokenizer, config)
+
+    rows = rows_in(arguments.dataset_name_or_path, "examples")
+    held_out = rows_in(arguments.eval_dataset, "held_out") if arguments.eval_dataset else None
+    if held_out and arguments.eval_dataset == arguments.dataset_name_or_path:
         log.warning("`eval_dataset` is the data that is trained on, so what is evaluated is not held out")
-    warning = template_warning(counted, tokenizer)
+    warning = template_warning(rows.counted, tokenizer)
     if warning:
         log.warning("%s", warning)
     place_reports(settings, metrics_path)
     with loading(student, teacher):
-        trainer = make_trainer(arguments, config, tokenizer, rows, held_out, output.parent)
+        trainer = make_trainer(arguments, config, tokenizer, rows.data, held_out and held_out.data, output.parent)
     log_training(trainer)
-    out = count - drops.counts.total()  # a long text gives several rows
-    counts = {"in": count, "out": out, "dropped": dict(drops.counts)}
+    counts = {"in": rows.count, "out": rows.kept, "dropped": dict(rows.drops.counts)}
     metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts, arguments.early_stopping)
-    if program.rank() == 0:
-        if arguments.merge_adapter:
-            metrics |= merge_adapter(student, stage.partial_folder, config, arguments.export_dtype)
-        every = examples(arguments, arguments.dataset_name_or_path)
-        first = next((each for each in every if not isinstance(each.messages, str)), None)
-
-        def finish(folder: Path) -> None:
-            if first:
-                stop_at_end_of_turn(folder, tokenizer, first.messages, first.where)
-
-        finish(stage.partial_folder)
-        keep_checkpoints(trainer, arguments, stage.partial_folder, finish)
-        if held_out is not None:
-            metrics |= last_evaluation(trainer)
-        stage.finish(records_in=count, records_out=out, drops=drops, metrics=metrics, scratch=SCRATCH)
-        if warning:
-            log.warning("%s", warning)
+    if program.rank() != 0:
+        return
+    every = examples(arguments, arguments.dataset_name_or_path)
+    conversations = ((each.messages, each.where) for each in every if not isinstance(each.messages, str))
+    metrics |= finish_policy(trainer, arguments, stage.partial_folder, next(conversations, None))
+    if held_out:
+        metrics |= last_evaluation(trainer)
+    stage.finish(records_in=rows.count, records_out=rows.kept, drops=rows.drops, metrics=metrics, scratch=SCRATCH)
+    if warning:
+        log.warning("%s", warning)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import functools
 import gc
 import hashlib
 import logging
-import os
 import types
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -36,7 +35,7 @@ from baton.progress import Progress
 from baton.training import sharding
 from baton.training.config import computing_dtype
 from baton.training.learnt import Cut, Outline, cut, flat_batches, learnt_rows
-from baton.training.reference import load_as_policy
+from baton.training.reference import load_as_policy, write_array
 
 log = logging.getLogger("baton")
 
@@ -110,6 +109,16 @@ def check_tokenizers(student: Any, teacher: Any, names: tuple[str, str]) -> None
     pieces = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)]
     if pieces[0] != pieces[1]:
         raise InputError(f"{names[0]} and the teacher {names[1]} have the same tokens, but split a text differently: {advice}")
+
+
+def teacher_tokenizer(teacher: str) -> Any:
+    """The teacher's tokenizer, which needs no chat template. Raises InputError if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(teacher)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{teacher}: its tokenizer cannot be loaded: {error}") from None
 
 
 def teacher_config(config: Any) -> Any:
@@ -226,7 +235,7 @@ def _score_missing(
                 "for them; try `bf16: true`, or neither"
             )
         if own and writes:
-            _write(kept.path(number), scored)
+            write_array(kept.path(number), scored)
         if own:
             progress.update()
     progress.close()
@@ -279,11 +288,3 @@ def _check_row(model: nn.Module, row: Row, cuts: Sequence[Cut], ids: Tensor, log
         sequences.append((each.prompt, each.response[:run]))
         packed.append(values[:run])
     check_packed(model, sequences, packed, dtype, REMEDY)
-
-
-def _write(path: Path, scored: np.ndarray) -> None:
-    """Write a file of the teacher's tokens, atomically."""
-    writing = path.with_suffix(f".{os.getpid()}.writing")
-    with open(writing, "wb") as file:
-        np.save(file, scored, allow_pickle=False)
-    os.replace(writing, path)

@@ -1,13 +1,17 @@
 """How good rewards are on what was held out: of pairs, of responses with rewards, of steps with labels."""
 
+import logging
 import math
 from typing import Any
 
 import numpy as np
 
+log = logging.getLogger("baton")
+
 Z = 1.959964  # of a 95 % interval
 BINS = 10  # of the calibration
 BUCKETS = 4  # of the margin
+POOR_ACCURACY = 0.6
 
 
 def quality(rewards: np.ndarray, margins: np.ndarray) -> dict[str, Any]:
@@ -116,3 +120,26 @@ def step_quality(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     of_each = {"accuracy_right_steps": told[right], "accuracy_wrong_steps": told[~right]}
     shares = {name: float(values.mean()) if len(values) else None for name, values in of_each.items()}
     return {**accuracy(told), **shares, "steps": len(told)}
+
+
+def log_quality(found: dict[str, Any]) -> None:
+    """Log the `quality` of the rewards, and a warning where it says that the reward model is of no use."""
+    low, high = found["accuracy_interval"]
+    numbers = {name: value for name, value in found.items() if isinstance(value, float)}
+    log.info("held out: %s", ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    log.info("held out: 95 %% interval of the accuracy %.3f to %.3f", low, high)
+    for bucket in found["by_margin"]:
+        log.info("held out: margin %(from).3g to %(to).3g: accuracy %(accuracy).3f of %(pairs)d pairs", bucket)
+    if found["accuracy"] < POOR_ACCURACY:
+        log.warning(
+            "held-out accuracy %.2f is little better than chance: a policy trained on these rewards learns noise. "
+            "Check the pairs' labels, the learning rate and the chat template",
+            found["accuracy"],
+        )
+
+
+def log_scores(found: dict[str, Any]) -> None:
+    """Log what `score_quality` says of each output, or `step_quality` of steps."""
+    for name, numbers in found.get("heads", {"steps": found}).items():
+        shown = {key: value for key, value in numbers.items() if isinstance(value, float)}
+        log.info("held out: %s: %s", name, ", ".join(f"{key} {value:.3f}" for key, value in shown.items()))

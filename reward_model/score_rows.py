@@ -14,7 +14,7 @@ from baton.preferences import ANSWER_KEYS
 from baton.records import SIDE_KEYS, check_finite, prompt_of, rewards_of
 from baton.scored import annotated_records, rewards_by_name
 
-LONGER = "responses longer than max_length, left out"
+LONGER = "responses longer than max_length, left out of records that stay"
 DIVIDED = (
     "steps hold the separator themselves: when a response is scored, it is read there too, where nothing was learnt; choose "
     "another step_separator"
@@ -58,21 +58,21 @@ def rows_of_scores(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row (`row_of`) for each of the `scored_records` with a response that fits; `drops` gets the others.
 
-    A response is read at its last token that is not `pad`, where transformers reads it.
+    A response is read at its last token that is not `pad`, where transformers reads it. `counted` gets those that do not fit.
     """
     for where, record in records:
         sequences, targets = [], []
         for response, scores in zip(record["responses"], record["scores"], strict=True):
             ids = conversation_token_ids(tokenizer, [*record["prompt"], {"role": "assistant", "content": response}], where)
-            if len(ids) > max_length:
-                counted[LONGER] += 1
-                continue
-            sequences.append(without_padding(ids, pad))
-            targets += scores
-        if sequences:
-            yield row_of(sequences, [[len(ids) - 1] for ids in sequences], targets)
-        else:
+            if len(ids) <= max_length:
+                sequences.append(without_padding(ids, pad))
+                targets += scores
+        if not sequences:
             drops.add(f"longer than max_length {max_length} tokens", where)
+            continue
+        if longer := len(record["responses"]) - len(sequences):
+            counted[LONGER] += longer
+        yield row_of(sequences, [[len(ids) - 1] for ids in sequences], targets)
 
 
 def rows_of_steps(

@@ -14,8 +14,6 @@ however it is divided. Every field of TRL's SFTConfig is accepted in the YAML fi
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,14 @@ from typing import Any
 from baton import program
 from baton.ahead import note_adapter
 from baton.arguments import option
-from baton.drops import Drops
 from baton.errors import InputError
-from baton.jsonl import Record
-from baton.keys import with_usual_keys
 from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer, template_warning
-from baton.prompts import mixed_records, source_inputs
+from baton.prompts import source_inputs
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import spelling
-from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
+from baton.training.adapters import LoraArguments, adapter_config, check_lora, quantization_config
 from baton.training.arguments import (
     Compile,
     compile_option,
@@ -43,20 +38,20 @@ from baton.training.arguments import (
     parse_training,
     tokens_per_row_option,
 )
-from baton.training.data import DataArguments, dataset_probs
-from baton.training.demonstrations import Demonstration, demonstration_in, rows_of_demonstrations
+from baton.training.data import DataArguments, dataset_probs, warn_of_trained_on
 from baton.training.reports import check_outside, place_reports
+from sft.demonstrations import demonstrations, held_out_rows, holds_out, training_rows
 
 log = logging.getLogger("baton")
 
 IMPORTS = ("sft.trainer", "baton.training.checkpoints", "baton.training.rows")
 
-
+LOSSES = ("nll", "dft")  # TRL's
 # Settings of SFTConfig that say what is learnt: here the assistant's turns, or a whole `text`.
 LEARNT = ("assistant_only_loss", "completion_only_loss")
 # Settings that ask for what is done in any case, and those of TRL's own preparation of texts.
 DONE_ANYWAY = ("packing", "packing_strategy", "eval_packing", "padding_free", *LEARNT)
-OF_TEXTS = ("truncation_mode", "dataset_text_field", "dataset_kwargs")
+OF_TEXTS = ("truncation_mode", "dataset_text_field", "dataset_kwargs", "shuffle_dataset")
 
 
 class Arguments(DataArguments, LoraArguments):
@@ -95,72 +90,6 @@ class Arguments(DataArguments, LoraArguments):
     early_stopping: int | None = early_stopping_option()
 
 
-def training_demonstrations(arguments: Arguments) -> Iterator[Demonstration]:
-    """Yield each demonstration that is trained on. Raises InputError on the first bad one."""
-    for number, demonstration in enumerate(demonstrations(arguments)):
-        if not _is_held_out(number, arguments):
-            yield demonstration
-
-
-def held_out_demonstrations(arguments: Arguments) -> Iterator[Demonstration]:
-    """Yield each held-out demonstration: all of the held-out file, else some of the training file."""
-    if arguments.eval_dataset_name_or_path:
-        records = mixed_records(arguments.eval_dataset_name_or_path, arguments.eval_dataset_split, None)
-        yield from _read(records, arguments)
-        return
-    for number, demonstration in enumerate(demonstrations(arguments)):
-        if _is_held_out(number, arguments):
-            yield demonstration
-
-
-def demonstrations(arguments: Arguments) -> Iterator[Demonstration]:
-    """Yield each demonstration of the training files. Raises InputError on the first bad one."""
-    split, probs, most = arguments.dataset_split, dataset_probs(arguments), arguments.max_samples
-    return _read(mixed_records(arguments.dataset_name_or_path, split, probs, max_samples=most), arguments)
-
-
-def _read(records: Iterable[tuple[str, Record]], arguments: Arguments) -> Iterator[Demonstration]:
-    keys = {"prompt": arguments.dataset_key, "response": arguments.output_key or arguments.response_key}
-    if arguments.pretrain_mode:
-        keys = {"text": arguments.dataset_key}
-    for where, record in with_usual_keys(records, keys):
-        if not arguments.pretrain_mode:
-            yield demonstration_in(record, where)
-        elif isinstance(record.get("text"), str):
-            yield demonstration_in({"text": record["text"]}, where)
-        else:
-            raise InputError(f"{where}: `text` must be a text; another key of it is named by --dataset_key")
-
-
-def _is_held_out(number: int, arguments: Arguments) -> bool:
-    """Whether a demonstration of the training file is held out: the last of every `eval_every`."""
-    every = arguments.eval_every
-    return not arguments.eval_dataset_name_or_path and every is not None and number % every == every - 1
-
-
-def rows_of(
-    every: Iterable[Demonstration], name: str, arguments: Arguments, count: int, tokenizer: Any, config: Any
-) -> tuple[Any, Drops, Counter[str]]:
-    """The token ids of `count` demonstrations, a dataset called `name`; what was dropped, and what was counted of the others.
-
-    The latter two are those of process 0, which alone tokenises. Raises InputError if no row is left.
-    """
-    from baton.training.rows import rows_on_disk
-    from baton.training.tokenising import tokenised
-
-    drops, counted = Drops(), Counter()
-    make = partial(rows_of_demonstrations, tokenizer, arguments.max_length)
-
-    def token_ids():
-        yield from tokenised(make, every, drops, counted, count)
-        if drops.counts.total() == count:
-            raise InputError(f"{arguments.dataset_name_or_path}: no demonstration is left of {name}; dropped: {drops}")
-
-    rows = rows_on_disk(token_ids, config, name)
-    log.info("%s: last turns: %s", name, ", ".join(f"{number} {source}" for source, number in counted.items()))
-    return rows, drops, counted
-
-
 def config_class() -> type:
     from trl import SFTConfig
 
@@ -180,13 +109,10 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     config = trainer_config(config_class(), settings | fixed, Arguments.model_fields, stage, adapter, kept)
     check_settings(config, sharding_of(config), arguments, evaluates=holds_out(arguments))
     check_order(config)
+    if config.loss_type not in LOSSES:
+        raise InputError(f"`loss_type`: {config.loss_type!r} is not one of {', '.join(LOSSES)}")
     check_kept(arguments, config, sharding_of(config))
     return config
-
-
-def holds_out(arguments: Arguments) -> bool:
-    """Whether there are held-out demonstrations."""
-    return bool(arguments.eval_dataset_name_or_path or arguments.eval_every)
 
 
 def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, held_out: Any | None) -> Any:
@@ -212,8 +138,8 @@ def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, rows: Any, h
     )
 
 
-def held_out_facts(trainer: Any, count: int, drops: Drops) -> dict[str, Any]:
-    """What the last evaluation says of `count` held-out demonstrations, for the log and the manifest.
+def held_out_facts(trainer: Any, held_out: Any) -> dict[str, Any]:
+    """What the last evaluation says of the `held_out` rows, for the log and the manifest.
 
     Without the perplexity on padded batches, whose loss may hold more than the log-likelihood.
     """
@@ -225,7 +151,7 @@ def held_out_facts(trainer: Any, count: int, drops: Drops) -> dict[str, Any]:
     if trainer.held_out is not None and found:
         found["perplexity"] = math.exp(min(numbers.get("nll", numbers["loss"]), 700))
     log.info("held out: %s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-    return found | {"demonstrations": count, "dropped": dict(drops.counts)}
+    return found | {"demonstrations": held_out.kept, "dropped": dict(held_out.drops.counts)}
 
 
 def check(arguments: Arguments, settings: dict[str, Any]) -> None:
@@ -240,6 +166,8 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
         )
     if refused := [name for name in LEARNT if spelling(settings.get(name, True)) is False]:
         raise InputError(f"`{refused[0]}: false`: here the assistant's turns alone are learnt, or a whole `text`: leave it out")
+    if arguments.output_key and arguments.response_key != "response":
+        raise InputError("`output_key` and `response_key` are two names of one setting: leave one out")
     if arguments.pretrain_mode and (arguments.output_key or arguments.response_key != "response"):
         raise InputError("`pretrain_mode` reads one text of a record, so there is no response: leave out its key")
 
@@ -250,9 +178,9 @@ def main() -> None:
     if asked := [name for name in DONE_ANYWAY if name in settings]:
         log.info("%s: rows are packed, and the assistant's turns learnt, in any case", ", ".join(f"`{name}`" for name in asked))
         settings = {name: value for name, value in settings.items() if name not in DONE_ANYWAY}
-    output, held_out = Path(arguments.output_dir), arguments.eval_dataset_name_or_path
+    output, source = Path(arguments.output_dir), arguments.eval_dataset_name_or_path
     inputs = {"model": arguments.model_name_or_path, **source_inputs("demonstrations", arguments.dataset_name_or_path)}
-    inputs |= source_inputs("held-out demonstrations", held_out) if held_out else {}
+    inputs |= source_inputs("held-out demonstrations", source) if source else {}
     inputs |= template_input(arguments.chat_template)
     metrics_path = metrics_file(output, arguments.metrics_path)
     refuse_input(metrics_path, inputs, "--metrics_path", output)
@@ -264,52 +192,34 @@ def main() -> None:
         return
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
-    # With the process group there, or another machine would not notice that a record is bad.
-    count = sum(1 for _ in training_demonstrations(arguments)) if program.rank() == 0 else 0
 
-    from baton.training.checkpoints import SCRATCH, keep_checkpoints, stop_at_end_of_turn, train
+    from baton.training.checkpoints import SCRATCH, finish_policy, train
+    from baton.training.checks import check_tokens
     from baton.training.config import log_training
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template, of_texts=arguments.pretrain_mode)
-    every = training_demonstrations(arguments)
-    rows, drops, counted = rows_of(every, "demonstrations", arguments, count, tokenizer, config)
-    aside, held_out_rows, held_out_drops = 0, None, Drops()
-    if holds_out(arguments):
-        aside = sum(1 for _ in held_out_demonstrations(arguments)) if program.rank() == 0 else 0
-        if not aside and program.rank() == 0:
-            reason = held_out or f"`eval_every` {arguments.eval_every} of {count} demonstrations"
-            raise InputError(f"no demonstration is held out: {reason}")
-        every = held_out_demonstrations(arguments)
-        held_out_rows, held_out_drops, _ = rows_of(every, "held out", arguments, aside, tokenizer, config)
-    warning = template_warning(counted, tokenizer)
+    check_tokens(config, tokenizer)
+    rows = training_rows(arguments, tokenizer, config)
+    held_out = held_out_rows(arguments, tokenizer, config)
+    warn_of_trained_on(arguments)
+    warning = template_warning(rows.counted, tokenizer)
     if warning:
         log.warning("%s", warning)
     place_reports(settings, metrics_path)
     with loading(arguments.model_name_or_path):
-        trainer = make_trainer(arguments, config, tokenizer, rows, held_out_rows)
+        trainer = make_trainer(arguments, config, tokenizer, rows.data, held_out and held_out.data)
     log_training(trainer)
-    out = count - drops.counts.total()  # a long text gives several rows
-    counts = {"in": count, "out": out, "dropped": dict(drops.counts)}
+    counts = {"in": rows.count, "out": rows.kept, "dropped": dict(rows.drops.counts)}
     metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts, arguments.early_stopping)
-    if program.rank() == 0:
-        if arguments.merge_adapter:
-            metrics |= merge_adapter(arguments.model_name_or_path, stage.partial_folder, config, arguments.export_dtype)
-        first = next((each for each in demonstrations(arguments) if not isinstance(each.messages, str)), None)
-
-        def finish(folder: Path) -> None:
-            if first:
-                stop_at_end_of_turn(folder, tokenizer, first.messages, first.where)
-
-        finish(stage.partial_folder)
-        keep_checkpoints(trainer, arguments, stage.partial_folder, finish)
-        facts = {"metrics": metrics}
-        if held_out_rows is not None:
-            of_held_out = aside - held_out_drops.counts.total()
-            facts["held_out"] = held_out_facts(trainer, of_held_out, held_out_drops)
-        counts = {"records_in": count, "records_out": out, "drops": drops}
-        stage.finish(**counts, **facts, scratch=SCRATCH)
-        if warning:
-            log.warning("%s", warning)
+    if program.rank() != 0:
+        return
+    conversations = ((each.messages, each.where) for each in demonstrations(arguments) if not isinstance(each.messages, str))
+    metrics |= finish_policy(trainer, arguments, stage.partial_folder, next(conversations, None))
+    facts = {"held_out": held_out_facts(trainer, held_out)} if held_out else {}
+    counts = {"records_in": rows.count, "records_out": rows.kept, "drops": rows.drops}
+    stage.finish(**counts, metrics=metrics, **facts, scratch=SCRATCH)
+    if warning:
+        log.warning("%s", warning)
 
 
 if __name__ == "__main__":

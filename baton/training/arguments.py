@@ -89,10 +89,12 @@ def parse_training(
     has it. `rewrite` gives settings of other toolkits the names that this program knows; OpenRLHF's are known too.
     """
     own = set(model.model_fields)
+    before: dict[str, Any] = {}  # what the file says, when the flags come
 
     def accept(settings: dict[str, Any]) -> dict[str, Any]:
-        known = own | config_fields(CONFIGS[program])
-        settings = own_names(rewrite(settings), known)
+        known, given = own | config_fields(CONFIGS[program]), rewrite(settings)
+        settings = own_names(given, known, before)
+        before.update(given)
         refuse_foreign(settings, program, own)
         check_known(settings, known)
         return settings

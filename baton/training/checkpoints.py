@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from baton.training.arguments import ExportDtype, metrics_file
 from baton.training.card import write_card
 from baton.training.export import copies_without_zero, export, recast
 from baton.training.float32_copy import start_from_files
+from baton.training.layouts import fit_layout
 from baton.training.metrics_file import MetricsFile
 from baton.training.progress import ProgressLines
 from baton.training.sharding import keep_outputs
@@ -38,8 +37,6 @@ TRAINERS_OWN = (
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json"),
     *("global_step*", "latest*", "zero_to_fp32.py", "pytorch_model_fsdp*"),
 )
-
-UNSHARDED, DEEPSPEED, ZERO_1_2, ZERO_3, FSDP = "no sharding", "DeepSpeed without ZeRO", "ZeRO-1 or ZeRO-2", "ZeRO-3", "FSDP"
 
 
 def train(
@@ -115,6 +112,21 @@ class BestIsHere(TrainerCallback):
             state.best_model_checkpoint = str(best)
 
 
+class StartFromFiles(TrainerCallback):
+    """Has DeepSpeed's float32 copy start from all bits of the start's files; a checkpoint holds the copy itself.
+
+    A trainer names modules that it has `drawn_anew` since it loaded them.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        anew = getattr(self.trainer, "drawn_anew", ())
+        start_from_files(model, copies_without_zero(self.trainer.optimizer.optimizer), anew)
+
+
 class StopEarly(TrainerCallback):
     """Ends a training after `patience` evaluations in a row without a better one, by `metric_for_best_model`.
 
@@ -143,6 +155,25 @@ def no_better_for(args: Any, history: list[dict[str, Any]]) -> int:
             raise InputError(f"`metric_for_best_model`: an evaluation has no {name}")
         return 0
     return len(values) - 1 - values.index((max if args.greater_is_better else min)(values))
+
+
+def finish_policy(trainer: Any, arguments: Any, folder: Path, said: tuple[Messages, str] | None) -> dict[str, float]:
+    """Do what is left to do to a policy that was exported to `folder`, and keep checkpoints beside it; for process 0.
+
+    With `--merge_adapter` the adapter is merged. `said` is a conversation and its place in the data, whose end engines stop at
+    (`stop_at_end_of_turn`), or None where only plain texts were learnt. Returns metrics of the merge.
+    """
+
+    def finish(finished: Path) -> None:
+        if said is not None:
+            stop_at_end_of_turn(finished, trainer.processing_class, *said)
+
+    metrics = {}
+    if arguments.merge_adapter:
+        metrics = merge_adapter(arguments.model_name_or_path, folder, trainer.args, arguments.export_dtype)
+    finish(folder)
+    keep_checkpoints(trainer, arguments, folder, finish)
+    return metrics
 
 
 def keep_checkpoints(
@@ -250,99 +281,3 @@ def _state_of(checkpoint: Path) -> dict[str, Any]:
     Its numbers may be NaN or Infinity, such as a gradient's norm that fp16 could not hold: no JSON, and yet whole.
     """
     return json.loads((checkpoint / "trainer_state.json").read_bytes())
-
-
-def fit_layout(trainer: Any, checkpoint: Path) -> None:
-    """Make `checkpoint` loadable by this run's processes, which may be others than those that wrote it.
-
-    A whole model and FSDP's shards load in any number of processes, ZeRO's shards in the same number. For another number
-    they are converted once into DeepSpeed's universal checkpoint, which takes as much disk again until the next checkpoint.
-
-    Any layout of the same global batch trains on the same rows in the same step. Where steps are not dealt (`steps.py`), the
-    last step of an epoch whose rows are no multiple of it is another: there Accelerate gives several processes rows of the
-    epoch's start again, so that all have as many, and micro-batches of unequal size count equally.
-
-    Raises InputError where the run is sharded in a way that the checkpoint does not suit.
-    """
-    (before, processes), now = _layout_of(checkpoint), _sharding(trainer)
-    if before == now and (processes is None or processes == program.world_size()):
-        return
-    if before == now and before in (ZERO_1_2, ZERO_3) and _has_universal(trainer, checkpoint):
-        trainer.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
-        if now == ZERO_3:
-            trainer.add_callback(MendOptimizer())
-        return
-    again = f"{before} in {processes} processes" if processes else before
-    raise InputError(
-        f"{checkpoint}: written with {again}, and cannot be loaded with {now} in {program.world_size()} processes; "
-        f"go on with {again} again, or start afresh with --overwrite"
-    )
-
-
-class StartFromFiles(TrainerCallback):
-    """Has DeepSpeed's float32 copy start from all bits of the start's files; a checkpoint holds the copy itself.
-
-    A trainer names modules that it has `drawn_anew` since it loaded them.
-    """
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-        anew = getattr(self.trainer, "drawn_anew", ())
-        start_from_files(model, copies_without_zero(self.trainer.optimizer.optimizer), anew)
-
-
-class MendOptimizer(TrainerCallback):
-    """Sets right what DeepSpeed does to the optimizer when it loads a universal checkpoint under ZeRO-3.
-
-    All groups of weights then share one tensor that counts their steps, so that each step would count several times, and
-    all have the first group's weight decay.
-    """
-
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
-        inner = optimizer.optimizer.optimizer  # in Accelerate's wrapper and DeepSpeed's
-        for values in inner.state.values():
-            if torch.is_tensor(values.get("step")):
-                values["step"] = values["step"].clone()
-        # Transformers makes two groups: weights that decay, then biases and norms, which do not.
-        for group, decay in zip(inner.param_groups, (args.weight_decay, 0.0), strict=False):
-            group["weight_decay"] = decay
-
-
-def _sharding(trainer: Any) -> str:
-    """How this run spreads the model."""
-    if trainer.is_deepspeed_enabled:
-        return (DEEPSPEED, ZERO_1_2, ZERO_1_2, ZERO_3)[trainer.accelerator.state.deepspeed_plugin.zero_stage]
-    return FSDP if trainer.is_fsdp_enabled else UNSHARDED
-
-
-def _layout_of(checkpoint: Path) -> tuple[str, int | None]:
-    """How the run that wrote a checkpoint spread the model, and in how many processes where that limits who can load it."""
-    if (checkpoint / "latest").exists():
-        states = checkpoint / (checkpoint / "latest").read_text().strip()
-        shards = len(list(states.glob("*_optim_states.pt")))
-        if not shards:
-            return DEEPSPEED, None
-        return ZERO_3 if any(states.glob("*zero_pp_rank_*_model_states.pt")) else ZERO_1_2, shards
-    return FSDP if any(checkpoint.glob("pytorch_model_fsdp*")) else UNSHARDED, None
-
-
-def _has_universal(trainer: Any, checkpoint: Path) -> bool:
-    """Whether a ZeRO checkpoint is there in DeepSpeed's universal form; process 0 converts it first.
-
-    DeepSpeed writes `latest_universal` last.
-    """
-    states, done = (checkpoint / "latest").read_text().strip(), checkpoint / "latest_universal"
-    if program.rank() == 0 and not done.exists():
-        log.info("%s: converting to a universal checkpoint, for %d processes", checkpoint, program.world_size())
-        target = checkpoint / f"{states}_universal"
-        shutil.rmtree(target, ignore_errors=True)
-        folders = ["--input_folder", str(checkpoint / states), "--output_folder", str(target)]
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
-        converted = subprocess.run(command, capture_output=True, text=True)
-        if converted.returncode:
-            log.error("DeepSpeed could not convert the checkpoint: %s", converted.stderr[-2000:])
-    trainer.accelerator.wait_for_everyone()
-    return done.exists()

@@ -128,6 +128,17 @@ def check_order(config: Any, remedy: str = "leave it out") -> None:
         )
 
 
+def check_tokens(config: Any, tokenizer: Any) -> None:
+    """Raise InputError where `eos_token` or `pad_token` is none of the tokenizer's: TRL sees it once the model is loaded."""
+    known = tokenizer.get_vocab()
+    for name in ("eos_token", "pad_token"):
+        token = getattr(config, name)
+        if token is not None and token not in known:
+            raise InputError(f"`{name}`: {token!r} is not in the vocabulary of {tokenizer.name_or_path}")
+    if not (config.pad_token or tokenizer.pad_token or tokenizer.eos_token):
+        raise InputError(f"{tokenizer.name_or_path}: its tokenizer has no padding token: name one of its tokens in `pad_token`")
+
+
 def check_adapter(lora: LoraArguments, config: Any, sharding: Sharding) -> None:
     """Raise InputError for settings of an adapter that the trainer's settings make void, or that its sharding cannot hold."""
     if lora.lora_dropout and getattr(config, "disable_dropout", False):

@@ -1,11 +1,14 @@
 """From conversations and plain texts to rows of token ids, of which some are learnt."""
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from baton.demonstrations import demonstration_of, text_token_ids
 from baton.drops import Drops
+from baton.errors import InputError
 from baton.jsonl import Record
 from baton.models.templates import (
     FOREIGN,
@@ -19,8 +22,10 @@ from baton.models.templates import (
     sampled_or_tokenised,
     template_hash,
 )
-from baton.program import harmless
+from baton.program import harmless, rank
 from baton.records import Messages, check_token_ids
+
+log = logging.getLogger("baton")
 
 PLAIN = "plain texts, learnt whole"
 CUT = "further pieces of plain texts longer than max_length"
@@ -51,6 +56,48 @@ def demonstration_in(record: Record, where: str) -> Demonstration:
         check_token_ids(sampled, where, "response_token_ids")
     said = demonstration_of(record, where)
     return Demonstration(where, said, sampled, record.get("finish_reason"), record.get("chat_template_hash"))
+
+
+class Rows(NamedTuple):
+    """Rows of token ids, mapped from disk; of a long text there are several.
+
+    How many demonstrations there were, what was dropped of them, and what was counted of the others, knows process 0, which
+    alone reads them.
+    """
+
+    data: Any
+    count: int
+    drops: Drops
+    counted: Counter[str]
+
+    @property
+    def kept(self) -> int:
+        """How many demonstrations are in the rows."""
+        return self.count - self.drops.counts.total()
+
+
+def rows_of(
+    read: Callable[[], Iterator[Demonstration]], source: str, name: str, max_length: int, tokenizer: Any, config: Any
+) -> Rows:
+    """The rows of the demonstrations that `read` yields of `source`, as a data set called `name`.
+
+    To be called by all processes once the process group is there, or those of another machine would not notice that a record
+    is bad. Raises InputError on the first bad one, and if no row is left.
+    """
+    from baton.training.rows import rows_on_disk
+    from baton.training.tokenising import tokenised
+
+    count = sum(1 for _ in read()) if rank() == 0 else 0
+    drops, counted = Drops(), Counter()
+
+    def token_ids() -> Iterator[Row]:
+        yield from tokenised(partial(rows_of_demonstrations, tokenizer, max_length), read(), drops, counted, count)
+        if drops.counts.total() == count:
+            raise InputError(f"{source}: nothing is left to learn from ({name}); dropped: {drops}")
+
+    data = rows_on_disk(token_ids, config, name)
+    log.info("%s: %s; dropped: %s", name, ", ".join(f"{number} {origin}" for origin, number in counted.items()), drops)
+    return Rows(data, count, drops, counted)
 
 
 def rows_of_demonstrations(

@@ -80,8 +80,7 @@ def write_model(
         usual = torch.float32 if dtype == "float32" else checkpoint.dtype
         for name, whole in in_checkpoint_format(model, tensors):
             before = checkpoint.tensor(name)
-            wanted = before.dtype if dtype == "checkpoint" and before is not None else usual
-            written = whole.to(wanted) if whole.is_floating_point() else whole
+            written = as_written(whole, before, dtype, usual)
             shards.add(name, written)
             rounding.add(name, whole, written, before)
     shards.close()
@@ -97,9 +96,7 @@ def recast(folder: Path, start: str, dtype: ExportDtype) -> None:
         shards = Shards(folder)
         old = [Path(path) for path in weight_files(str(folder))]
         for name in own.files:
-            tensor, before = own.files[name].get_tensor(name), checkpoint.tensor(name)
-            wanted = before.dtype if dtype == "checkpoint" and before is not None else usual
-            shards.add(name, tensor.to(wanted) if tensor.is_floating_point() else tensor)
+            shards.add(name, as_written(own.files[name].get_tensor(name), checkpoint.tensor(name), dtype, usual))
     for path in [*old, folder / SAFE_WEIGHTS_INDEX_NAME]:
         path.unlink(missing_ok=True)
     shards.close()
@@ -108,6 +105,13 @@ def recast(folder: Path, start: str, dtype: ExportDtype) -> None:
     name = str(usual).removeprefix("torch.")
     settings |= {key: name for key in ("dtype", "torch_dtype") if key in settings}
     path.write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+
+
+def as_written(tensor: Tensor, before: Tensor | None, dtype: ExportDtype, usual: torch.dtype) -> Tensor:
+    """A trained tensor in the dtype in which it is written: with `checkpoint` that of the start's tensor `before`, if any."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(before.dtype if dtype == "checkpoint" and before is not None else usual)
 
 
 def trained_tensors(trainer: Any) -> Iterator[tuple[str, Tensor]]:

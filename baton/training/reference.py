@@ -327,9 +327,16 @@ def _assemble(batches: Sequence[list[int]], parts: Path, digests: np.ndarray, pa
         start += len(rows)
     kept.sort(order="pair")
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_array(path, kept)
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Write a `.npy` file atomically: it is on the disk, whole, before it gets its name."""
     writing = path.with_suffix(f".{os.getpid()}.writing")
     with open(writing, "wb") as file:
-        np.save(file, kept, allow_pickle=False)
+        np.save(file, values, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(writing, path)
 
 

@@ -23,6 +23,7 @@ from baton.shapes import baton_records, parts_of, shape_of
 from dpo_iteration import run_dpo, run_kto
 from dpo_iteration.choose import choose_pairs
 from reward_model import run_rm
+from reward_model.pairs import all_pairs
 from sft import run_sft
 from tests.programs import write_jsonl
 
@@ -319,7 +320,7 @@ def test_training_programs_take_several_files_with_rates_and_names_of_fields(tmp
     given = {"model_name_or_path": "", "output_dir": "", "dataset_name_or_path": ",".join(files), "dataset_key": "q"}
     given |= {"dataset_probs": "0.7,0.3", "max_samples": 6}
     sides = {"chosen_key": "good", "rejected_key": "bad"}
-    pairs = [pair for _, pair in run_rm.all_pairs(run_rm.Arguments(**given, **sides))]
+    pairs = [pair for _, pair in all_pairs(run_rm.Arguments(**given, **sides))]
     kto = run_kto.Arguments(**given, output_key="good", label_key="ok")
     examples = list(labelled_examples(run_kto.records_of(kto), LabelSettings(), Drops(), Counter()))
     shown = [each.messages for each in run_sft.demonstrations(run_sft.Arguments(**given, output_key="good"))]

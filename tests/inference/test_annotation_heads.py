@@ -8,6 +8,8 @@ from fastapi.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from annotate_data.bradley_terry import BradleyTerry
+from annotate_data.causal_lm import CausalLM
+from annotate_data.conversations import REWRITTEN
 from annotate_data.process_reward import ProcessReward
 from annotate_data.reward_service import started
 from annotate_data.serve_rm import application
@@ -116,6 +118,25 @@ def test_a_separator_may_be_written_with_a_backslash(models):
     assert len(scorer.steps(tasks(["a\nb\nc"])[0], 0).places) == 3
 
 
+STRIPS_THOUGHTS = (
+    "{% for m in messages %}{% if 'no!' in m['content'] %}{{ raise_exception('no') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}{{ ' after thinking' if '</think>' in m['content'] }}\n"
+    "{{ m['content'].split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("scorer", "name"), [(ProcessReward, "steps"), (CausalLM, "lm")])
+def test_a_response_that_the_template_changes_has_no_score_and_one_that_it_refuses_is_an_error(models, tmp_path, scorer, name):
+    (tmp_path / "strips.jinja").write_text(STRIPS_THOUGHTS)
+    made = scorer(str(models / name), CPU, Settings(chat_template=str(tmp_path / "strips.jinja")))
+    scores = scored(made, ["<think>So.</think>One.\n\nTwo.", "One.\n\nTwo."])
+    assert (scores[0, 0].value, scores[0, 0].note, scores[0, 0].again) == (None, REWRITTEN, False)
+    assert math.isfinite(scores[0, 1].value)
+    with pytest.raises(InputError, match="f:1: the chat template cannot take this conversation"):
+        scored(made, ["no!"])
+
+
 def test_both_score_at_once_and_serve_rm_serves_them(models, tmp_path):
     words = [f"bt:{models / 'several'}", f"process:{models / 'steps'}"]
     source, output = write(tmp_path / "in.jsonl", [{"prompt": "Why?", "responses": RESPONSES[:4]}]), tmp_path / "out.jsonl"
@@ -148,6 +169,14 @@ def test_both_score_at_once_and_serve_rm_serves_them(models, tmp_path):
 def test_a_model_that_gives_no_reward_by_itself_is_refused(models, name, heads, message):
     with pytest.raises(InputError, match=message.replace("[=", r"\[=").replace("T]", r"T\]")):
         check_reward_model(str(models / name), heads, several=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("steps", "name it process:"), ("lm", "not a Bradley-Terry"), ("several", "has 3 outputs")]
+)
+def test_what_only_its_configuration_shows_is_refused_once_it_is_loaded(models, name, message):
+    with pytest.raises(InputError, match=message):
+        BradleyTerry(str(models / name), CPU, Settings())
 
 
 def test_several_outputs_are_refused_where_one_alone_is_read_and_rewards_where_steps_are(models):

@@ -96,6 +96,15 @@ def test_filters_leave_out_responses_and_count_the_prompts_that_fall_short(tmp_p
     assert "dropped low" in log
 
 
+def test_a_duplicate_of_a_response_that_was_left_out_stays(tmp_path):
+    record = {"prompt": "Hello", "responses": ["a", "b", "a", "a"], "rewards": [0.3, 0.1, 0.3, 0.4]}
+    record["finish_reasons"] = ["length", "stop", "stop", "stop"]
+    files = {"dataset_name_or_path": write(tmp_path / "in.jsonl", [record]), "output_dir": tmp_path / "out.jsonl"}
+    run(PROGRAM, drop_duplicates="true", drop_truncated="true", **files)
+    (pair,) = read(files["output_dir"])
+    assert (pair["chosen"], pair["rejected"], pair["chosen_reward"]) == ("a", "b", 0.3)
+
+
 def test_bad_input_is_refused(tmp_path, files):
     good = annotated(1)[0]
     for record, changes, message in [
@@ -105,6 +114,8 @@ def test_bad_input_is_refused(tmp_path, files):
         (good, {"post_processor": "dpo"}, "`post_processor`"),
         (good, {"choose_typ": "max_min"}, "did you mean `choose_type`?"),
         (good, {"min_margin": -1}, "`min_margin`"),
+        (good, {"min_reward": 0.5}, "`min_reward` acts with post_processor rs and best only: leave it out"),
+        (good, {"reward_range": [1, -1]}, "`reward_range`: LOW HIGH, of which the first must not be above the second"),
         ({**good, "prompt": [{"role": "system", "content": "x"}]}, {"post_processor": "ca"}, "no user turn"),
     ]:
         write(tmp_path / "in.jsonl", [record])

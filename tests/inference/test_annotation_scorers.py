@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from annotate_data.function_reward import FunctionReward, stop
 from annotate_data.judge import parse_score
-from annotate_data.work import Responses
+from annotate_data.work import Responses, Task
 from tests.inference.annotation_task import (
     GOOD,
     ROOT,
@@ -422,6 +423,35 @@ def test_a_function_that_takes_too_long_is_asked_for_its_record_alone_again(tmp_
     assert [record["id"] for record in read(out)] == ["quick", "quick too"]
     assert "dropped slow" in log
     assert "up to date" in run(REWARDS, timeout=1, **values)
+
+
+class JustInTime:
+    """A worker's answers, each of which is read, and only then its time is over."""
+
+    def __init__(self, process):
+        self.process, self.pipe = process, process.stdout
+
+    def readline(self):
+        line = self.pipe.readline()
+        self.process.wait()
+        return line
+
+    def close(self):
+        self.pipe.close()
+
+
+def test_a_worker_that_is_ended_while_its_answer_is_read_is_not_called_again(tmp_path):
+    function = FunctionReward(function_file(tmp_path, "return [1, 2]").removeprefix("function:"), workers=1, seconds=0.5)
+    function.start()
+    function.wait_for_imports()
+    worker = function.idle.get()
+    worker.process.stdout = JustInTime(worker.process)
+    function.idle.put(worker)
+    task = Task(0, "f:1", {"id": "a"}, [{"role": "user", "content": "Hello"}], GOOD["responses"], [0, 1])
+    late, good = function.score(task), function.score(task)
+    stop(function.idle.get().process)
+    assert [(score.value, score.again) for score in late] == [(None, True)] * 2
+    assert [score.value for score in good] == [1, 2]
 
 
 def test_a_function_may_stand_beside_a_dataclass_with_annotations_as_text(tmp_path):

@@ -23,7 +23,7 @@ from baton.models.trees import Layout
 from baton.steps import steps_of, stepwise_records
 from reward_model.quality import score_quality, step_quality
 from reward_model.run_rm import Arguments, check
-from reward_model.score_rows import DIVIDED, row_of, rows_of_steps, scored_records
+from reward_model.score_rows import DIVIDED, LONGER, row_of, rows_of_scores, rows_of_steps, scored_records
 from reward_model.score_trainer import PackedScoreTrainer, targets_of
 from tests.models.tiny_models import FAMILIES, VOCABULARY, one_thread
 from tests.programs import read_jsonl, run_program, write_jsonl
@@ -240,6 +240,7 @@ def test_steps_without_a_label_each_are_named(record, message):
         ({"loss_type": "regression", "heads": ["step"]}, {}, "`heads`: `step` is the name of a process reward model's output"),
         ({"loss_type": "regression", "heads": ["a"], "score_key": "s"}, {}, "`score_key` does too"),
         ({"loss_type": "process", "step_separator": ""}, {}, "`step_separator` must not be empty"),
+        ({}, {"neftune_noise_alpha": "5"}, "`neftune_noise_alpha` is not for reward models"),
     ],
 )
 def test_settings_of_another_loss_are_refused(task, given, settings, message):
@@ -271,6 +272,18 @@ def test_steps_that_hold_the_separator_are_counted(task):
         assert len(row["places"][0]) == 2 and counted == (Counter({DIVIDED: divided}) if divided else {})
 
 
+def test_responses_that_are_too_long_are_counted_where_their_record_stays_and_dropped_with_it_elsewhere(task):
+    tokenizer, drops, counted = load_tokenizer(str(task / "base")), Drops(), Counter()
+    texts = (["Warm.", "A dull mess. " * 40], ["A dull mess. " * 40] * 2, ["Warm.", "Dull."])
+    records = [
+        (f"f:{n}", {"prompt": [{"role": "user", "content": "Go on."}], "responses": two, "scores": [[1.0], [2.0]]})
+        for n, two in enumerate(texts, 1)
+    ]
+    rows = list(rows_of_scores(tokenizer, 60, tokenizer.pad_token_id, records, drops, counted))
+    assert [row["targets"] for row in rows] == [[1.0], [1.0, 2.0]] and counted == {LONGER: 1}
+    assert drops.names == {"longer than max_length 60 tokens": ["f:2"]}
+
+
 # The program
 
 
@@ -282,6 +295,8 @@ def test_heads_and_steps_are_learnt_and_reported(task, tmp_path):
             rows.append(
                 {"prompt": pair["prompt"], "response": pair[side], "helpfulness": kind, "verbosity": len(pair[side]) / 99}
             )
+        if not steps:
+            rows.append({**rows[-1], "response": "A dull mess. " * 100})
         both = [pair["chosen"], pair["rejected"]]
         steps.append({"prompt": pair["prompt"], "completions": both, "labels": [True, any(word in both[1] for word in good)]})
     words = ["reward_model/run_rm.py", "--model_name_or_path", task / "base", "--learning_rate", 3e-3, "--max_steps", 4, *SHORT]
@@ -302,6 +317,7 @@ def test_heads_and_steps_are_learnt_and_reported(task, tmp_path):
         else:
             assert config["id2label"] == {"0": "helpfulness", "1": "verbosity"}
             assert set(held_out["heads"]) == {"helpfulness", "verbosity"} and held_out["heads"]["helpfulness"]["pairs"] == 3
+            assert manifest["noted"] == {LONGER: 1} and held_out["noted"] == {}
         losses = [json.loads(line) for line in (tmp_path / f"{name}.metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in losses if "loss" in line]
         assert losses[-1] < losses[0]

@@ -87,6 +87,33 @@ def test_what_openrlhf_says_and_baton_decides_elsewhere_is_refused(flags, messag
         parse("dpo_iteration/run_dpo.py", *flags)
 
 
+def batch_of(folder, file, *flags):
+    """The factors of a batch that a YAML file and flags give."""
+    (folder / "sft.yaml").write_text(file)
+    words = [str(folder / "sft.yaml"), "--model_name_or_path", "a/b", "--dataset_name_or_path", "d"]
+    return parse("sft/run_sft.py", *words, *flags)[1]
+
+
+def test_flags_override_the_files_batch_name_by_name(tmp_path):
+    batch = "train_batch_size: 64\nmicro_train_batch_size: 4\n"
+    whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 16}
+    assert batch_of(tmp_path, batch) == whole
+    assert batch_of(tmp_path, batch, "--train_batch_size", "32") == whole | {"gradient_accumulation_steps": 8}
+    assert batch_of(tmp_path, batch, "--micro_train_batch_size", "16") == dict.fromkeys(whole, 4) | {
+        "per_device_train_batch_size": 16
+    }
+    both = [word for name, value in whole.items() for word in (f"--{name}", str(value))]
+    assert batch_of(tmp_path, "train_batch_size: 8\n", *both) == {name: str(value) for name, value in whole.items()}
+    factors = "per_device_train_batch_size: 2\ngradient_accumulation_steps: 2\n"
+    assert batch_of(tmp_path, factors, "--train_batch_size", "64", "--micro_train_batch_size", "4") == whole
+
+
+@pytest.mark.parametrize("flag", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_a_factor_as_a_flag_beside_the_files_whole_batch_is_refused(tmp_path, flag):
+    with pytest.raises(InputError, match=f"`train_batch_size` and `{flag}` both say how large a batch is"):
+        batch_of(tmp_path, "train_batch_size: 64\n", f"--{flag}", "4")
+
+
 def test_an_unknown_setting_is_refused_before_torch_or_trl_is_imported():
     words = [sys.executable, "-X", "importtime", "dpo_iteration/run_dpo.py", "configs/training.yaml", "--lerning_rate", "1"]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

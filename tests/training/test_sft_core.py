@@ -15,8 +15,12 @@ from baton.errors import InputError
 from baton.models import attention
 from baton.models.attention import by_trees
 from baton.models.trees import Layout
+from baton.stage import Stage
+from baton.training.checks import check_tokens
+from baton.training.data import warn_of_trained_on
 from baton.training.learnt import collate
 from sft import run_sft
+from sft.demonstrations import held_out_demonstrations, training_demonstrations
 from sft.trainer import PackedSFTTrainer
 from tests.models.tiny_models import SHAPE, model_of, one_thread
 from tests.programs import read_jsonl, run_program, write_jsonl
@@ -193,11 +197,42 @@ def test_in_pretrain_mode_a_record_is_a_text(tmp_path):
             list(run_sft.demonstrations(run_sft.Arguments(**given, pretrain_mode=True, dataset_key=key)))
 
 
+def test_losses_and_tokens_that_are_not_there_are_refused_before_a_model_is_loaded(tokenizer, tmp_path):
+    arguments = run_sft.Arguments(model_name_or_path=str(tmp_path), dataset_name_or_path="unused", output_dir="unused")
+    with pytest.raises(InputError, match="`loss_type`: 'nlll' is not one of nll, dft"):
+        run_sft.checked_config(arguments, {"loss_type": "nlll", "bf16": False}, Stage(tmp_path / "out", {}))
+    config = config_of(tmp_path)
+    check_tokens(config, tokenizer)
+    config.pad_token = "<none>"
+    with pytest.raises(InputError, match="`pad_token`: '<none>' is not in the vocabulary of"):
+        check_tokens(config, tokenizer)
+
+
+def test_held_out_data_that_is_trained_on_is_warned_of_but_not_another_split_of_a_data_set(tmp_path, caplog):
+    given = {"model_name_or_path": "", "output_dir": "", "eval_dataset_name_or_path": "owner/name"}
+    warn_of_trained_on(run_sft.Arguments(**given, dataset_name_or_path="owner/name"))
+    assert not caplog.records
+    warn_of_trained_on(run_sft.Arguments(**given, dataset_name_or_path="a.jsonl,owner/name", eval_dataset_split="train"))
+    assert "is data that is trained on" in caplog.text
+
+
+def test_every_nth_demonstration_is_held_out_and_too_few_to_hold_one_out_are_refused(tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": f"{n}?", "response": f"{n}."} for n in range(7)])
+    given = {"model_name_or_path": str(tmp_path), "dataset_name_or_path": str(data), "output_dir": "unused"}
+    arguments = run_sft.Arguments(**given, eval_every=3)
+    learnt, aside = training_demonstrations(arguments), held_out_demonstrations(arguments)
+    assert [each.messages[0]["content"] for each in learnt] == ["0?", "1?", "3?", "4?", "6?"]
+    assert [each.messages[0]["content"] for each in aside] == ["2?", "5?"]
+    with pytest.raises(InputError, match="7 demonstrations are fewer than `eval_every` 8, so that none is held out"):
+        list(held_out_demonstrations(run_sft.Arguments(**given, eval_every=8)))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"completion_only_loss": "false"}, "`completion_only_loss: false`: here the assistant's turns alone are learnt"),
         ({"dataset_text_field": "body"}, "`dataset_text_field` is of TRL's own preparation of texts"),
+        ({"shuffle_dataset": "true"}, "`shuffle_dataset` is of TRL's own preparation of texts"),
     ],
 )
 def test_settings_of_trls_preparation_are_refused(tmp_path, settings, message):
