@@ -20,8 +20,9 @@ while (($#)); do
   esac
   shift 2
 done
-[[ -f $recipe ]] || die "$recipe: no such recipe"
+check_recipe "$recipe"
 run_dir=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
+check_folder "$run_dir"
 cd "$BATON_ROOT"
 
 bash scripts/setup_envs.sh "${device[@]}"

@@ -24,8 +24,9 @@ while (($#)); do
   esac
   shift 2
 done
-[[ -f $recipe ]] || die "$recipe: no such recipe"
+check_recipe "$recipe"
 run_dir=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
+check_folder "$run_dir"
 cd "$BATON_ROOT"
 
 bash scripts/setup_envs.sh "${device[@]}"
@@ -36,8 +37,10 @@ export CUDA_VISIBLE_DEVICES=${gpus%% *}
 
 # Its sizes, and how a round samples, are the recipe's: the responses that the reward model learns from are sampled in the same way.
 RUN_DIR=$run_dir GPUS=${CUDA_VISIBLE_DEVICES:+1} prepares=yes
+trap recipe_stopped EXIT
 # shellcheck source=configs/recipes/smollm2-135m-cpu.env
 source "$recipe"
+trap - EXIT
 [[ -n ${prompts_per_round:-} ]] ||
   die "$recipe: sets no prompts_per_round: begin it with 'source configs/recipes/smollm2-135m-cpu.env', and change what follows"
 

@@ -113,6 +113,10 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nrun_dir=elsewhere\n", "own.env: line 5: run_dir: readonly variable"),
         ("REWARD_MODEL=reward\nNAME=another\n", "unknown variable NAME"),
         ("REWARD_MODEL=reward\r\n", "own.env: has Windows line ends"),
+        ("REWARD_MODEL=reward\nK = 4\n", "own.env: the shell stopped in it"),
+        ("REWARD_MODEL=reward\n[[ -d nowhere ]] && K=4\n", "or its last line is a test that failed"),
+        ("REWARD_MODEL=reward\nHELDOUT_PROMPTS=(a b)\n", "HELDOUT_PROMPTS is one value, without parentheses"),
+        ("REWARD_MODEL=reward\nACCELERATE_CONFIG=zero2.yaml\n", "ACCELERATE_CONFIG=zero2.yaml: no such file in"),
         ("REWARD_MODEL=reward\nexport CUDA_VISIBLE_DEVICES=3\n", "sets CUDA_VISIBLE_DEVICES: set it before the command"),
     ],
 )
@@ -120,6 +124,29 @@ def test_a_recipe_that_cannot_run_is_refused_and_nothing_is_written(folder, text
     done = run_loop(written_recipe(folder, text), "--run_dir", folder / "run")
     assert done.returncode == 2 and message in done.stderr
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["run_loop.sh", "quickstart.sh", "smollm2.sh"])
+def test_a_recipe_that_an_editor_on_windows_wrote_is_refused_with_the_command_that_mends_it(folder, script):
+    recipe = folder / "own.env"
+    text = (ROOT / "configs/recipes/quickstart.env").read_bytes()
+    recipe.write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    flag = () if script == "run_loop.sh" else ("--recipe",)
+    command = ["bash", f"scripts/{script}", *flag, recipe, "--run_dir", folder / "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "own.env: has Windows line ends or a byte order mark; sed " in done.stderr
+    assert not (folder / "run").exists()
+    subprocess.run(["bash", "-c", done.stderr.partition("; ")[2].removesuffix(" takes them away\n")], check=True)
+    assert recipe.read_bytes() == text
+
+
+@pytest.mark.parametrize("script", ["run_loop.sh", "quickstart.sh", "smollm2.sh"])
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is(folder, script):
+    recipe = written_recipe(folder, "REWARD_MODEL=reward\n")
+    flag = () if script == "run_loop.sh" else ("--recipe",)
+    command = ["bash", f"scripts/{script}", *flag, recipe, "--run_dir", folder / "rule.py/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"because {folder}/rule.py is no folder that you may write to" in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("configs/recipes/*.env")))
