@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from baton.errors import InputError
+from baton.errors import InputError, looked_in
 from baton.secrets import is_secret
 
 
@@ -84,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = sorted(path.parent.parent.glob(f"*/{glob.escape(path.name)}")) if path.name else []
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else looked_in(path)
         raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file){hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None

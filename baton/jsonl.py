@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import orjson
 
-from baton.errors import InputError
+from baton.errors import InputError, looked_in
 
 Record = dict[str, Any]
 
@@ -23,7 +23,7 @@ def open_lines(path: Path) -> IO[bytes]:
         return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     except OSError as error:
         twins = [path.with_suffix(ending) for ending in (".jsonl", ".json")] if isinstance(error, FileNotFoundError) else []
-        hint = next((f"; did you mean {twin}?" for twin in twins if twin.is_file()), "")
+        hint = next((f"; did you mean {twin}?" for twin in twins if twin.is_file()), looked_in(path) if twins else "")
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}{hint}") from None
 
 

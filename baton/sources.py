@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baton.ahead import later, starts_here, will_be_adapter, will_be_made
-from baton.errors import InputError
+from baton.errors import InputError, looked_in
 from baton.fingerprint import cached_folder
 from baton.manifest import in_progress
 from baton.steps import OUTPUT
@@ -34,7 +34,7 @@ def check_model_path(model: str) -> None:
     elif path.exists():
         raise InputError(f"{model}: expected a model's folder, this is a file")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir():
-        raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
+        raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`){looked_in(path)}")
 
 
 def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Literal["model", "dataset"] = "model") -> None:
@@ -142,7 +142,7 @@ def template_input(chat_template: str | Path | None) -> dict[str, str]:
     if not chat_template:
         return {}
     if not Path(chat_template).is_file():
-        raise InputError(f"--chat_template {chat_template}: no such file")
+        raise InputError(f"--chat_template {chat_template}: no such file{looked_in(chat_template)}")
     return {"chat_template": str(chat_template)}
 
 
