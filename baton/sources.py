@@ -1,8 +1,10 @@
 """Where models and their chat templates come from: what can be refused before anything is loaded is refused here."""
 
+import functools
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,11 +45,15 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
     The hub is asked only for what is neither a local path nor in its cache on this machine (of which `weights=False` needs the
     tokenizer alone). To be called where the model is about to be loaded, and before any heavy import. `ahead` of the work, a
     hub that cannot be asked is a warning: it may answer by then. Of a dataset it is one always, since copies of datasets are
-    kept elsewhere.
+    kept elsewhere. Of a model that is in the cache, see `_leave_silent_hub`.
     """
     is_model = kind == "model"
     place, nor_cached = ("folder", " nor in the hub's cache") if is_model else ("file", "")
-    if Path(model).exists() or will_be_made(model) or (is_model and _in_cache(model, weights)):
+    if Path(model).exists() or will_be_made(model):
+        return
+    if is_model and _in_cache(model, weights):
+        if not ahead:
+            _leave_silent_hub()
         return
     ahead = ahead or not is_model
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -55,7 +61,11 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
 
     log_in = f"log in with `{Path(sys.prefix, 'bin/hf')} auth login`, or set HF_TOKEN"
     if constants.HF_HUB_OFFLINE:
-        _cannot_ask(f"{model}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set; give a local folder", ahead)
+        _cannot_ask(
+            f"{model}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set (by you, or because the hub did not "
+            "answer); give a local folder",
+            ahead,
+        )
         return
     try:
         # Of a gated model the hub shows everything but the files.
@@ -83,6 +93,29 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
             f"not answer ({reason}); check the network, or give a local {place}",
             ahead,
         )
+
+
+@functools.cache
+def _leave_silent_hub() -> None:
+    """Have libraries and later processes take what the cache holds, without asking, where the hub gives no answer at all.
+
+    Of a model in the cache they ask for a newer version of each file, and would wait for each: minutes in a network that
+    swallows what is sent. To be called before they are imported.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # the kinds of failures of a network are too many to name
+        log.warning(
+            "the hub at %s does not answer (%s): the copies on this machine are used as they are (HF_HUB_OFFLINE=1)",
+            constants.ENDPOINT,
+            _first_line(error),
+        )
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _cannot_ask(problem: str, ahead: bool) -> None:

@@ -1,12 +1,14 @@
 """Models of the hub: what cannot be had is refused at once, by one message, and what is here needs no hub."""
 
 import json
+import os
 import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from huggingface_hub import constants
 
 from baton import sources
 from baton.errors import InputError
@@ -44,6 +46,9 @@ def hub(status, code=None):
 @pytest.fixture
 def at(tmp_path, monkeypatch):
     """Sets the hub's address, with an empty cache; returns the cache's folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    sources._leave_silent_hub.cache_clear()
 
     def set_hub(address):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
@@ -125,6 +130,18 @@ def test_a_hub_that_nobody_runs_or_that_never_answers_is_named(at, monkeypatch):
         check_hub("some/model")
 
 
+def test_what_is_in_the_cache_is_loaded_without_the_hub_where_that_never_answers(at, monkeypatch, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        cache = at(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(sources, "HUB_SECONDS", 0.2)
+        in_cache(cache, "some/model", {"config.json": "{}", "model.safetensors": ""})
+        check_hub("some/model", ahead=True)
+        assert not os.environ["HF_HUB_OFFLINE"]
+        check_hub("some/model")
+    assert "the copies on this machine are used as they are" in caplog.text
+    assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
 def test_what_is_in_the_cache_needs_no_hub(at):
     with hub(500) as (address, requests):
         cache = at(address)
@@ -136,7 +153,7 @@ def test_what_is_in_the_cache_needs_no_hub(at):
         check_hub("in/parts")
         check_hub("half/there", weights=False)
         check_hub(str(cache))
-        assert requests == []
+        assert requests == ["/"]  # whether it answers at all
         for model in ("half/there", "not/there"):
             with pytest.raises(InputError, match=f"{model}: neither a folder here nor in the hub's cache"):
                 check_hub(model)
