@@ -86,6 +86,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = sorted(path.parent.parent.glob(f"*/{glob.escape(path.name)}")) if path.name else []
         hint = f"; did you mean {near[0]}?" if near else looked_in(path)
         raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file){hint}") from None
+    except IsADirectoryError:
+        problem = "a folder, and the first argument without a flag is the YAML file: give the folder after its flag"
+        raise InputError(f"{path}: {problem}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-99-99 is no date

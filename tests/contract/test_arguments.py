@@ -170,7 +170,7 @@ def test_an_absent_file_and_a_folder_are_named(tmp_path):
         read("absent.yaml")
     with pytest.raises(InputError, match=r"config/training\.yaml: no such file .*did you mean configs/training\.yaml\?"):
         read("./config/training.yaml")
-    with pytest.raises(InputError, match=r"cannot be read"):
+    with pytest.raises(InputError, match=r"a folder, and the first argument without a flag is the YAML file"):
         read(str(tmp_path))
 
 

@@ -86,6 +86,7 @@ def test_check_takes_files_with_rates_keys_and_a_most(tmp_path, monkeypatch, cap
         (["check", "{}", "--as", "pairs"], "`kind`: .*'prompts'"),
         (["check", "{}", "--dataset_kee", "x"], "unknown setting `dataset_kee`: did you mean `dataset_key`"),
         (["check", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["check", "{}", "{}"], "one word too many before the flags; several files have commas between"),
         (["check", "{}"], "none of its first 100 records has a known shape .*--as"),
         (["check", "{}", "--dataset_probs", "0.5,0.5"], "2 numbers for 1 datasets"),
         (["convert", "{}"], "`output_dir` is required"),
@@ -96,6 +97,11 @@ def test_what_cannot_be_done_is_refused(words, message, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "data.jsonl", [{"question": "x"}])
     with pytest.raises(InputError, match=message):
         run(monkeypatch, *(word.format(path) for word in words))
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="holds no records"):
+        run(monkeypatch, "check", write_jsonl(tmp_path / "data.jsonl", []))
 
 
 def test_check_of_refused_records_alone_still_reports(tmp_path, monkeypatch, capsys):
