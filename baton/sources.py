@@ -198,7 +198,8 @@ def refuse_input(path: Path, inputs: dict[str, str | Path], flag: str, output: s
 def check_reward_model(path: str, heads: Sequence[str] | None = None, several: bool = False) -> None:
     """Raise InputError, without any heavy import, if a local model is no reward model: a sequence classifier with one output.
 
-    With `several` it may have more, of which `heads` name what is read: see `weights_of_outputs`.
+    It must be whole, with weights and a tokenizer. With `several` it may have more outputs, of which `heads` name what is read:
+    see `weights_of_outputs`.
     """
     config = _config_of(path)
     if config is None:
@@ -212,6 +213,7 @@ def check_reward_model(path: str, heads: Sequence[str] | None = None, several: b
             f"{', '.join(architectures) or 'unnamed'} with {len(outputs)} labels"
         )
     weights_of_outputs(path, outputs, heads)
+    _check_files(path)
 
 
 def check_process_model(path: str, config: Mapping[str, Any] | None = None) -> None:
@@ -228,6 +230,19 @@ def check_process_model(path: str, config: Mapping[str, Any] | None = None) -> N
             f"{path}: not a process reward model, which is a sequence classifier whose output is called `{OUTPUT}`, as "
             f"reward_model/run_rm.py --loss_type process makes it; this is {', '.join(architectures) or 'unnamed'} with "
             f"{len(outputs)} labels"
+        )
+    if Path(path).is_dir():
+        _check_files(path)
+
+
+def _check_files(folder: str) -> None:
+    """Raise InputError where a model's folder has no weights or no tokenizer; what they are called depends on the model."""
+    names = [file.name for file in Path(folder).iterdir()]
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise InputError(f"{folder}: has a config.json, but no weights (*.safetensors, *.bin): is the folder copied whole?")
+    if not any("token" in name or "vocab" in name or name.endswith((".model", ".tiktoken")) for name in names):
+        raise InputError(
+            f"{folder}: has no tokenizer (tokenizer.json, …): copy the files of that of the model which it was trained from"
         )
 
 

@@ -37,6 +37,8 @@ def folder(tmp_path: Path) -> Path:
     for name, config in (("policy", {}), ("reward", {"architectures": ["X"], "num_labels": 1})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+        for file in ("model.safetensors", "tokenizer.json"):
+            (tmp_path / name / file).write_text("")
     for name in ("prompts", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(8)))
     (tmp_path / "rule.py").write_text("def brevity(prompts, responses, records):\n    return [-len(r) for r in responses]\n")

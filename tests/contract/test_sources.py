@@ -183,6 +183,15 @@ def test_ahead_of_the_work_a_hub_that_cannot_be_asked_is_a_warning_and_a_refusal
     assert len(said) == 2 and "does not answer (status 500)" in said[0] and "HF_HUB_OFFLINE is set" in said[1]
 
 
+def test_a_reward_model_without_weights_or_a_tokenizer_is_refused_before_anything_is_sampled(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["X"], "num_labels": 1}')
+    for name, missing in (("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer")):
+        with pytest.raises(InputError, match=missing):
+            check_reward_model(str(tmp_path))
+        (tmp_path / name).write_text("")
+    check_reward_model(str(tmp_path))
+
+
 def test_a_reward_model_with_half_a_config_is_bad_input(tmp_path):
     (tmp_path / "config.json").write_text('{"num_labels"')
     with pytest.raises(InputError, match=r"config\.json: not JSON"):
