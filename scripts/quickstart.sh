@@ -12,6 +12,7 @@ recipe=$BATON_ROOT/configs/recipes/quickstart.env run_dir="" seed=0 device=()
 while (($#)); do
   case $1 in
     --help | -h) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --recipe) (($# > 1)) || die "--recipe needs a value"; recipe=$(realpath -m "$2") ;;
     --run_dir) (($# > 1)) || die "--run_dir needs a value"; run_dir=$(realpath -m "$2") ;;
     --seed) [[ ${2:-} =~ ^[0-9]+$ ]] || die "--seed needs a whole number"; seed=$2 ;;

@@ -16,6 +16,7 @@ while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
     --plan) show_plan=yes; shift ;;
+    --run_dir=*) set -- --run_dir "${1#*=}" "${@:2}" ;;
     --run_dir) (($# > 1)) || die "--run_dir needs a value"; run_dir=$(realpath -m "$2"); shift 2 ;;
     -*) die "unknown argument '$1'; there are --run_dir, --plan and --help" ;;
     *) [[ -z $recipe ]] || die "one recipe at a time, got '$recipe' and '$1'"; recipe=$(realpath -m "$1"); shift ;;

@@ -31,6 +31,7 @@ manager="" device="" wanted=(inference training)
 while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --manager | --device | --prefix | --only) (($# > 1)) || die "$1 needs a value" ;;&
     --manager) manager=$2 ;;
     --device) device=$2 ;;

@@ -14,6 +14,7 @@ recipe=$BATON_ROOT/configs/recipes/smollm2-135m-cpu.env run_dir="" seed=0 source
 while (($#)); do
   case $1 in
     --help | -h) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --recipe | --run_dir | --seed | --source | --device) (($# > 1)) || die "$1 needs a value" ;;&
     --recipe) recipe=$(realpath -m "$2") ;;
     --run_dir) run_dir=$(realpath -m "$2") ;;

@@ -146,7 +146,7 @@ def test_a_recipe_that_an_editor_on_windows_wrote_is_refused_with_the_command_th
 def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is(folder, script):
     recipe = written_recipe(folder, "REWARD_MODEL=reward\n")
     flag = () if script == "run_loop.sh" else ("--recipe",)
-    command = ["bash", f"scripts/{script}", *flag, recipe, "--run_dir", folder / "rule.py/run"]
+    command = ["bash", f"scripts/{script}", *flag, recipe, f"--run_dir={folder}/rule.py/run"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and f"because {folder}/rule.py is no folder that you may write to" in done.stderr
 
