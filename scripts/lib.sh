@@ -82,6 +82,12 @@ stage() {
   stages+=("${#command[@]}" "${command[@]}")
 }
 
+# Ends script $0, which has no --overwrite, with the exit code $1 of stages that failed.
+stages_failed() {
+  (($1 != 2)) || say "($(basename "$0") has no --overwrite: give another --run_dir, or what this run was begun with)"
+  exit "$1"
+}
+
 # Runs the stages in turn, those that follow each other in one environment in one process; returns the exit code of the first
 # that fails, after the end of its log. What was started ends with the script, even if that is killed.
 run_stages() {

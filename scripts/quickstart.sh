@@ -52,6 +52,6 @@ stage reward-model training reward_model/run_rm.py configs/quickstart/rm.yaml \
   --model_name_or_path "$run_dir/sft" --dataset_name_or_path "$data/rm_train.jsonl" \
   --eval_dataset_name_or_path "$data/rm_test.jsonl" --output_dir "$run_dir/reward_model" --seed "$seed" \
   --bf16 "$QUICKSTART_BF16"
-run_stages
+run_stages || stages_failed $?
 
 SEED=$seed exec bash scripts/run_loop.sh "$recipe" --run_dir "$run_dir"

@@ -65,6 +65,6 @@ stage pairs inference --group labels annotate_data/post_process.py --post_proces
   --min_margin 0.3 --dataset_name_or_path "$labelled/data_with_rewards.jsonl" --output_dir "$labelled/pairs.jsonl"
 stage reward-model training reward_model/run_rm.py configs/smollm2/rm.yaml --model_name_or_path "$INITIAL_POLICY" \
   --dataset_name_or_path "$labelled/pairs.jsonl" --output_dir "$REWARD_MODEL" --seed "$seed"
-run_stages
+run_stages || stages_failed $?
 
 SEED=$seed exec bash scripts/run_loop.sh "$recipe" --run_dir "$run_dir"
