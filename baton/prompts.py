@@ -205,7 +205,8 @@ def _read_json(path: Path, refused: Callable[[str, InputError], None] | None) ->
     try:
         content = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        if text.lstrip().startswith(b"{"):
+        first = text[:4096].lstrip().partition(b"\n")[0].strip()
+        if first.startswith(b"{") and first != b"{":
             yield from jsonl.read(path, refused)
             return
         raise InputError(f"{path}: not JSON: {error}") from None

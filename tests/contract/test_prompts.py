@@ -159,6 +159,7 @@ def test_any_number_of_files_is_named_with_commas_between(tmp_path, monkeypatch)
         ("p.json", b"[{]", "not JSON"),
         ("p.json", b"[]", "holds no records"),
         ("p.json", b'{"prompt": "a"}\n{"prompt": \n', ":2: not JSON"),
+        ("p.json", b'{\n "instances": [1,]\n}\n', "not JSON: trailing comma"),
         ("p.parquet", b"not parquet", "cannot be read as parquet"),
         ("p.jsonl.gz", b"not gzip", "broken gzip file"),
         ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "broken gzip file"),
