@@ -17,7 +17,7 @@ while (($#)); do
     --help | -h) usage; exit 0 ;;
     --plan) show_plan=yes; shift ;;
     --run_dir=*) set -- --run_dir "${1#*=}" "${@:2}" ;;
-    --run_dir) (($# > 1)) || die "--run_dir needs a value"; run_dir=$(realpath -m "$2"); shift 2 ;;
+    --run_dir) [[ -n ${2:-} ]] || die "--run_dir needs a value"; run_dir=$(realpath -m "$2"); shift 2 ;;
     -*) die "unknown argument '$1'; there are --run_dir, --plan and --help" ;;
     *) [[ -z $recipe ]] || die "one recipe at a time, got '$recipe' and '$1'"; recipe=$(realpath -m "$1"); shift ;;
   esac
@@ -103,7 +103,8 @@ for variable in ROLLOUT_BATCH_SIZE PROMPT_ARGS; do
   [[ -z $online || -z ${!variable:-} ]] ||
     die "$recipe: $variable is not for TRAINER=$TRAINER: $TRAIN_CONFIG says which prompts a step takes"
 done
-((K > 1)) || [[ $TRAINER =~ ^(ppo|conditional_sft|distillation)$ ]] || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
+((K > 1)) || [[ $TRAINER =~ ^(ppo|conditional_sft|distillation)$ ]] ||
+  die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
 if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
   die "$recipe: sets both REWARD_MODEL and SCORERS: give the model among the scorers, SCORERS=(bt:$REWARD_MODEL …)"
 elif [[ -z $REWARD_MODEL && ($TRAINER != distillation || -n $HELDOUT_PROMPTS) ]] && ((${#SCORERS[@]} == 0)); then
@@ -111,6 +112,10 @@ elif [[ -z $REWARD_MODEL && ($TRAINER != distillation || -n $HELDOUT_PROMPTS) ]]
 fi
 for variable in HELDOUT_ARGS EVAL_SCORERS GOLD_SCORER; do
   [[ -n $HELDOUT_PROMPTS || -z ${!variable:-} ]] || die "$recipe: $variable is for evaluation, and HELDOUT_PROMPTS is empty"
+done
+for prompts in "${PROMPTS[@]}"; do
+  [[ -z $HELDOUT_PROMPTS || ,$prompts, != *",$HELDOUT_PROMPTS,"* || ${PROMPT_ARGS[*]}${HELDOUT_ARGS[*]} == *--dataset_split* ]] ||
+    say "warning: HELDOUT_PROMPTS=$HELDOUT_PROMPTS is trained on too, so its numbers say nothing of other prompts"
 done
 if ((GPUS > ${#gpus[@]})); then
   for_cpu=""

@@ -128,6 +128,13 @@ def test_a_recipe_that_cannot_run_is_refused_and_nothing_is_written(folder, text
     assert not (folder / "run").exists()
 
 
+def test_held_out_prompts_that_are_trained_on_are_warned_of(folder):
+    for held_out, warned in (("heldout", False), ("prompts", True)):
+        text = f"REWARD_MODEL={folder}/reward\nGPUS=1\nHELDOUT_PROMPTS={folder}/{held_out}.jsonl\n"
+        done = run_loop(written_recipe(folder, text), "--run_dir", folder / "run", "--plan")
+        assert done.returncode == 0 and ("is trained on too" in done.stderr) == warned, done.stderr
+
+
 @pytest.mark.parametrize("script", ["run_loop.sh", "quickstart.sh", "smollm2.sh"])
 def test_a_recipe_that_an_editor_on_windows_wrote_is_refused_with_the_command_that_mends_it(folder, script):
     recipe = folder / "own.env"
