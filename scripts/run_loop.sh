@@ -113,10 +113,10 @@ fi
 for variable in HELDOUT_ARGS EVAL_SCORERS GOLD_SCORER; do
   [[ -n $HELDOUT_PROMPTS || -z ${!variable:-} ]] || die "$recipe: $variable is for evaluation, and HELDOUT_PROMPTS is empty"
 done
-for prompts in "${PROMPTS[@]}"; do
-  [[ -z $HELDOUT_PROMPTS || ,$prompts, != *",$HELDOUT_PROMPTS,"* || ${PROMPT_ARGS[*]}${HELDOUT_ARGS[*]} == *--dataset_split* ]] ||
+if [[ -n $HELDOUT_PROMPTS && ,$(IFS=,; echo "${PROMPTS[*]}"), == *",$HELDOUT_PROMPTS,"* ]]; then
+  [[ ${PROMPT_ARGS[*]}${HELDOUT_ARGS[*]} == *--dataset_split* ]] ||
     say "warning: HELDOUT_PROMPTS=$HELDOUT_PROMPTS is trained on too, so its numbers say nothing of other prompts"
-done
+fi
 if ((GPUS > ${#gpus[@]})); then
   for_cpu=""
   [[ $(env_device inference) != cpu ]] ||
