@@ -20,6 +20,7 @@ from baton.jsonl import Record
 from baton.mixing import Selection, select_rows
 from baton.partial import shard_range
 from baton.records import Messages, prompt_as_written, prompt_hash, prompt_id, prompt_of, with_prefix
+from baton.sources import leave_silent_hub
 
 log = logging.getLogger("baton")
 
@@ -235,6 +236,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[tuple[str, Record]]:
+    leave_silent_hub()
     import datasets
 
     log.info("%s: not a local file, reading it as a Hugging Face dataset", name)

@@ -45,7 +45,7 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
     The hub is asked only for what is neither a local path nor in its cache on this machine (of which `weights=False` needs the
     tokenizer alone). To be called where the model is about to be loaded, and before any heavy import. `ahead` of the work, a
     hub that cannot be asked is a warning: it may answer by then. Of a dataset it is one always, since copies of datasets are
-    kept elsewhere. Of a model that is in the cache, see `_leave_silent_hub`.
+    kept elsewhere. Of a model that is in the cache, see `leave_silent_hub`.
     """
     is_model = kind == "model"
     place, nor_cached = ("folder", " nor in the hub's cache") if is_model else ("file", "")
@@ -53,7 +53,7 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
         return
     if is_model and _in_cache(model, weights):
         if not ahead:
-            _leave_silent_hub()
+            leave_silent_hub()
         return
     ahead = ahead or not is_model
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -96,11 +96,11 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
 
 
 @functools.cache
-def _leave_silent_hub() -> None:
+def leave_silent_hub() -> None:
     """Have libraries and later processes take what the cache holds, without asking, where the hub gives no answer at all.
 
-    Of a model in the cache they ask for a newer version of each file, and would wait for each: minutes in a network that
-    swallows what is sent. To be called before they are imported.
+    They ask for a newer version of each file of a model or dataset, and would wait for each: minutes in a network that swallows
+    what is sent. To be called before they are imported.
     """
     from huggingface_hub import constants, get_session
 

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +15,7 @@ from huggingface_hub import constants
 from baton import sources
 from baton.errors import InputError
 from baton.sources import check_hub, check_reward_model
+from tests.programs import ROOT
 
 URL = "/{repo_id}/resolve/{revision}/{filename}"
 
@@ -48,7 +51,7 @@ def at(tmp_path, monkeypatch):
     """Sets the hub's address, with an empty cache; returns the cache's folder."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
-    sources._leave_silent_hub.cache_clear()
+    sources.leave_silent_hub.cache_clear()
 
     def set_hub(address):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
@@ -140,6 +143,26 @@ def test_what_is_in_the_cache_is_loaded_without_the_hub_where_that_never_answers
         check_hub("some/model")
     assert "the copies on this machine are used as they are" in caplog.text
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+READS_A_DATASET = """
+from baton import sources
+from baton.prompts import read_records
+sources.HUB_SECONDS = 0.2
+list(read_records("some/prompts"))
+"""
+
+
+def test_a_dataset_that_is_not_here_is_refused_at_once_where_the_hub_never_answers(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        there = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, "-c", READS_A_DATASET]
+        done = subprocess.run(command, env=os.environ | there, capture_output=True, text=True, timeout=60)
+    assert "does not answer" in done.stderr and "some/prompts: neither a local file" in done.stderr
 
 
 def test_what_is_in_the_cache_needs_no_hub(at):
