@@ -19,6 +19,10 @@ say() {
 
 # Ends the script unless file $1 is a recipe that a shell can read.
 check_recipe() {
+  local near
+  for near in "$1.env" "$BATON_ROOT/configs/recipes/$(basename "$1" .env).env"; do
+    [[ -f $1 || ! -f $near ]] || die "$1: no such recipe; did you mean $near?"
+  done
   [[ -f $1 ]] || die "$1: no such recipe; configs/recipes/ has $(cd "$BATON_ROOT/configs/recipes" && echo *.env)"
   ! LC_ALL=C grep -q -e $'\r$' -e $'^\xef\xbb\xbf' "$1" ||
     die "$1: has Windows line ends or a byte order mark; sed -i '1s/^\xef\xbb\xbf//; s/\r\$//' '$1' takes them away"

@@ -135,6 +135,20 @@ def test_held_out_prompts_that_are_trained_on_are_warned_of(folder):
         assert done.returncode == 0 and ("is trained on too" in done.stderr) == warned, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("quickstart", "configs/recipes/quickstart.env"),
+        ("recipes/quickstart.env", "configs/recipes/quickstart.env"),
+        ("{folder}/own", "{folder}/own.env"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_named_with_the_one_that_is_meant(folder, name, meant):
+    written_recipe(folder, "")
+    done = run_loop(name.format(folder=folder), "--plan")
+    assert done.returncode == 2 and f"did you mean {ROOT / meant.format(folder=folder)}?" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["run_loop.sh", "quickstart.sh", "smollm2.sh"])
 def test_a_recipe_that_an_editor_on_windows_wrote_is_refused_with_the_command_that_mends_it(folder, script):
     recipe = folder / "own.env"
