@@ -20,11 +20,9 @@ from baton.jsonl import Record
 from baton.mixing import Selection, select_rows
 from baton.partial import shard_range
 from baton.records import Messages, prompt_as_written, prompt_hash, prompt_id, prompt_of, with_prefix
-from baton.sources import leave_silent_hub
+from baton.sources import DATA_ENDINGS, leave_silent_hub, refuse_cut_name
 
 log = logging.getLogger("baton")
-
-LOCAL_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 def read_records(
@@ -40,10 +38,10 @@ def read_records(
         yield from _read_parquet(path)
     elif source.endswith(".json"):
         yield from _read_json(path, refused)
-    elif source.endswith(LOCAL_ENDINGS):
+    elif source.endswith(DATA_ENDINGS):
         yield from jsonl.read(path, refused)
     elif path.exists():
-        raise InputError(f"{source}: expected a file ending in {', '.join(LOCAL_ENDINGS)}")
+        raise InputError(f"{source}: expected a file ending in {', '.join(DATA_ENDINGS)}")
     else:
         yield from _read_hub(source, split)
 
@@ -236,6 +234,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[tuple[str, Record]]:
+    refuse_cut_name(name)
     leave_silent_hub()
     import datasets
 
@@ -244,7 +243,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Record]]:
         dataset = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"{name}: neither a local file ({', '.join(LOCAL_ENDINGS)}) nor a Hugging Face dataset that can be loaded: {error}"
+            f"{name}: neither a local file ({', '.join(DATA_ENDINGS)}) nor a Hugging Face dataset that can be loaded: {error}"
         ) from None
     for number, record in enumerate(dataset, 1):
         yield f"{name}: row {number}", record

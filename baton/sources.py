@@ -19,6 +19,7 @@ from baton.steps import OUTPUT
 
 log = logging.getLogger("baton")
 
+DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")  # of files of data
 HUB_SECONDS = 5  # how long to wait for the hub to say whether it gives a model
 
 
@@ -55,6 +56,8 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
         if not ahead:
             leave_silent_hub()
         return
+    if not is_model:
+        refuse_cut_name(model)
     ahead = ahead or not is_model
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -93,6 +96,13 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
             f"not answer ({reason}); check the network, or give a local {place}",
             ahead,
         )
+
+
+def refuse_cut_name(dataset: str) -> None:
+    """Raise InputError for what would be a name of the hub, and is a file's here but for its ending."""
+    for ending in DATA_ENDINGS:
+        if Path(f"{dataset}{ending}").is_file():
+            raise InputError(f"{dataset}: no such file; did you mean {dataset}{ending}?")
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from baton.errors import InputError
 from baton.mixing import Selection, select_rows
 from baton.prompts import PromptSet, mixed_records, ordinals, read_records, shard_range, with_ids
 from baton.records import prompt_hash, prompt_id
+from baton.sources import check_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = [{"prompt": f"prompt {i}", "extra": i} for i in range(7)]
@@ -267,6 +268,15 @@ def test_a_missing_file_whose_twin_has_another_ending_is_named_with_it(tmp_path)
     write_lines(tmp_path / "gen_data.json", RECORDS)  # as Online-RLHF's README merges to .json and annotates .jsonl
     with pytest.raises(InputError, match=r"gen_data\.jsonl: no such file or directory; did you mean \S+gen_data\.json\?"):
         list(read_records(str(tmp_path / "gen_data.jsonl")))
+
+
+def test_a_file_that_is_named_without_its_ending_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data/prompts.jsonl", RECORDS)
+    for look in (lambda name: list(read_records(name)), lambda name: check_hub(name, ahead=True, kind="dataset")):
+        with pytest.raises(InputError, match=r"data/prompts: no such file; did you mean data/prompts\.jsonl\?"):
+            look("data/prompts")
 
 
 def test_a_prefix_is_read_before_the_last_user_turn_and_the_record_stays_as_it_is(tmp_path):
