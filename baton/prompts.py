@@ -15,12 +15,12 @@ import orjson
 
 from baton import jsonl
 from baton.conversations import is_answered, without_answer
-from baton.errors import InputError
+from baton.errors import DATA_ENDINGS, InputError
 from baton.jsonl import Record
 from baton.mixing import Selection, select_rows
 from baton.partial import shard_range
 from baton.records import Messages, prompt_as_written, prompt_hash, prompt_id, prompt_of, with_prefix
-from baton.sources import DATA_ENDINGS, leave_silent_hub, refuse_cut_name
+from baton.sources import leave_silent_hub, refuse_cut_name
 
 log = logging.getLogger("baton")
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baton.ahead import later, starts_here, will_be_adapter, will_be_made
-from baton.errors import InputError, looked_in
+from baton.errors import InputError, looked_in, without_ending
 from baton.fingerprint import cached_folder
 from baton.manifest import in_progress
 from baton.steps import OUTPUT
 
 log = logging.getLogger("baton")
 
-DATA_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")  # of files of data
 HUB_SECONDS = 5  # how long to wait for the hub to say whether it gives a model
 
 
@@ -100,9 +99,8 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
 
 def refuse_cut_name(dataset: str) -> None:
     """Raise InputError for what would be a name of the hub, and is a file's here but for its ending."""
-    for ending in DATA_ENDINGS:
-        if Path(f"{dataset}{ending}").is_file():
-            raise InputError(f"{dataset}: no such file; did you mean {dataset}{ending}?")
+    if near := without_ending(dataset):
+        raise InputError(f"{dataset}: no such file; did you mean {near}?")
 
 
 @functools.cache

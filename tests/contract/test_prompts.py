@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton import jsonl
+from baton.ahead import check_there
 from baton.errors import InputError
 from baton.mixing import Selection, select_rows
 from baton.prompts import PromptSet, mixed_records, ordinals, read_records, shard_range, with_ids
@@ -277,6 +278,8 @@ def test_a_file_that_is_named_without_its_ending_is_no_name_of_the_hub(tmp_path,
     for look in (lambda name: list(read_records(name)), lambda name: check_hub(name, ahead=True, kind="dataset")):
         with pytest.raises(InputError, match=r"data/prompts: no such file; did you mean data/prompts\.jsonl\?"):
             look("data/prompts")
+    with pytest.raises(InputError, match=r"data/prompts: no such file or folder .*did you mean \S+/data/prompts\.jsonl\?"):
+        check_there(tmp_path / "data/prompts", "prompts")
 
 
 def test_a_prefix_is_read_before_the_last_user_turn_and_the_record_stays_as_it_is(tmp_path):
