@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from baton.errors import InputError
+from baton.errors import InputError, looked_in
 
 UP_TO_DATE, RESUMES = "up to date", "going on where it stopped"
 WAITS = "not known: an earlier stage, whose output this one was made from, has to be put right first"
@@ -100,7 +100,7 @@ def make_checks() -> None:
 def check_there(source: str | Path, name: str) -> None:
     """Raise InputError where an input is a local path with nothing there, and nothing will be made there."""
     if is_local(source) and not Path(source).exists() and not will_be_made(source):
-        raise InputError(f"{source}: no such file or folder (the input `{name}`)")
+        raise InputError(f"{source}: no such file or folder (the input `{name}`){looked_in(source)}")
 
 
 def is_local(source: str | Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from baton.errors import InputError
+from baton.errors import InputError, looked_in
 from baton.secrets import is_secret
 
 
@@ -50,9 +50,14 @@ def parse(model: type[A], description: str, argv: Sequence[str] | None = None, a
 
     `accept` gets the file's settings, and then the flags', and returns them by the names of this program.
     """
-    settings = _read_settings(model, description, None, argv, accept)
-    check_known(settings, model.model_fields)
-    return _validate(model, settings)
+
+    def accept_known(settings: dict[str, Any]) -> dict[str, Any]:
+        accepted = accept(settings)
+        check_known(accepted, model.model_fields)
+        return accepted
+
+    settings, places = _read_settings(model, description, None, argv, accept_known)
+    return _validate(model, settings, places)
 
 
 def parse_with_rest(
@@ -68,9 +73,9 @@ def parse_with_rest(
     `--help` alone, so that a library is not imported just to parse. `accept` gets the file's settings, and then the flags', and
     returns them by the names of this program; it raises InputError for those that it does not know.
     """
-    settings = _read_settings(model, description, config_class, argv, accept)
+    settings, places = _read_settings(model, description, config_class, argv, accept)
     rest = {name: settings.pop(name) for name in list(settings) if name not in model.model_fields}
-    return _validate(model, settings), rest
+    return _validate(model, settings, places), rest
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -79,8 +84,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = sorted(path.parent.parent.glob(f"*/{glob.escape(path.name)}")) if path.name else []
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else looked_in(path)
         raise InputError(f"{path}: no such file (the first argument without a flag is the YAML file){hint}") from None
+    except IsADirectoryError:
+        problem = "a folder, and the first argument without a flag is the YAML file: give the folder after its flag"
+        raise InputError(f"{path}: {problem}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-99-99 is no date
@@ -122,10 +130,13 @@ def _read_settings(
     config_class: Callable[[], type] | None,
     argv: Sequence[str] | None,
     accept: Accept = dict,
-) -> dict[str, Any]:
-    """Every setting of the YAML file and the flags, by name, flags first; values are not converted yet."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every setting of the YAML file and the flags, by name, flags first, not converted yet; and where messages place those
+    of the file.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    settings = read_yaml(Path(argv.pop(0))) if argv and not argv[0].startswith("-") else {}
+    file = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    settings = read_yaml(file) if file else {}
     parser = argparse.ArgumentParser(
         usage="%(prog)s [config.yaml] [--flag value ...]",
         description=description,
@@ -147,7 +158,12 @@ def _read_settings(
         flags, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
-    return accept(settings) | accept(vars(flags) | _loose_flags(unknown))
+    try:
+        of_file = accept(settings)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    of_flags = accept(vars(flags) | _loose_flags(unknown))
+    return of_file | of_flags, dict.fromkeys(of_file.keys() - of_flags.keys(), f"{file}: ")
 
 
 def _where(error: Exception) -> str:
@@ -159,11 +175,11 @@ def _where(error: Exception) -> str:
     return f"{place}: not YAML: {problem}"
 
 
-def _validate(model: type[A], settings: dict[str, Any]) -> A:
+def _validate(model: type[A], settings: dict[str, Any], places: dict[str, str]) -> A:
     try:
         return model(**settings)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise InputError("\n".join(places.get(_name(problem), "") + _explain(problem) for problem in error.errors())) from None
 
 
 def _converted(name: str, value: Any, annotation: Any) -> Any:
@@ -214,8 +230,13 @@ def _loose_flags(words: Sequence[str]) -> dict[str, Any]:
     return {name: True if not values else values[0] if len(values) == 1 else values for name, values in settings.items()}
 
 
+def _name(problem: Any) -> str:
+    """The setting that pydantic's problem is with; the empty text for one with several."""
+    return "".join(str(part) for part in problem["loc"][:1])
+
+
 def _explain(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"][:1])
+    name = _name(problem)
     if problem["type"] == "missing":
         return f"`{name}` is required: give --{name} or set it in the YAML file"
     got = "a secret that is not shown" if is_secret(name) else repr(problem["input"])

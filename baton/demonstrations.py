@@ -4,7 +4,7 @@
 {"prompt", "response"}, also `completion`, `answer`  a prompt as text or messages, and what is said to it
 {"instruction", "input", "output"}                   Alpaca's
 {"response": a whole conversation}                   named by --output_key, such as `chosen` of HH-RLHF's pairs
-{"text"}                                             continued pretraining: every token is learnt
+{"text"}, {"source": "", "Target"}                   continued pretraining, the second ColossalChat's: every token is learnt
 """
 
 from typing import Any
@@ -15,6 +15,8 @@ from baton.jsonl import Record
 from baton.records import CONVERSATION_KEYS, Messages, named, prompt_as_written
 
 RESPONSE_KEYS = ("response", "completion", "output", "answer")
+# ColossalChat's text for continued pretraining: an empty system instruction, and the text.
+TEXT_KEYS = ("source", "Target")
 
 
 def demonstration_of(record: Record, where: str) -> Messages | str:
@@ -27,6 +29,11 @@ def demonstration_record(record: Record, where: str) -> Record:
     demonstration, keys = demonstration_as_written(record, where)
     others = {name: value for name, value in record.items() if name not in keys}
     return others | {"text" if isinstance(demonstration, str) else "messages": demonstration}
+
+
+def is_colossal_text(record: Record) -> bool:
+    """Whether a record is ColossalChat's text for continued pretraining."""
+    return record.keys() >= set(TEXT_KEYS) and record["source"] == ""
 
 
 def text_token_ids(tokenizer: Any, text: str) -> list[int]:
@@ -62,10 +69,12 @@ def _without_response(record: Record, where: str) -> tuple[Messages | str, tuple
     if isinstance(record.get("prompt"), list):
         messages, keys = prompt_as_written(record, where)
         return _answered(messages, "prompt", where), keys
-    if isinstance(record.get("text"), str) and "prompt" not in record and "instruction" not in record:
-        if not record["text"].strip():
-            raise InputError(f"{where}: `text` is empty")
-        return record["text"], ("text",)
+    keys = TEXT_KEYS if is_colossal_text(record) else ("text",)
+    text = record.get(keys[-1])
+    if isinstance(text, str) and "prompt" not in record and "instruction" not in record:
+        if not text.strip():
+            raise InputError(f"{where}: `{keys[-1]}` is empty")
+        return text, keys
     raise InputError(
         f"{where}: a demonstration needs `messages`, or a prompt and its response ("
         f"{', '.join(f'`{key}`' for key in RESPONSE_KEYS)}), or `text`; the record has {named(record)}; name the key of the "

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import orjson
 
-from baton.errors import InputError
+from baton.errors import InputError, looked_in
 
 Record = dict[str, Any]
 
@@ -23,7 +23,7 @@ def open_lines(path: Path) -> IO[bytes]:
         return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     except OSError as error:
         twins = [path.with_suffix(ending) for ending in (".jsonl", ".json")] if isinstance(error, FileNotFoundError) else []
-        hint = next((f"; did you mean {twin}?" for twin in twins if twin.is_file()), "")
+        hint = next((f"; did you mean {twin}?" for twin in twins if twin.is_file()), looked_in(path) if twins else "")
         raise InputError(f"{path}: {(error.strerror or str(error)).lower()}{hint}") from None
 
 
@@ -37,10 +37,21 @@ def parse(line: bytes, where: str) -> Record:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{where}: {_not_finite(line) or f'not JSON: {error}'}") from None
+        raise InputError(f"{where}: {_other_format(line) or _not_finite(line) or f'not JSON: {error}'}") from None
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
     return record
+
+
+def _other_format(line: bytes) -> str | None:
+    """What to say of a line by which a file shows that it is no JSON Lines at all."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "in UTF-16; `iconv -f utf-16 -t utf-8 FILE > NEW.jsonl` makes it UTF-8"
+    if line.startswith(b"\x1f\x8b"):
+        return "compressed by gzip; give the file a name that ends in .jsonl.gz"
+    if line.strip() in (b"{", b"["):
+        return "a record, or a list, over several lines; JSON Lines have a record a line, and a .json file may hold a list"
+    return None
 
 
 def _not_finite(line: bytes) -> str | None:

@@ -15,15 +15,14 @@ import orjson
 
 from baton import jsonl
 from baton.conversations import is_answered, without_answer
-from baton.errors import InputError
+from baton.errors import DATA_ENDINGS, InputError
 from baton.jsonl import Record
 from baton.mixing import Selection, select_rows
 from baton.partial import shard_range
 from baton.records import Messages, prompt_as_written, prompt_hash, prompt_id, prompt_of, with_prefix
+from baton.sources import leave_silent_hub, refuse_cut_name
 
 log = logging.getLogger("baton")
-
-LOCAL_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 def read_records(
@@ -39,10 +38,10 @@ def read_records(
         yield from _read_parquet(path)
     elif source.endswith(".json"):
         yield from _read_json(path, refused)
-    elif source.endswith(LOCAL_ENDINGS):
+    elif source.endswith(DATA_ENDINGS):
         yield from jsonl.read(path, refused)
     elif path.exists():
-        raise InputError(f"{source}: expected a file ending in {', '.join(LOCAL_ENDINGS)}")
+        raise InputError(f"{source}: expected a file ending in {', '.join(DATA_ENDINGS)}")
     else:
         yield from _read_hub(source, split)
 
@@ -205,7 +204,8 @@ def _read_json(path: Path, refused: Callable[[str, InputError], None] | None) ->
     try:
         content = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        if text.lstrip().startswith(b"{"):
+        first = text[:4096].lstrip().partition(b"\n")[0].strip()
+        if first.startswith(b"{") and first != b"{":
             yield from jsonl.read(path, refused)
             return
         raise InputError(f"{path}: not JSON: {error}") from None
@@ -234,6 +234,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[tuple[str, Record]]:
+    refuse_cut_name(name)
+    leave_silent_hub()
     import datasets
 
     log.info("%s: not a local file, reading it as a Hugging Face dataset", name)
@@ -241,7 +243,7 @@ def _read_hub(name: str, split: str) -> Iterator[tuple[str, Record]]:
         dataset = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(
-            f"{name}: neither a local file ({', '.join(LOCAL_ENDINGS)}) nor a Hugging Face dataset that can be loaded: {error}"
+            f"{name}: neither a local file ({', '.join(DATA_ENDINGS)}) nor a Hugging Face dataset that can be loaded: {error}"
         ) from None
     for number, record in enumerate(dataset, 1):
         yield f"{name}: row {number}", record

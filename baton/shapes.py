@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 from baton.conversations import hh_turns, without_answer
-from baton.demonstrations import RESPONSE_KEYS, demonstration_record
+from baton.demonstrations import RESPONSE_KEYS, demonstration_record, is_colossal_text
 from baton.jsonl import Record
 from baton.labels import LabelSettings, labelled_examples
 from baton.pairs import checked_pair
@@ -62,6 +62,8 @@ def shape_of(record: Record, score: str | None = None) -> Shape | None:
         return Shape(f"prompts with `{response}`", "demonstrations") if response else Shape("prompts", "prompts")
     if isinstance(record.get("text"), str):
         return Shape("plain text (`text`)", "demonstrations")
+    if is_colossal_text(record):
+        return Shape("ColossalChat's plain text (`source`, `Target`)", "demonstrations")
     return None
 
 

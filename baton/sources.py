@@ -1,8 +1,10 @@
 """Where models and their chat templates come from: what can be refused before anything is loaded is refused here."""
 
+import functools
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baton.ahead import later, starts_here, will_be_adapter, will_be_made
-from baton.errors import InputError
+from baton.errors import InputError, looked_in, without_ending
 from baton.fingerprint import cached_folder
 from baton.manifest import in_progress
 from baton.steps import OUTPUT
@@ -34,7 +36,7 @@ def check_model_path(model: str) -> None:
     elif path.exists():
         raise InputError(f"{model}: expected a model's folder, this is a file")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir():
-        raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`)")
+        raise InputError(f"{model}: no such folder, and not a Hugging Face name (`owner/name`){looked_in(path)}")
 
 
 def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Literal["model", "dataset"] = "model") -> None:
@@ -43,19 +45,29 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
     The hub is asked only for what is neither a local path nor in its cache on this machine (of which `weights=False` needs the
     tokenizer alone). To be called where the model is about to be loaded, and before any heavy import. `ahead` of the work, a
     hub that cannot be asked is a warning: it may answer by then. Of a dataset it is one always, since copies of datasets are
-    kept elsewhere.
+    kept elsewhere. Of a model that is in the cache, see `leave_silent_hub`.
     """
     is_model = kind == "model"
     place, nor_cached = ("folder", " nor in the hub's cache") if is_model else ("file", "")
-    if Path(model).exists() or will_be_made(model) or (is_model and _in_cache(model, weights)):
+    if Path(model).exists() or will_be_made(model):
         return
+    if is_model and _in_cache(model, weights):
+        if not ahead:
+            leave_silent_hub()
+        return
+    if not is_model:
+        refuse_cut_name(model)
     ahead = ahead or not is_model
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     log_in = f"log in with `{Path(sys.prefix, 'bin/hf')} auth login`, or set HF_TOKEN"
     if constants.HF_HUB_OFFLINE:
-        _cannot_ask(f"{model}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set; give a local folder", ahead)
+        _cannot_ask(
+            f"{model}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set (by you, or because the hub did not "
+            "answer); give a local folder",
+            ahead,
+        )
         return
     try:
         # Of a gated model the hub shows everything but the files.
@@ -83,6 +95,35 @@ def check_hub(model: str, ahead: bool = False, weights: bool = True, kind: Liter
             f"not answer ({reason}); check the network, or give a local {place}",
             ahead,
         )
+
+
+def refuse_cut_name(dataset: str) -> None:
+    """Raise InputError for what would be a name of the hub, and is a file's here but for its ending."""
+    if near := without_ending(dataset):
+        raise InputError(f"{dataset}: no such file; did you mean {near}?")
+
+
+@functools.cache
+def leave_silent_hub() -> None:
+    """Have libraries and later processes take what the cache holds, without asking, where the hub gives no answer at all.
+
+    They ask for a newer version of each file of a model or dataset, and would wait for each: minutes in a network that swallows
+    what is sent. To be called before they are imported.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # the kinds of failures of a network are too many to name
+        log.warning(
+            "the hub at %s does not answer (%s): the copies on this machine are used as they are (HF_HUB_OFFLINE=1)",
+            constants.ENDPOINT,
+            _first_line(error),
+        )
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _cannot_ask(problem: str, ahead: bool) -> None:
@@ -142,7 +183,7 @@ def template_input(chat_template: str | Path | None) -> dict[str, str]:
     if not chat_template:
         return {}
     if not Path(chat_template).is_file():
-        raise InputError(f"--chat_template {chat_template}: no such file")
+        raise InputError(f"--chat_template {chat_template}: no such file{looked_in(chat_template)}")
     return {"chat_template": str(chat_template)}
 
 
@@ -167,8 +208,8 @@ def check_reward_model(
 ) -> list[float] | None:
     """Raise InputError, without any heavy import, if a model is no reward model, by its `config`, or its file.
 
-    That is a sequence classifier with one output. With `several` it may have more, of which `heads` name what is read: returns
-    their `weights_of_outputs`.
+    That is a sequence classifier with one output; a folder must be whole, with weights and a tokenizer. With `several` it may
+    have more outputs, of which `heads` name what is read: returns their `weights_of_outputs`.
     """
     config = _config_of(path) if config is None else config
     if config is None:
@@ -181,6 +222,7 @@ def check_reward_model(
             f"{path}: not a Bradley-Terry reward model, which is a sequence classifier with one output; this is "
             f"{', '.join(architectures) or 'unnamed'} with {len(outputs)} labels"
         )
+    _check_files(path)
     return weights_of_outputs(path, outputs, heads)
 
 
@@ -198,6 +240,23 @@ def check_process_model(path: str, config: Mapping[str, Any] | None = None) -> N
             f"{path}: not a process reward model, which is a sequence classifier whose output is called `{OUTPUT}`, as "
             f"reward_model/run_rm.py --loss_type process makes it; this is {', '.join(architectures) or 'unnamed'} with "
             f"{len(outputs)} labels"
+        )
+    _check_files(path)
+
+
+def _check_files(folder: str) -> None:
+    """Raise InputError where a model's folder has no weights or no tokenizer; what they are called depends on the model.
+
+    A model of the hub has no folder yet.
+    """
+    if not Path(folder).is_dir():
+        return
+    names = [file.name for file in Path(folder).iterdir()]
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise InputError(f"{folder}: has a config.json, but no weights (*.safetensors, *.bin): is the folder copied whole?")
+    if not any("token" in name or "vocab" in name or name.endswith((".model", ".tiktoken")) for name in names):
+        raise InputError(
+            f"{folder}: has no tokenizer (tokenizer.json, …): copy the files of that of the model which it was trained from"
         )
 
 

@@ -17,7 +17,7 @@ from baton import ahead, program
 from baton.ahead import RESUMES, UP_TO_DATE, WAITS
 from baton.arguments import StageArguments
 from baton.drops import Drops
-from baton.errors import InputError
+from baton.errors import InputError, looked_in
 from baton.locks import Lock
 from baton.manifest import in_progress, manifest_path, put_aside, read_manifest, remove, write_manifest
 from baton.partial import part_files
@@ -243,7 +243,9 @@ def look_ahead(output: Path, inputs: dict[str, str | Path], overwrite: bool, pla
 
 
 def refuse_own_input(output: Path, inputs: dict[str, str | Path]) -> None:
-    """Raise InputError if an output would replace or hold one of the inputs."""
+    """Raise InputError if an output would replace or hold one of the inputs, or lie in a folder that is called `~`."""
+    if output.parts[:1] == ("~",):
+        raise InputError(f"{output}: would lie in a folder called ~{looked_in(output)}")
     for name, source in inputs.items():
         target, given = output.resolve(), Path(source).resolve()
         if target in (given, *given.parents):

@@ -115,12 +115,14 @@ def from_checkpoint(source: str) -> tuple[Any, Any]:
     Raises InputError where they cannot be loaded, or have no chat template.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    from baton.models.templates import load_tokenizer
+
+    tokenizer = load_tokenizer(source, of_texts=True)
+    if tokenizer.chat_template is None:
+        raise InputError(f"{source}: its tokenizer has no chat template; name a chat model")
     with loading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if tokenizer.chat_template is None:
-            raise InputError(f"{source}: its tokenizer has no chat template; name a chat model")
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), tokenizer
 
 

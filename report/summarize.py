@@ -21,7 +21,7 @@ from rich.console import Console
 
 from baton import program
 from baton.arguments import StageArguments, option, parse
-from baton.errors import InputError
+from baton.errors import InputError, looked_in
 from baton.manifest import read_manifest
 from report.kl import checked, history, notes
 from report.metrics import MANY, in_all, read_round, summarize
@@ -42,6 +42,8 @@ class Arguments(StageArguments):
 def main() -> None:
     arguments = parse(Arguments, __doc__)
     run_dir = arguments.run_dir
+    if not run_dir.is_dir():
+        raise InputError(f"--run_dir {run_dir}: no such folder{looked_in(run_dir)}")
     trainings = read_trainings(run_dir)
     stages = stage_accounts(run_dir)
     paths = evaluated_files(run_dir, required=not (trainings or stages))

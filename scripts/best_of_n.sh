@@ -20,6 +20,7 @@ shift 3
 n="" checking="" scorers=() sampling=() scoring=() everywhere=()
 while (($# > 0)); do
   case $1 in
+    --n=* | --scorer=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --n) (($# > 1)) || die "--n needs a number"; n=$2; shift 2 ;;
     --scorer) shift; while (($# > 0)) && [[ $1 != -* ]]; do scorers+=("$1"); shift; done ;;
     --check) checking=yes; shift ;;

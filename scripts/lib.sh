@@ -17,6 +17,31 @@ say() {
   printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2
 }
 
+# Ends the script unless file $1 is a recipe that a shell can read.
+check_recipe() {
+  local near
+  for near in "$1.env" "$BATON_ROOT/configs/recipes/$(basename "$1" .env).env"; do
+    [[ -f $1 || ! -f $near ]] || die "$1: no such recipe; did you mean $near?"
+  done
+  [[ -f $1 ]] || die "$1: no such recipe; configs/recipes/ has $(cd "$BATON_ROOT/configs/recipes" && echo *.env)"
+  ! LC_ALL=C grep -q -e $'\r$' -e $'^\xef\xbb\xbf' "$1" ||
+    die "$1: has Windows line ends or a byte order mark; sed -i '1s/^\xef\xbb\xbf//; s/\r\$//' '$1' takes them away"
+}
+
+# The trap while recipe $recipe is read; the shell may just have said what stopped it. A recipe that fails is bad input.
+recipe_stopped() {
+  die "${recipe:?the caller sets it}: the shell stopped in it, or its last line is a test that failed; a recipe is a shell file of lines" \
+    "VARIABLE=value, without blanks around ="
+}
+
+# Ends the script unless folder $1 is there or can be made, and can be written to.
+check_folder() {
+  local place=$1
+  until [[ -e $place ]]; do place=$(dirname "$place"); done
+  [[ -d $place && -w $place ]] ||
+    die "$1: cannot be written, because $place is no folder that you may write to: give another --run_dir"
+}
+
 # Succeeds where environment $1 is installed, and not half installed.
 has_env() {
   [[ -x $BATON_ENVS/$1/bin/python && ! -e $BATON_ENVS/.$1.unfinished ]]
@@ -59,6 +84,12 @@ stages=()
 stage() {
   local command=(--name "$1" --environment "$2" --log "${run_dir:?the caller sets it}/logs/$1.log" "${@:3}")
   stages+=("${#command[@]}" "${command[@]}")
+}
+
+# Ends script $0, which has no --overwrite, with the exit code $1 of stages that failed.
+stages_failed() {
+  (($1 != 2)) || say "($(basename "$0") has no --overwrite: give another --run_dir, or what this run was begun with)"
+  exit "$1"
 }
 
 # Runs the stages in turn, those that follow each other in one environment in one process; returns the exit code of the first

@@ -12,6 +12,7 @@ recipe=$BATON_ROOT/configs/recipes/quickstart.env run_dir="" seed=0 device=()
 while (($#)); do
   case $1 in
     --help | -h) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --recipe) (($# > 1)) || die "--recipe needs a value"; recipe=$(realpath -m "$2") ;;
     --run_dir) (($# > 1)) || die "--run_dir needs a value"; run_dir=$(realpath -m "$2") ;;
     --seed) [[ ${2:-} =~ ^[0-9]+$ ]] || die "--seed needs a whole number"; seed=$2 ;;
@@ -20,8 +21,9 @@ while (($#)); do
   esac
   shift 2
 done
-[[ -f $recipe ]] || die "$recipe: no such recipe"
+check_recipe "$recipe"
 run_dir=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
+check_folder "$run_dir"
 cd "$BATON_ROOT"
 
 bash scripts/setup_envs.sh "${device[@]}"
@@ -50,6 +52,6 @@ stage reward-model training reward_model/run_rm.py configs/quickstart/rm.yaml \
   --model_name_or_path "$run_dir/sft" --dataset_name_or_path "$data/rm_train.jsonl" \
   --eval_dataset_name_or_path "$data/rm_test.jsonl" --output_dir "$run_dir/reward_model" --seed "$seed" \
   --bf16 "$QUICKSTART_BF16"
-run_stages
+run_stages || stages_failed $?
 
 SEED=$seed exec bash scripts/run_loop.sh "$recipe" --run_dir "$run_dir"

@@ -16,14 +16,14 @@ while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
     --plan) show_plan=yes; shift ;;
-    --run_dir) (($# > 1)) || die "--run_dir needs a value"; run_dir=$(realpath -m "$2"); shift 2 ;;
+    --run_dir=*) set -- --run_dir "${1#*=}" "${@:2}" ;;
+    --run_dir) [[ -n ${2:-} ]] || die "--run_dir needs a value"; run_dir=$(realpath -m "$2"); shift 2 ;;
     -*) die "unknown argument '$1'; there are --run_dir, --plan and --help" ;;
     *) [[ -z $recipe ]] || die "one recipe at a time, got '$recipe' and '$1'"; recipe=$(realpath -m "$1"); shift ;;
   esac
 done
 [[ -n $recipe ]] || { usage >&2; die "which recipe?"; }
-[[ -f $recipe ]] || die "$recipe: no such recipe; configs/recipes/ has $(cd "$BATON_ROOT/configs/recipes" && echo *.env)"
-! grep -q $'\r$' "$recipe" || die "$recipe: has Windows line ends; sed -i 's/\r\$//' '$recipe' takes them away"
+check_recipe "$recipe"
 cd "$BATON_ROOT"
 
 visible=$(gpu_ids)
@@ -45,9 +45,10 @@ variables=(
 lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS TRAIN_ARGS HELDOUT_ARGS EVAL_SCORERS)
 export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
 run_dir=$RUN_DIR devices=${CUDA_VISIBLE_DEVICES-all}
-# What a recipe cannot set: the shell says so, with file and line. A recipe that fails is bad input.
+[[ -n $show_plan ]] || check_folder "$run_dir"   # a plan may be that of another user's run
+# What a recipe cannot set: the shell says so, with file and line.
 readonly recipe run_dir RUN_DIR show_plan devices visible variables lists
-trap 'exit 2' EXIT
+trap recipe_stopped EXIT
 mapfile -t before < <(compgen -v)
 # shellcheck source=/dev/null
 source "$recipe"
@@ -67,6 +68,9 @@ list_words() {
 }
 list_words |
   in_env inference python -m baton.launch recipe --name "$recipe" --known "${variables[@]}" "${lists[@]}" --new "${new[@]}" || exit
+for variable in "${variables[@]}"; do
+  [[ $(declare -p "$variable") != "declare -a"* ]] || die "$recipe: $variable is one value, without parentheses"
+done
 for variable in INITIAL_POLICY PROMPTS; do
   [[ -n ${!variable:-} ]] || die "$recipe: sets no $variable"
 done
@@ -93,11 +97,14 @@ done
 [[ $SEED =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SEED is a whole number, not '$SEED'"
 ((SERVER_GPUS == 0 || SERVER_GPUS < GPUS)) || die "$recipe: SERVER_GPUS=$SERVER_GPUS of GPUS=$GPUS: none is left to train"
 [[ -n $online || $SERVER_GPUS == 0 ]] || die "$recipe: SERVER_GPUS is for TRAINER=ppo and online_dpo, whose servers stay"
+[[ -z $ACCELERATE_CONFIG || -f $ACCELERATE_CONFIG ]] ||
+  die "$recipe: ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file in $BATON_ROOT; there are" configs/{ddp,fsdp,zero}*.yaml
 for variable in ROLLOUT_BATCH_SIZE PROMPT_ARGS; do
   [[ -z $online || -z ${!variable:-} ]] ||
     die "$recipe: $variable is not for TRAINER=$TRAINER: $TRAIN_CONFIG says which prompts a step takes"
 done
-((K > 1)) || [[ $TRAINER =~ ^(ppo|conditional_sft|distillation)$ ]] || die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
+((K > 1)) || [[ $TRAINER =~ ^(ppo|conditional_sft|distillation)$ ]] ||
+  die "$recipe: K=$K: a preference pair needs 2 responses to a prompt; 8 is a good start"
 if [[ -n $REWARD_MODEL ]] && ((${#SCORERS[@]})); then
   die "$recipe: sets both REWARD_MODEL and SCORERS: give the model among the scorers, SCORERS=(bt:$REWARD_MODEL …)"
 elif [[ -z $REWARD_MODEL && ($TRAINER != distillation || -n $HELDOUT_PROMPTS) ]] && ((${#SCORERS[@]} == 0)); then
@@ -106,9 +113,16 @@ fi
 for variable in HELDOUT_ARGS EVAL_SCORERS GOLD_SCORER; do
   [[ -n $HELDOUT_PROMPTS || -z ${!variable:-} ]] || die "$recipe: $variable is for evaluation, and HELDOUT_PROMPTS is empty"
 done
+if [[ -n $HELDOUT_PROMPTS && ,$(IFS=,; echo "${PROMPTS[*]}"), == *",$HELDOUT_PROMPTS,"* ]]; then
+  [[ ${PROMPT_ARGS[*]}${HELDOUT_ARGS[*]} == *--dataset_split* ]] ||
+    say "warning: HELDOUT_PROMPTS=$HELDOUT_PROMPTS is trained on too, so its numbers say nothing of other prompts"
+fi
 if ((GPUS > ${#gpus[@]})); then
-  [[ -n $show_plan ]] || die "$recipe: GPUS=$GPUS, but there are ${#gpus[@]} to use"
-  say "the recipe needs $GPUS GPUs, and this machine has ${#gpus[@]}: the plan is that of a machine with $GPUS"
+  for_cpu=""
+  [[ $(env_device inference) != cpu ]] ||
+    for_cpu=" (the environments in $BATON_ENVS are made for the CPU; bash scripts/setup_envs.sh --device cuda changes them)"
+  [[ -n $show_plan ]] || die "$recipe: GPUS=$GPUS, but there are ${#gpus[@]} to use$for_cpu"
+  say "GPUS=$GPUS, and there are ${#gpus[@]} to use$for_cpu: the plan is that of a machine with $GPUS"
   mapfile -t gpus < <(seq 0 $((GPUS - 1)))
 fi
 CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:0:GPUS}")   # no stage takes one that the recipe leaves to others
@@ -312,7 +326,8 @@ reward_words=$( ((${#REWARD_ARGS[@]} == 0)) || printf '%q ' "${REWARD_ARGS[@]}")
     say "the recipe has changed since this run began:"
     diff "$run_dir/recipe.env" <(resolved_recipe) >&2 || true
   fi
-  resolved_recipe >"$run_dir/recipe.env"
+  resolved_recipe >"$run_dir/recipe.env.partial" || die "$run_dir/recipe.env: cannot be written; is the disk full?"
+  mv "$run_dir/recipe.env.partial" "$run_dir/recipe.env"
   relay
   in_env training python report/summarize.py --run_dir "$run_dir" --samples "$SAMPLES"
   say "done: the last policy is $policy"

@@ -3,6 +3,8 @@
 # Call it at any time: an environment that is up to date stays; one that is missing, changed or half done is made.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# Before anything that a bash of another system may not understand.
+[[ $(uname -s) == Linux ]] || die "Baton runs on Linux, as vLLM and DeepSpeed do; on Windows, in WSL 2"
 
 usage() {
   cat <<EOF
@@ -23,11 +25,13 @@ that a running process of this machine uses is not changed: exit code 2.
 EOF
 }
 
+CUDA_DRIVER=580   # the oldest one for the CUDA 13 of the locks, without NVIDIA's package of forward compatibility
 TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu
 manager="" device="" wanted=(inference training)
 while (($#)); do
   case $1 in
     --help | -h) usage; exit 0 ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --manager | --device | --prefix | --only) (($# > 1)) || die "$1 needs a value" ;;&
     --manager) manager=$2 ;;
     --device) device=$2 ;;
@@ -57,6 +61,15 @@ if [[ -z $device ]]; then
   fi
   device=${device:-$present}
 fi
+
+# Says what this machine may lack for the locks. Not an error: other machines may share the environments.
+say_what_may_lack() {
+  local driver
+  [[ $(uname -m) == x86_64 ]] || say "the locks are for x86-64, and this machine is $(uname -m): packages may be missing"
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
+  [[ $device != cuda || ! $driver =~ ^[0-9]+\. ]] || ((${driver%%.*} >= CUDA_DRIVER)) ||
+    say "the CUDA builds are of CUDA 13, which needs NVIDIA's driver $CUDA_DRIVER or a newer one; this machine has $driver"
+}
 
 # Prints the pins of environment $1, one name==version a line, in the lock's order.
 pins() {
@@ -112,7 +125,8 @@ python311() {
       return
     fi
   done
-  echo "no Python 3.11 on PATH: install it (Debian: python3.11, python3.11-venv) or use --manager conda" >&2
+  echo "no Python 3.11 on PATH: install it (Debian 12: python3.11 and python3.11-venv; elsewhere: uv python install 3.11)," \
+    "or use --manager conda" >&2
   return 1
 }
 
@@ -211,6 +225,7 @@ for name in "${wanted[@]}"; do
     link_project "$name"
     continue
   fi
+  ((${#installation[@]})) || say_what_may_lack
   log=$BATON_ENVS/$name.log
   lock=$BATON_ENVS/.$name.lock code=0
   answer=$(flock --nonblock "$lock" true 2>&1) || code=$?

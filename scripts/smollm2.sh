@@ -14,6 +14,7 @@ recipe=$BATON_ROOT/configs/recipes/smollm2-135m-cpu.env run_dir="" seed=0 source
 while (($#)); do
   case $1 in
     --help | -h) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --recipe | --run_dir | --seed | --source | --device) (($# > 1)) || die "$1 needs a value" ;;&
     --recipe) recipe=$(realpath -m "$2") ;;
     --run_dir) run_dir=$(realpath -m "$2") ;;
@@ -24,8 +25,9 @@ while (($#)); do
   esac
   shift 2
 done
-[[ -f $recipe ]] || die "$recipe: no such recipe"
+check_recipe "$recipe"
 run_dir=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
+check_folder "$run_dir"
 cd "$BATON_ROOT"
 
 bash scripts/setup_envs.sh "${device[@]}"
@@ -36,8 +38,10 @@ export CUDA_VISIBLE_DEVICES=${gpus%% *}
 
 # Its sizes, and how a round samples, are the recipe's: the responses that the reward model learns from are sampled in the same way.
 RUN_DIR=$run_dir GPUS=${CUDA_VISIBLE_DEVICES:+1} prepares=yes
+trap recipe_stopped EXIT
 # shellcheck source=configs/recipes/smollm2-135m-cpu.env
 source "$recipe"
+trap - EXIT
 [[ -n ${prompts_per_round:-} ]] ||
   die "$recipe: sets no prompts_per_round: begin it with 'source configs/recipes/smollm2-135m-cpu.env', and change what follows"
 
@@ -61,6 +65,6 @@ stage pairs inference --group labels annotate_data/post_process.py --post_proces
   --min_margin 0.3 --dataset_name_or_path "$labelled/data_with_rewards.jsonl" --output_dir "$labelled/pairs.jsonl"
 stage reward-model training reward_model/run_rm.py configs/smollm2/rm.yaml --model_name_or_path "$INITIAL_POLICY" \
   --dataset_name_or_path "$labelled/pairs.jsonl" --output_dir "$REWARD_MODEL" --seed "$seed"
-run_stages
+run_stages || stages_failed $?
 
 SEED=$seed exec bash scripts/run_loop.sh "$recipe" --run_dir "$run_dir"

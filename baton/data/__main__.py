@@ -33,7 +33,7 @@ def main() -> None:
 def flags(words: list[str]) -> tuple[str, list[str]]:
     """The command, and its words with a flag before each: FILE and OUT may stand without, and `--as` is named `--kind` within.
 
-    Raises InputError for another command.
+    Raises InputError for another command, and for more files than it takes.
     """
     command, *words = words or ["--help"]
     if command in ("-h", "--help"):
@@ -44,6 +44,8 @@ def flags(words: list[str]) -> tuple[str, list[str]]:
     for flag in PLACES[command]:
         if words and not words[0].startswith("-"):
             named += [flag, words.pop(0)]
+    if words and not words[0].startswith("-"):
+        raise InputError(f"`{words[0]}`: one word too many before the flags; several files have commas between, without blanks")
     return command, [*named, *("--kind" + word[4:] if word.partition("=")[0] == "--as" else word for word in words)]
 
 

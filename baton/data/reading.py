@@ -93,14 +93,22 @@ class Source:
 
     def _shape(self) -> Shape:
         arguments = self.arguments
-        renamed = given(keys_of(arguments, arguments.kind))
+        renamed, found = given(keys_of(arguments, arguments.kind)), False
+        unreadable: list[InputError] = []  # the first line that is no JSON object
+
+        def note(where: str, error: InputError) -> None:
+            unreadable[:] = unreadable or [error]
+
         for name in split_sources(arguments.dataset_name_or_path):
-            records = read_records(name, arguments.dataset_split, lambda where, error: None)
+            records = read_records(name, arguments.dataset_split, note)
             for _, record in islice(records, LOOKED_AT):
+                found = True
                 named = [(usual, key) for usual, key in renamed.items() if key in record]
                 others = {name: value for name, value in record.items() if name not in renamed.values()}
                 if shape := shape_of(others | {usual: record[key] for usual, key in named}, arguments.score_key):
                     return shape
+        if not found:
+            raise unreadable[0] if unreadable else InputError(f"{arguments.dataset_name_or_path}: holds no records")
         if arguments.kind:
             return Shape("a shape of its own", arguments.kind)
         raise InputError(

@@ -135,7 +135,16 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     config.write_bytes(content)
     with pytest.raises(InputError) as error:
         read(str(config))
-    assert message in str(error.value)
+    assert message in str(error.value) and str(error.value).startswith(str(config))
+
+
+def test_what_a_flag_overrides_is_not_laid_to_the_file(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("model_name_or_path: m\nK: 2\n")
+    with pytest.raises(InputError, match=r"^`K`: input should be"):
+        read(str(config), "--K", "0")
+    with pytest.raises(InputError, match=r"^unknown setting `zzz`"):
+        read(str(config), "--zzz", "1")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,7 @@ def test_an_absent_file_and_a_folder_are_named(tmp_path):
         read("absent.yaml")
     with pytest.raises(InputError, match=r"config/training\.yaml: no such file .*did you mean configs/training\.yaml\?"):
         read("./config/training.yaml")
-    with pytest.raises(InputError, match=r"cannot be read"):
+    with pytest.raises(InputError, match=r"a folder, and the first argument without a flag is the YAML file"):
         read(str(tmp_path))
 
 

@@ -1,5 +1,6 @@
 """`python -m baton.data`: a report of what a file holds, and its records without duplicates, each side of a split by prompt."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -86,6 +87,7 @@ def test_check_takes_files_with_rates_keys_and_a_most(tmp_path, monkeypatch, cap
         (["check", "{}", "--as", "pairs"], "`kind`: .*'prompts'"),
         (["check", "{}", "--dataset_kee", "x"], "unknown setting `dataset_kee`: did you mean `dataset_key`"),
         (["check", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["check", "{}", "{}"], "one word too many before the flags; several files have commas between"),
         (["check", "{}"], "none of its first 100 records has a known shape .*--as"),
         (["check", "{}", "--dataset_probs", "0.5,0.5"], "2 numbers for 1 datasets"),
         (["convert", "{}"], "`output_dir` is required"),
@@ -96,6 +98,26 @@ def test_what_cannot_be_done_is_refused(words, message, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "data.jsonl", [{"question": "x"}])
     with pytest.raises(InputError, match=message):
         run(monkeypatch, *(word.format(path) for word in words))
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="holds no records"):
+        run(monkeypatch, "check", write_jsonl(tmp_path / "data.jsonl", []))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "x"}'.encode("utf-16"), r"data\.jsonl:1: in UTF-16; `iconv"),
+        (gzip.compress(b'{"prompt": "x"}'), r"data\.jsonl:1: compressed by gzip"),
+        (b'{\n  "prompt": "x"\n}\n', r"data\.jsonl:1: a record, or a list, over several lines"),
+        (b"{'prompt': 'x'}\n", r"data\.jsonl:1: not JSON"),
+    ],
+)
+def test_a_file_of_which_no_line_is_json_is_named_with_what_it_is(content, message, tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        run(monkeypatch, "check", tmp_path / "data.jsonl")
 
 
 def test_check_of_refused_records_alone_still_reports(tmp_path, monkeypatch, capsys):

@@ -75,6 +75,23 @@ def test_environments_in_use_are_not_changed(tmp_path):
     assert (envs / "training/baton.stamp").read_text() == stamps[1]
 
 
+@pytest.mark.parametrize(
+    ("scripts", "message", "code"),
+    [
+        ({"uname": "echo Darwin"}, "Baton runs on Linux", 2),
+        ({"nvidia_smi": "echo 550.54.14"}, "needs NVIDIA's driver 580 or a newer one; this machine has 550.54.14", 1),
+        ({"uname": "[[ $1 == -m ]] && echo aarch64 || echo Linux"}, "for x86-64, and this machine is aarch64", 1),
+    ],
+)
+def test_what_a_machine_lacks_is_said_before_anything_is_installed(tmp_path, scripts, message, code):
+    envs = made_for("cuda", tmp_path / "envs", python=Path("/bin/false"))  # whose pip fails
+    for name in ("inference", "training"):
+        (envs / name / "baton.stamp").write_text(f"venv {envs / name}\ncuda of other pins\n")
+    path = on_path(tmp_path / "commands", **ANSWERS["gpu"] | scripts)
+    done = run("bash", "scripts/setup_envs.sh", "--manager", "venv", "--prefix", envs, PATH=path)
+    assert done.returncode == code and message in done.stderr, done.stderr
+
+
 def test_a_folder_without_locks_is_said_with_its_path_and_what_to_do(tmp_path):
     """The answer is made up, in the command that passes it on: no file system here gives it."""
     done = setup(tmp_path / "envs", "no gpu", flock="echo 'flock: No locks available' >&2; exit 71")

@@ -38,6 +38,8 @@ def folder(tmp_path: Path) -> Path:
     for name, config in (("policy", {}), ("reward", {"architectures": ["X"], "num_labels": 1})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+        for file in ("model.safetensors", "tokenizer.json"):
+            (tmp_path / name / file).write_text("")
     for name in ("prompts", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{i}"}}\n' for i in range(8)))
     (tmp_path / "rule.py").write_text("def brevity(prompts, responses, records):\n    return [-len(r) for r in responses]\n")
@@ -114,6 +116,10 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nrun_dir=elsewhere\n", "own.env: line 5: run_dir: readonly variable"),
         ("REWARD_MODEL=reward\nNAME=another\n", "unknown variable NAME"),
         ("REWARD_MODEL=reward\r\n", "own.env: has Windows line ends"),
+        ("REWARD_MODEL=reward\nK = 4\n", "own.env: the shell stopped in it"),
+        ("REWARD_MODEL=reward\n[[ -d nowhere ]] && K=4\n", "or its last line is a test that failed"),
+        ("REWARD_MODEL=reward\nHELDOUT_PROMPTS=(a b)\n", "HELDOUT_PROMPTS is one value, without parentheses"),
+        ("REWARD_MODEL=reward\nACCELERATE_CONFIG=zero2.yaml\n", "ACCELERATE_CONFIG=zero2.yaml: no such file in"),
         ("REWARD_MODEL=reward\nexport CUDA_VISIBLE_DEVICES=3\n", "sets CUDA_VISIBLE_DEVICES: set it before the command"),
     ],
 )
@@ -121,6 +127,50 @@ def test_a_recipe_that_cannot_run_is_refused_and_nothing_is_written(folder, text
     done = run_loop(written_recipe(folder, text), "--run_dir", folder / "run")
     assert done.returncode == 2 and message in done.stderr
     assert not (folder / "run").exists()
+
+
+def test_held_out_prompts_that_are_trained_on_are_warned_of(folder):
+    for held_out, warned in (("heldout", False), ("prompts", True)):
+        text = f"REWARD_MODEL={folder}/reward\nGPUS=1\nHELDOUT_PROMPTS={folder}/{held_out}.jsonl\n"
+        done = run_loop(written_recipe(folder, text), "--run_dir", folder / "run", "--plan")
+        assert done.returncode == 0 and ("is trained on too" in done.stderr) == warned, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("quickstart", "configs/recipes/quickstart.env"),
+        ("recipes/quickstart.env", "configs/recipes/quickstart.env"),
+        ("{folder}/own", "{folder}/own.env"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_named_with_the_one_that_is_meant(folder, name, meant):
+    written_recipe(folder, "")
+    done = run_loop(name.format(folder=folder), "--plan")
+    assert done.returncode == 2 and f"did you mean {ROOT / meant.format(folder=folder)}?" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["run_loop.sh", "quickstart.sh", "smollm2.sh"])
+def test_a_recipe_that_an_editor_on_windows_wrote_is_refused_with_the_command_that_mends_it(folder, script):
+    recipe = folder / "own.env"
+    text = (ROOT / "configs/recipes/quickstart.env").read_bytes()
+    recipe.write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    flag = () if script == "run_loop.sh" else ("--recipe",)
+    command = ["bash", f"scripts/{script}", *flag, recipe, "--run_dir", folder / "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "own.env: has Windows line ends or a byte order mark; sed " in done.stderr
+    assert not (folder / "run").exists()
+    subprocess.run(["bash", "-c", done.stderr.partition("; ")[2].removesuffix(" takes them away\n")], check=True)
+    assert recipe.read_bytes() == text
+
+
+@pytest.mark.parametrize("script", ["run_loop.sh", "quickstart.sh", "smollm2.sh"])
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is(folder, script):
+    recipe = written_recipe(folder, "REWARD_MODEL=reward\n")
+    flag = () if script == "run_loop.sh" else ("--recipe",)
+    command = ["bash", f"scripts/{script}", *flag, recipe, f"--run_dir={folder}/rule.py/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"because {folder}/rule.py is no folder that you may write to" in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("configs/recipes/*.env")))

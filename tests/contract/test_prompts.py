@@ -18,10 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton import jsonl
+from baton.ahead import check_there
 from baton.errors import InputError
 from baton.mixing import Selection, select_rows
 from baton.prompts import PromptSet, mixed_records, ordinals, read_records, shard_range, with_ids
 from baton.records import prompt_hash, prompt_id
+from baton.sources import check_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = [{"prompt": f"prompt {i}", "extra": i} for i in range(7)]
@@ -159,6 +161,7 @@ def test_any_number_of_files_is_named_with_commas_between(tmp_path, monkeypatch)
         ("p.json", b"[{]", "not JSON"),
         ("p.json", b"[]", "holds no records"),
         ("p.json", b'{"prompt": "a"}\n{"prompt": \n', ":2: not JSON"),
+        ("p.json", b'{\n "instances": [1,]\n}\n', "not JSON: trailing comma"),
         ("p.parquet", b"not parquet", "cannot be read as parquet"),
         ("p.jsonl.gz", b"not gzip", "broken gzip file"),
         ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "broken gzip file"),
@@ -266,6 +269,17 @@ def test_a_missing_file_whose_twin_has_another_ending_is_named_with_it(tmp_path)
     write_lines(tmp_path / "gen_data.json", RECORDS)  # as Online-RLHF's README merges to .json and annotates .jsonl
     with pytest.raises(InputError, match=r"gen_data\.jsonl: no such file or directory; did you mean \S+gen_data\.json\?"):
         list(read_records(str(tmp_path / "gen_data.jsonl")))
+
+
+def test_a_file_that_is_named_without_its_ending_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data/prompts.jsonl", RECORDS)
+    for look in (lambda name: list(read_records(name)), lambda name: check_hub(name, ahead=True, kind="dataset")):
+        with pytest.raises(InputError, match=r"data/prompts: no such file; did you mean data/prompts\.jsonl\?"):
+            look("data/prompts")
+    with pytest.raises(InputError, match=r"data/prompts: no such file or folder .*did you mean \S+/data/prompts\.jsonl\?"):
+        check_there(tmp_path / "data/prompts", "prompts")
 
 
 def test_a_prefix_is_read_before_the_last_user_turn_and_the_record_stays_as_it_is(tmp_path):

@@ -95,8 +95,11 @@ def test_a_folders_model_is_written_in_float32_once_and_one_that_cannot_chat_is_
     assert {tensor.dtype for tensor in load_file(tmp_path / "base/model.safetensors").values()} == {torch.float32}
     again = program("real_model.py", *of_chat[1:])
     assert again.returncode == 0 and "up to date" in again.stderr
-    with pytest.raises(InputError, match="its tokenizer has no chat template"):
-        real_model.from_checkpoint(str(tmp_path / "mute"))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_text("{}")
+    for name, message in (("mute", "its tokenizer has no chat template"), ("bare", "its tokenizer cannot be loaded")):
+        with pytest.raises(InputError, match=message):
+            real_model.from_checkpoint(str(tmp_path / name))
 
 
 # The responses that the reward model learns from
@@ -167,6 +170,13 @@ def test_a_recipe_of_ones_own_gives_the_sizes(tmp_path):
     assert value(stages["prompts"], "--prompts_per_round") == "4" and value(stages["prompts"], "--rounds") == "1"
     assert value(stages["sample-hated"], "--K") == "2" and "round2-train" not in stages
     assert value(stages["model"], "--source") == str(tmp_path)
+
+
+def test_where_what_a_run_was_begun_with_has_changed_the_script_says_what_it_can_do_instead_of_overwriting(tmp_path):
+    """The stages are made up: all that matters is how they end."""
+    script = "source scripts/lib.sh; run_stages() { return 2; }; run_stages || stages_failed $?"
+    done = run("bash", "-c", script, "scripts/smollm2.sh")
+    assert done.returncode == 2 and "(smollm2.sh has no --overwrite: give another --run_dir" in done.stderr
 
 
 def test_a_recipe_that_gives_no_sizes_is_refused_before_any_stage(tmp_path):

@@ -502,7 +502,7 @@ def test_bad_input_is_named_with_exit_code_2_and_the_old_report_stays(tmp_path, 
 def test_a_run_that_is_not_there_is_named(tmp_path):
     done = report(tmp_path / "nowhere")
     assert done.returncode == 2
-    assert "nowhere/heldout/round0/evaluated.jsonl" in done.stderr
+    assert "nowhere: no such folder" in done.stderr
 
 
 def test_rounds_that_are_not_evaluated_yet_are_left_out(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from baton.conversations import as_messages, hh_turns
 from baton.data.reading import Tally
+from baton.demonstrations import demonstration_of
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.keys import with_usual_keys
@@ -120,6 +121,14 @@ def test_a_demonstration_of_every_shape_becomes_a_conversation(record):
 
 def test_a_plain_text_stays_a_text():
     assert converted([{"text": "It opens at sea.", "n": 1}])[:2] == ([{"text": "It opens at sea.", "n": 1}], "demonstrations")
+
+
+def test_a_plain_text_of_colossalchat_is_a_text_too():
+    record = {"source": "", "Target": "It opens at sea.", "n": 1}
+    assert converted([record])[:2] == ([{"text": "It opens at sea.", "n": 1}], "demonstrations")
+    assert demonstration_of(record, "here") == "It opens at sea."
+    with pytest.raises(InputError, match="`Target` is empty"):
+        demonstration_of(record | {"Target": " "}, "here")
 
 
 PAIRS = [

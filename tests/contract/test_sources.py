@@ -1,16 +1,21 @@
 """Models of the hub: what cannot be had is refused at once, by one message, and what is here needs no hub."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from huggingface_hub import constants
 
 from baton import sources
 from baton.errors import InputError
 from baton.sources import check_hub, check_reward_model
+from tests.programs import ROOT
 
 URL = "/{repo_id}/resolve/{revision}/{filename}"
 
@@ -44,6 +49,9 @@ def hub(status, code=None):
 @pytest.fixture
 def at(tmp_path, monkeypatch):
     """Sets the hub's address, with an empty cache; returns the cache's folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    sources.leave_silent_hub.cache_clear()
 
     def set_hub(address):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
@@ -125,6 +133,38 @@ def test_a_hub_that_nobody_runs_or_that_never_answers_is_named(at, monkeypatch):
         check_hub("some/model")
 
 
+def test_what_is_in_the_cache_is_loaded_without_the_hub_where_that_never_answers(at, monkeypatch, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        cache = at(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(sources, "HUB_SECONDS", 0.2)
+        in_cache(cache, "some/model", {"config.json": "{}", "model.safetensors": ""})
+        check_hub("some/model", ahead=True)
+        assert not os.environ["HF_HUB_OFFLINE"]
+        check_hub("some/model")
+    assert "the copies on this machine are used as they are" in caplog.text
+    assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+READS_A_DATASET = """
+from baton import sources
+from baton.prompts import read_records
+sources.HUB_SECONDS = 0.2
+list(read_records("some/prompts"))
+"""
+
+
+def test_a_dataset_that_is_not_here_is_refused_at_once_where_the_hub_never_answers(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        there = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, "-c", READS_A_DATASET]
+        done = subprocess.run(command, env=os.environ | there, capture_output=True, text=True, timeout=60)
+    assert "does not answer" in done.stderr and "some/prompts: neither a local file" in done.stderr
+
+
 def test_what_is_in_the_cache_needs_no_hub(at):
     with hub(500) as (address, requests):
         cache = at(address)
@@ -136,7 +176,7 @@ def test_what_is_in_the_cache_needs_no_hub(at):
         check_hub("in/parts")
         check_hub("half/there", weights=False)
         check_hub(str(cache))
-        assert requests == []
+        assert requests == ["/"]  # whether it answers at all
         for model in ("half/there", "not/there"):
             with pytest.raises(InputError, match=f"{model}: neither a folder here nor in the hub's cache"):
                 check_hub(model)
@@ -164,6 +204,15 @@ def test_ahead_of_the_work_a_hub_that_cannot_be_asked_is_a_warning_and_a_refusal
     check_hub("some/model", ahead=True)
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 2 and "does not answer (status 500)" in said[0] and "HF_HUB_OFFLINE is set" in said[1]
+
+
+def test_a_reward_model_without_weights_or_a_tokenizer_is_refused_before_anything_is_sampled(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["X"], "num_labels": 1}')
+    for name, missing in (("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer")):
+        with pytest.raises(InputError, match=missing):
+            check_reward_model(str(tmp_path))
+        (tmp_path / name).write_text("")
+    check_reward_model(str(tmp_path))
 
 
 def test_a_reward_model_with_half_a_config_is_bad_input(tmp_path):

@@ -307,6 +307,17 @@ def test_an_output_in_its_own_input_is_refused(tmp_path):
         finish(model / "out", inputs={"model": model})
 
 
+@pytest.mark.parametrize("place", ["~", "~/models"])
+def test_no_folder_called_tilde_is_made_and_a_missing_path_is_named_with_where_it_was_looked_for(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="only a shell replaces ~"):
+        finish(Path(place, "out"))
+    assert not list(tmp_path.iterdir())
+    for path, where in ((f"{place}/data.jsonl", "only a shell"), ("data.jsonl", f"relative paths start at {tmp_path}")):
+        with pytest.raises(InputError, match=f"no such file or folder .*{where}"):
+            finish(tmp_path / "out", inputs={"dataset": path})
+
+
 def test_what_is_not_split_evenly_counts_where_the_rest_is_dropped(tmp_path):
     settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
     assert finish(tmp_path / "out", settings, config_class=no_config)

@@ -75,6 +75,8 @@ def test_a_recipes_reference_follows_the_policy_from_round_2_on(tmp_path):
     for name, config in (("policy", {}), ("reward", {"architectures": ["X"], "num_labels": 1})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
+        for file in ("model.safetensors", "tokenizer.json"):
+            (tmp_path / name / file).write_text("")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     recipe, run = tmp_path / "own.env", tmp_path / "run"
     text = f"INITIAL_POLICY={tmp_path}/policy\nREWARD_MODEL={tmp_path}/reward\nPROMPTS=({tmp_path}/prompts.jsonl)\nGPUS=0\n"
