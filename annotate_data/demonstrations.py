@@ -1,7 +1,7 @@
 """Demonstrations for SFT from annotated responses: the best of each prompt, or all of them with their reward level."""
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from annotate_data.filters import only
 from baton.drops import Drops
@@ -35,16 +35,16 @@ def _bests(records: Iterator[tuple[str, Record]], min_reward: float | None, drop
             yield record, best
 
 
-def conditional(records: Iterator[tuple[str, Record]], edges: list[float]) -> Iterator[Record]:
-    """Yield every response as a demonstration whose last user turn begins with its reward level, `<reward_1>` the lowest.
+def conditional(records: Iterator[tuple[str, Record]], edges: list[float], levels: Sequence[str]) -> Iterator[Record]:
+    """Yield every response as a demonstration whose last user turn begins with the text of its reward level.
 
-    `edges` are the rewards, ascending, at which the next level begins. At inference, a prompt with the highest level requests
-    a response of the highest rewards.
+    `levels` are the texts, the lowest first; `edges` are the rewards, ascending, at which the next one begins. At inference, a
+    prompt with the highest level requests a response of the highest rewards.
     """
     for where, record in records:
         for index, reward in enumerate(record["rewards"]):
             level = 1 + bisect.bisect_right(edges, reward)
-            prompt = with_prefix(record["prompt"], f"<reward_{level}> ", where)
+            prompt = with_prefix(record["prompt"], f"{levels[level - 1]} ", where)
             yield {**demonstration(record, index, prompt), "reward_level": level}
 
 

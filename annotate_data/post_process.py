@@ -36,7 +36,7 @@ log = logging.getLogger("baton")
 ONLY_WITH = {
     **dict.fromkeys(("choose_type", "pairs_per_prompt", "min_margin", "max_length_ratio", "seed"), ("iter_dpo",)),
     "min_reward": ("rs", "best"),
-    "bins": ("ca",),
+    **dict.fromkeys(("bins", "levels"), ("ca",)),
 }
 
 
@@ -50,6 +50,9 @@ class Arguments(FilterArguments):
     max_length_ratio: float | None = option(None, "iter_dpo: longest ratio of the two lengths in characters", ge=1)
     min_reward: float | None = option(None, "rs, best: least reward of a best response, after normalisation")
     bins: int = option(5, "ca: reward levels, each with about as many responses", ge=2, le=100)
+    levels: list[str] | None = option(
+        None, "ca: the text before the prompt for each level, the lowest first, instead of <reward_1> to <reward_N>"
+    )
 
 
 def main() -> None:
@@ -80,6 +83,11 @@ def check(arguments: Arguments) -> None:
         given = getattr(arguments, name) != Arguments.model_fields[name].default
         if given and arguments.post_processor not in processors:
             raise InputError(f"`{name}` acts with post_processor {' and '.join(processors)} only: leave it out")
+    if arguments.levels is not None:
+        if arguments.bins != Arguments.model_fields["bins"].default:
+            raise InputError("`levels` says how many levels there are, and `bins` does too: leave one out")
+        if len({text.strip() for text in arguments.levels} - {""}) < max(len(arguments.levels), 2):
+            raise InputError("`levels` needs two different texts or more, none of them empty")
     if arguments.reward_range and not arguments.reward_range[0] <= arguments.reward_range[1]:
         raise InputError("`reward_range`: LOW HIGH, of which the first must not be above the second")
 
@@ -95,7 +103,8 @@ def post_processed(
         return best_of_n(records, arguments.min_reward, drops), lambda count: 1
     if arguments.post_processor == "best":
         return best_alone(records, arguments.min_reward, drops), lambda count: 1
-    return conditional(records, filtered.quantiles(arguments.bins)), lambda count: count
+    levels = arguments.levels or [f"<reward_{level}>" for level in range(1, arguments.bins + 1)]
+    return conditional(records, filtered.quantiles(len(levels)), levels), lambda count: count
 
 
 def pair_settings(arguments: Arguments) -> PairSettings:

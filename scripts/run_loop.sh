@@ -34,7 +34,7 @@ PROMPTS=() PROMPT_ARGS=() DATASET_KEY="" ROLLOUT_BATCH_SIZE="" SYSTEM_PROMPT="" 
 K=8 TEMPERATURE=1.0 TOP_P=1.0 MAX_NEW_TOKENS=1024 MAX_MODEL_LEN=4096 GENERATE_WITH=shards GENERATE_ARGS=()
 SCORERS=() WEIGHTS=() REWARD_ARGS=()
 GPUS=${#gpus[@]} ACCELERATE_CONFIG=configs/zero2.yaml DPO_CONFIG=configs/training.yaml DPO_ARGS=()
-TRAINER=dpo TRAIN_CONFIG="" TRAIN_ARGS=() SERVER_GPUS=0
+TRAINER=dpo TRAIN_CONFIG="" TRAIN_ARGS=() SERVER_GPUS=0 LEVELS=()
 HELDOUT_PROMPTS="" HELDOUT_K=1 HELDOUT_ARGS=() EVAL_SCORERS=() GOLD_SCORER="" SAMPLES=3
 variables=(
   INITIAL_POLICY REWARD_MODEL ROUNDS REFERENCE SEED DATASET_KEY ROLLOUT_BATCH_SIZE SYSTEM_PROMPT CHAT_TEMPLATE
@@ -42,7 +42,7 @@ variables=(
   TRAINER TRAIN_CONFIG SERVER_GPUS
   HELDOUT_PROMPTS HELDOUT_K GOLD_SCORER SAMPLES
 )
-lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS TRAIN_ARGS HELDOUT_ARGS EVAL_SCORERS)
+lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS TRAIN_ARGS LEVELS HELDOUT_ARGS EVAL_SCORERS)
 export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
 run_dir=$RUN_DIR devices=${CUDA_VISIBLE_DEVICES-all}
 [[ -n $show_plan ]] || check_folder "$run_dir"   # a plan may be that of another user's run
@@ -84,6 +84,8 @@ online=""
 [[ $TRAINER == dpo || -n $TRAIN_CONFIG ]] || die "$recipe: TRAINER=$TRAINER needs its settings: TRAIN_CONFIG, a YAML file"
 [[ $TRAINER != dpo || -z $TRAIN_CONFIG ]] || die "$recipe: the configuration of TRAINER=dpo is DPO_CONFIG, not TRAIN_CONFIG"
 [[ $TRAINER != dpo || -z ${TRAIN_ARGS[*]:-} ]] || die "$recipe: the flags of TRAINER=dpo are DPO_ARGS, not TRAIN_ARGS"
+[[ $TRAINER == conditional_sft || -z ${LEVELS[*]:-} ]] || die "$recipe: LEVELS is for TRAINER=conditional_sft"
+((${#LEVELS[@]})) || LEVELS=("<reward_"{1..5}">")
 [[ $TRAINER == dpo || -z ${DPO_ARGS[*]:-} ]] || die "$recipe: the flags of TRAINER=$TRAINER are TRAIN_ARGS, not DPO_ARGS"
 [[ ! $TRAINER =~ ^(raft|conditional_sft|distillation)$ || $REFERENCE == initial ]] ||
   die "$recipe: REFERENCE=$REFERENCE, but TRAINER=$TRAINER has no reference: leave it out"
@@ -159,8 +161,8 @@ step() {
 # Samples K responses a prompt on all GPUs, in shards or through servers: generate STAGE POLICY PROMPTS K PREFIX [ARGUMENT ...]
 generate() {
   local asks=()
-  # A policy that has learnt what each response was worth is asked for the best; post_process.py writes five levels.
-  [[ $TRAINER != conditional_sft || $2 == "$INITIAL_POLICY" ]] || asks=(--prompt_prefix "<reward_5> ")
+  # A policy that has learnt what each response was worth is asked for the best.
+  [[ $TRAINER != conditional_sft || $2 == "$INITIAL_POLICY" ]] || asks=(--prompt_prefix "${LEVELS[-1]} ")
   step "$1" inference --group sampling "generation/run_$GENERATE_WITH.py" --model_name_or_path "$2" \
     --dataset_name_or_path "$3" --K "$4" --output_dir "$5" --temperature "$TEMPERATURE" --top_p "$TOP_P" \
     --max_new_tokens "$MAX_NEW_TOKENS" --max_model_len "$MAX_MODEL_LEN" ${DATASET_KEY:+--dataset_key "$DATASET_KEY"} \
@@ -213,7 +215,7 @@ run_round() {
 
 # Samples, scores and trains in stages that hand each other files: round_of_stages ROUND POLICY PROMPTS REFERENCE
 round_of_stages() {
-  local folder=$run_dir/round$1 window how=rs
+  local folder=$run_dir/round$1 window how=(rs)
   # Windows of one prompt set follow each other in one shuffle of it, so its seed is the same in all rounds.
   window=(--data_seed "$SEED" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --iter "$(($1 - 1))")
   [[ -n $ROLLOUT_BATCH_SIZE ]] || window=()
@@ -232,8 +234,8 @@ round_of_stages() {
       train_on "$1" "$2" dpo_iteration/run_kto.py "$TRAIN_CONFIG" "$folder/data_with_rewards.jsonl" --ref_model "$4" \
         --examples_path "$folder/examples.jsonl" "${TRAIN_ARGS[@]}" ;;
     raft | conditional_sft)  # on the best response of each prompt, or on all of them with what each is worth
-      [[ $TRAINER == raft ]] || how=ca
-      step "round$1-demonstrations" inference --group scoring annotate_data/post_process.py --post_processor "$how" \
+      [[ $TRAINER == raft ]] || how=(ca --levels "${LEVELS[@]}")
+      step "round$1-demonstrations" inference --group scoring annotate_data/post_process.py --post_processor "${how[@]}" \
         --dataset_name_or_path "$folder/data_with_rewards.jsonl" --output_dir "$folder/demonstrations.jsonl"
       train_on "$1" "$2" sft/run_sft.py "$TRAIN_CONFIG" "$folder/demonstrations.jsonl" "${TRAIN_ARGS[@]}" ;;
     distillation)  # on what the student itself says, of which the teacher has an opinion

@@ -110,6 +110,7 @@ def test_a_template_of_the_reward_model_is_its_own():
         ("REWARD_MODEL=reward\nTRAINER=pp\n", "raft, conditional_sft, distillation, ppo or online_dpo, not 'pp'"),
         ("REWARD_MODEL=reward\nTRAIN_ARGS=(--x)\n", "the flags of TRAINER=dpo are DPO_ARGS"),
         ("REWARD_MODEL=reward\nTRAINER=raft\nTRAIN_CONFIG=a.yaml\nREFERENCE=previous\n", "TRAINER=raft has no reference"),
+        ("REWARD_MODEL=reward\nLEVELS=(poor good)\n", "LEVELS is for TRAINER=conditional_sft"),
         ("REWARD_MODEL=reward\nTRAINER=ppo\n", "TRAINER=ppo needs its settings: TRAIN_CONFIG"),
         ("REWARD_MODEL=reward\nTRAINER=ppo\nTRAIN_CONFIG=a.yaml\nPROMPT_ARGS=(--x)\n", "PROMPT_ARGS is not for TRAINER=ppo"),
         ("REWARD_MODEL=reward\nSERVER_GPUS=1\n", "SERVER_GPUS=1 of GPUS=0: none is left to train"),
@@ -265,18 +266,19 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
     config = {"kto": "configs/kto.yaml", "distillation": "configs/kd.yaml"}.get(trainer, "configs/sft.yaml")
     teacher = f"--teacher_model {folder}/policy " if trainer == "distillation" else ""
     settings = f"TRAIN_CONFIG={config}\nTRAIN_ARGS=({teacher}--learning_rate 1e-6)\nREWARD_MODEL={folder}/reward\nROUNDS=2\n"
-    text = f"TRAINER={trainer}\n{settings}"
+    levels = "LEVELS=(poor fair 'very good')\n" if trainer == "conditional_sft" else ""
+    text = f"TRAINER={trainer}\n{settings}{levels}"
     done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
     assert done.returncode == 0, done.stderr
     lines = commands(done.stdout)
     line = lines["round2-train"]
     assert program in line and f"--dataset_name_or_path {folder}/run/round2/{data}" in line
     assert f"--model_name_or_path {folder}/run/round1/policy" in line and line.endswith("--learning_rate 1e-6")
-    asks = [name for name, words in lines.items() if "--prompt_prefix '<reward_5> '" in words]
+    asks = [name for name, words in lines.items() if "--prompt_prefix 'very good '" in words]
     assert asks == (["round2-generate"] if trainer == "conditional_sft" else [])
     assert ("round2-rewards" in lines) == (trainer != "distillation")
     if trainer in ("raft", "conditional_sft"):
-        processor = "rs" if trainer == "raft" else "ca"
+        processor = "rs" if trainer == "raft" else "ca --levels poor fair 'very good'"
         assert f"--post_processor {processor}" in lines["round2-demonstrations"]
 
 

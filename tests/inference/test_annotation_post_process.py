@@ -81,6 +81,18 @@ def test_every_response_is_a_demonstration_at_its_reward_level(files):
     assert statistics.pstdev(r["reward"] for r in made) == pytest.approx(1)
 
 
+def test_the_texts_of_the_levels_are_the_users(files):
+    run(PROGRAM, post_processor="ca", levels=["poor", "very good"], **files)
+    made = read(files["output_dir"])
+    texts = {1: "poor", 2: "very good"}
+    assert {record["reward_level"] for record in made} == set(texts)
+    for record in made:
+        assert record["messages"][0]["content"] == f"{texts[record['reward_level']]} Question {record['id'][1:]}"
+    for levels in (["poor"], ["poor", "poor"], ["poor", ""]):
+        log = run(PROGRAM, code=2, post_processor="ca", levels=levels, **files)
+        assert "`levels` needs two different texts or more" in log
+
+
 def test_filters_leave_out_responses_and_count_the_prompts_that_fall_short(tmp_path):
     records = [
         {"id": "twins", "prompt": "Hello", "responses": ["a", "a", "a"], "rewards": [0.1, 0.2, 0.3]},
