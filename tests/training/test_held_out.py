@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 
 from baton.errors import InputError
 from baton.training.held_out import NONE, held_out_prompts, of_prompts, without
+from dpo_iteration import run_dpo, run_kto
+from dpo_iteration.example_rows import holds_out, prompts_aside
+from dpo_iteration.pair_rows import held_out_every, held_out_source
 from tests.programs import read_jsonl, run_program, write_jsonl
 
 SHORT = [
@@ -65,10 +68,14 @@ def test_dpo_evaluates_on_one_prompt_in_so_many_and_trains_on_none_of_these_agai
     assert manifest["counts"] == {"in": 43, "out": 42, "dropped": dropped}
 
 
-def test_a_held_out_file_comes_before_eval_every(task, repeated, annotated, tmp_path):
-    words = ["--eval_every", 6, "--eval_dir", task / "data/rm_test.jsonl", "--max_training_samples", 16]
-    manifest = outcome("dpo_iteration/run_dpo.py", task, repeated, tmp_path / "policy", *words)
-    assert manifest["held_out"] == {"pairs": 40, "dropped": {}} and manifest["counts"]["in"] == 50
+def test_a_held_out_file_comes_before_eval_every_and_do_eval_false_before_both():
+    given = {"model_name_or_path": "m", "dataset_name_or_path": "d", "output_dir": "o", "eval_every": 6}
+    dpo = [run_dpo.Arguments(**given, **more) for more in ({}, {"eval_dir": "held_out.jsonl"})]
+    assert [held_out_every(arguments, {"do_eval": True}) for arguments in dpo] == [6, None]
+    assert [held_out_source(arguments, {}) for arguments in dpo] == [None, "held_out.jsonl"]
+    assert all(held_out_every(each, {"do_eval": "false"}) is held_out_source(each, {"do_eval": False}) is None for each in dpo)
+    kto = run_kto.Arguments(**given, eval_dataset_name_or_path="held_out.jsonl")
+    assert prompts_aside(kto) == NONE and holds_out(kto)
 
 
 def test_kto_evaluates_on_one_prompt_in_so_many(task, repeated, tmp_path):

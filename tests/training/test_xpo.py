@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton import jsonl
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.pairs import PairSettings
@@ -223,7 +224,7 @@ def xpo(task, data, output, *more):
     )  # fmt: skip
 
 
-def test_a_run_pairs_policy_with_reference_and_its_pairs_train_again(task, annotated, references, tmp_path):
+def test_a_run_pairs_policy_with_reference_and_its_pairs_are_read_back_with_their_sides(task, annotated, references, tmp_path):
     words = ["--extra_responses", references, "--choose_type", "random"]
     done = xpo(task, annotated, tmp_path / "policy", *words, "--eval_every", 12)
     assert done.returncode == 0, done.stderr
@@ -237,9 +238,8 @@ def test_a_run_pairs_policy_with_reference_and_its_pairs_train_again(task, annot
     assert manifest["held_out"]["pairs"] == 4 and "eval_loss/xpo" not in manifest["metrics"]
     lines = read_jsonl(tmp_path / "policy.metrics.jsonl")
     assert all(line["loss/xpo"] < 0 for line in lines if "loss" in line)
-
-    again = xpo(task, tmp_path / "policy.pairs.jsonl", tmp_path / "again")
-    assert again.returncode == 0, again.stderr
+    again = choose_pairs(jsonl.read(tmp_path / "policy.pairs.jsonl"), PairSettings(), Drops(), Counter())
+    assert list(again) == pairs
 
 
 @pytest.mark.parametrize(
