@@ -1,4 +1,4 @@
-"""Settings and data that DPO cannot train on, refused before a model is loaded. What every trainer refuses comes first."""
+"""Settings and data that DPO and KTO cannot train on, refused before a model is loaded. What all refuse comes first."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         arguments: those of run_dpo.py.
         config: a DPOConfig.
     """
-    check_settings(config, sharding, arguments, evaluates=bool(arguments.eval_dir))
+    check_settings(config, sharding, arguments, evaluates=bool(arguments.eval_dir or arguments.eval_every))
     check_kept(arguments, config, sharding)
     if arguments.compile == "on":
         reason = obstacle(config, sharding, arguments.load_in_4bit)
@@ -34,17 +34,16 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         raise InputError("`sync_ref_model` does not go with `use_peft`, whose reference is the model without the adapter")
 
 
-def check_pairs(pairs: int, config: Any, dealt: bool) -> None:
+def check_count(count: int, config: Any, dealt: bool, what: str = "pairs") -> None:
     """Raise InputError where there are too few pairs for one step, or, where they are not `dealt`, for one batch on every rank.
 
     Accelerate would give some ranks pairs of the others, which then count twice; with `dataloader_drop_last` there would be
-    no step at all.
+    no step at all. `what` they are is said in the message.
     """
     ranks, size = data_parallel().size, config.per_device_train_batch_size
-    what = f"{ranks} processes x `per_device_train_batch_size` {size}"
-    batch = ranks * size
+    batch, says = ranks * size, f"{ranks} processes x `per_device_train_batch_size` {size}"
     if dealt:
         batch *= config.gradient_accumulation_steps
-        what += f" x `gradient_accumulation_steps` {config.gradient_accumulation_steps}"
-    if pairs < batch and (config.dataloader_drop_last or (ranks > 1 and not dealt)):
-        raise InputError(f"{pairs} pairs are fewer than one batch: {what}; use fewer processes or a smaller batch")
+        says += f" x `gradient_accumulation_steps` {config.gradient_accumulation_steps}"
+    if count < batch and (config.dataloader_drop_last or (ranks > 1 and not dealt)):
+        raise InputError(f"{count} {what} are fewer than one batch: {says}; use fewer processes or a smaller batch")

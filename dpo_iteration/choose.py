@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from baton import jsonl
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
-from baton.pairs import PER_RESPONSE_KEYS, PairSettings, candidates, checked_pair, far_apart, pairs_of, why_left_out
+from baton.pairs import PER_RESPONSE_KEYS, PairSettings, checked_pair, far_apart, pairs_of, why_left_out
 from baton.preferences import ANSWER_KEYS, preference_records, preferences_in
 from baton.prompts import read_records, with_ids
 from baton.records import named, prompt_hash, prompt_of, rewards_of
@@ -20,9 +20,14 @@ from dpo_iteration.account import IN, Account
 
 log = logging.getLogger("baton")
 
+Extra = Mapping[str, Record]  # further annotated responses, by the id of their prompt
+# What makes pairs of annotated records, and drops for those that it does not make, as `pairs_of` does.
+PairUp = Callable[[Iterable[tuple[str, Record]], PairSettings, Drops, Extra | None], Iterator[Record]]
+
 NO_MARGIN = "pairs without a margin"
 EARLIER = "pairs of earlier rounds"
 EXTRA = "prompts with extra responses"
+HELD_OUT = "pairs of earlier rounds whose prompt is held out"
 BEYOND = "beyond max_training_samples"
 
 
@@ -34,15 +39,16 @@ def write_pairs(
     most: int = -1,
     score: str | None = None,
     min_edit_distance: float = 0.0,
-    extra: Mapping[str, Record] | None = None,
+    extra: Extra | None = None,
+    pair_up: PairUp = pairs_of,
 ) -> Account:
     """Write the pairs of the records of `source` to `path`, the first `most` of them, all if that is below 1.
 
-    Returns what became of the records. `min_edit_distance` is that of `far_apart`, `extra` that of `pairs_of`. Raises as
-    `at_least_one`, and InputError where no record has a prompt of `extra`.
+    Returns what became of the records. `min_edit_distance` is that of `far_apart`, `extra` that of `pairs_of`, or of what else
+    is to `pair_up` responses. Raises as `at_least_one`, and InputError where no record has a prompt of `extra`.
     """
     account = Account()
-    pairs = choose_pairs(records, settings, account.drops, account.counted, score, extra)
+    pairs = choose_pairs(records, settings, account.drops, account.counted, score, extra, pair_up)
     if min_edit_distance:
         pairs = far_apart(pairs, min_edit_distance, account.drops)
     jsonl.write(path, at_least_one(first_pairs(pairs, most, account.drops), source, account.drops))
@@ -58,7 +64,7 @@ def first_pairs(pairs: Iterable[Record], most: int, drops: Drops) -> Iterator[Re
             yield pair
 
 
-def extra_responses(source: str | None, split: str) -> dict[str, Record] | None:
+def extra_responses(source: str | None, split: str) -> Extra | None:
     """The annotated responses of a file, held in memory by the id of their prompt; None without a file.
 
     Raises InputError for a record without valid responses and rewards, and for one id on two records.
@@ -81,7 +87,8 @@ def choose_pairs(
     drops: Drops,
     counted: Counter[str],
     score: str | None = None,
-    extra: Mapping[str, Record] | None = None,
+    extra: Extra | None = None,
+    pair_up: PairUp = pairs_of,
 ) -> Iterator[Record]:
     """Yield the pairs of ("file:line", record): chosen among annotated responses, or as a preference file gives them.
 
@@ -91,10 +98,10 @@ def choose_pairs(
     """
     for where, record in with_ids(_readable(records, score, drops, counted)):
         if "responses" in record:
-            pairs = list(pairs_of([(where, record)], settings, drops, extra))  # this checks the record
-            more = () if extra is None else extra.get(record["id"], {}).get("responses", ())
-            counted[IN] += candidates(len(record["responses"]) + len(more), settings)
-            if more:
+            before = drops.counts.total()
+            pairs = list(pair_up([(where, record)], settings, drops, extra))
+            counted[IN] += len(pairs) + drops.counts.total() - before
+            if extra is not None and record["id"] in extra:
                 counted[EXTRA] += 1
             yield from pairs
             continue
@@ -159,6 +166,15 @@ def pairs_again(paths: Iterable[Path], counted: Counter[str]) -> Iterator[tuple[
             counted[IN] += 1
             counted[EARLIER] += 1
             counted[NO_MARGIN] += pair.get("margin") is None
+            yield where, pair
+
+
+def not_held_out(pairs: Iterable[tuple[str, Record]], prompts: Collection[int], drops: Drops) -> Iterator[tuple[str, Record]]:
+    """Yield the pairs whose prompt is none of the held-out `prompts`, hashes; `drops` gets the others."""
+    for where, pair in pairs:
+        if prompts and prompt_hash(pair["prompt"]) in prompts:
+            drops.add(HELD_OUT, pair["id"])
+        else:
             yield where, pair
 
 

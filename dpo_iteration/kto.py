@@ -2,23 +2,28 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from trl import KTOConfig, KTOTrainer
 
 from baton.errors import InputError
 from baton.models.forward import TOKENS_PER_ROW, obstacle, share_prefixes
 from baton.parallel import data_parallel
+from baton.training.adapters import adapter_config, quantization_config
 from baton.training.checks import check_packing
 from baton.training.config import train_in_float32
+from baton.training.memory import check_memory, estimate, estimate_reference, largest_batch, outline, sharding_of
 from baton.training.metrics import EvaluateAtEnd
 from baton.training.reference import dataset_reference_logps
+from baton.training.rows import rows_on_disk
 from baton.training.sharding import KeepsFloat32
+from dpo_iteration.checks import check_count
 
 log = logging.getLogger("baton")
 
@@ -92,7 +97,10 @@ def in_training_order(rows: Dataset, config: KTOConfig, max_length: int) -> Iter
             others = chain(before, (rows[int(index)] for index in order))
             other = next((other for other in others if other["prompt_ids"] != row["prompt_ids"]), None)
             if other is None:
-                raise InputError("all examples have the same prompt; KTO estimates its KL term from responses to other prompts")
+                raise InputError(
+                    "all examples have the same prompt, or all that are held out; KTO estimates its KL term from responses to "
+                    "other prompts"
+                )
             yield {**row, "KL_completion_ids": other["completion_ids"][: max_length - len(row["prompt_ids"])]}
 
 
@@ -103,13 +111,57 @@ def with_reference_logps(rows: Dataset, reference: str, config: KTOConfig, folde
     return rows.add_column("ref_logps", logps[:, 0]).add_column("ref_KL_logps", logps[:, 1])
 
 
+def check_memory_of(arguments: Any, config: KTOConfig, rows: Dataset) -> None:
+    """Log the memory that training takes, before a model is loaded, and warn where there is less.
+
+    Whatever `tokens_per_row`, a process computes its batch in one pass. The pass of the mismatched responses, for the KL term,
+    comes before it, has no gradients, and so takes less. Raises InputError for a model or an adapter that cannot be made.
+    """
+    in_4_bit = arguments.load_in_4bit
+    outlined, sharding = outline(arguments.model_name_or_path, adapter_config(arguments)), sharding_of(config)
+    tokens = largest_batch(rows, config, packed=True, sides=("completion",))  # as many where it is padded
+    needs = estimate(outlined, config, sharding, tokens, in_4_bit=in_4_bit)
+    check_memory(needs, config, estimate_reference(outlined, config, sharding, in_4_bit=in_4_bit))
+
+
+def make_trainer(
+    arguments: Any, config: KTOConfig, tokenizer: Any, dataset: Dataset, held_out: Dataset | None, reference: str, folder: Path
+) -> "PackedKTOTrainer":
+    """The trainer on a dataset of examples, in random order; the reference's log-probabilities are kept in `folder`.
+
+    `arguments` are those of run_kto.py, `held_out` examples to evaluate on. With an adapter the reference is the model without
+    it. Raises InputError where there are too few examples for a batch.
+    """
+    check_count(len(dataset), config, dealt=False, what="examples")
+    check_memory_of(arguments, config, dataset)
+    adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
+
+    def in_order(rows: Dataset, name: str) -> Dataset:
+        return rows_on_disk(partial(in_training_order, rows, config, arguments.max_length), config, name)
+
+    every = dataset = in_order(dataset, "in_order")
+    if held_out is not None:
+        every = concatenate_datasets([dataset, in_order(held_out, "held_out_in_order")])
+    every = with_reference_logps(every, reference, config, folder, quantization)
+    return PackedKTOTrainer(
+        arguments.model_name_or_path,
+        args=config,
+        train_dataset=every.select(range(len(dataset))),
+        eval_dataset=None if held_out is None else every.select(range(len(dataset), len(every))),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        quantization_config=quantization,
+        tokens_per_row=arguments.tokens_per_row,
+    )
+
+
 class PackedKTOTrainer(KeepsFloat32, KTOTrainer):
     """`trl.KTOTrainer` on rows that are already tokenised, packed without padding where the architecture allows it.
 
     Takes what `trl.KTOTrainer` takes, with `precompute_ref_log_probs`, and the rows of `with_reference_logps`.
 
     Args:
-        tokens_per_row: most tokens of one packed row.
+        tokens_per_row: most tokens of one packed row, in an evaluation by one process; a training batch is one row.
         check_first_batch: compare the first batch's packed log-probabilities with those of the model's own forward
             pass; None: on a GPU, whose kernels no test has seen.
     Raises:

@@ -23,16 +23,22 @@ OF_MARGINS = {"rebel", "sppo"}
 
 @dataclass(frozen=True)
 class LossNumbers:
-    """What the losses of `own_losses.py` are set by beside `beta`, each named after its loss; `length_alpha` is for `sigmoid`.
+    """What the losses of `own_losses.py` are set by beside `beta`, each named after its loss; the first two are for `sigmoid`.
 
     Their meanings stand with the losses' formulas.
     """
 
     length_alpha: float = 0.0
+    xpo_alpha: float = 0.0
     simpo_gamma: float = 0.5
     orpo_lambda: float = 0.1
     dpop_lambda: float = 50.0
     rebel_eta: float = 1.0
+
+
+def loss_numbers(arguments: Any) -> LossNumbers:
+    """Those of run_dpo.py's arguments."""
+    return LossNumbers(**{field.name: getattr(arguments, field.name) for field in fields(LossNumbers)})
 
 
 def loss_types(settings: dict[str, Any]) -> list[Any]:

@@ -1,8 +1,8 @@
-"""The margins of rows: which losses read them, and how they reach the loss. The formulas are those of `own_losses.py`.
+"""What is added to TRL's sigmoid loss: with which settings, and how a row's numbers reach it. The formulas: `own_losses.py`.
 
-With `margin_scale` the reward margin is an offset in TRL's sigmoid loss, and with `length_alpha` the difference of lengths. TRL
-computes the loss without; what the offset adds is a term of its own, of the same forward pass. So TRL's metrics are those
-without an offset.
+With `margin_scale` the reward margin is an offset in the sigmoid, and with `length_alpha` the difference of lengths; with
+`xpo_alpha` XPO's term stands beside it. TRL computes the loss without; what each adds is a term of its own, of the same forward
+pass. So TRL's metrics are those without.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from baton.errors import InputError
 
 
 def check_offset(config: DPOConfig, name: str, value: float) -> None:
-    """Raise InputError, before a model loads, for a loss that has no offset for the setting `name`, unless its `value` is 0."""
+    """Raise InputError, before a model loads, for a loss that has no term for the setting `name`, unless its `value` is 0."""
     if not value:
         return
     if "sigmoid" not in config.loss_type or set(config.loss_type) - {"sigmoid", "sft"}:
@@ -24,11 +24,13 @@ def check_offset(config: DPOConfig, name: str, value: float) -> None:
         raise InputError(f"{name} needs f_divergence_type reverse_kl, not {config.f_divergence_type}")
 
 
-def with_margin(collate: Callable[[list[dict]], dict[str, Any]]) -> Callable[[list[dict]], dict[str, Any]]:
-    """A collator that also hands the rows' margins on, float32 (B,)."""
+def with_column(
+    collate: Callable[[list[dict]], dict[str, Any]], name: str, dtype: torch.dtype
+) -> Callable[[list[dict]], dict[str, Any]]:
+    """A collator that also hands a column of the rows on, (B,), where it is known of all of them."""
 
-    def collate_with_margin(rows: list[dict]) -> dict[str, Any]:
-        margins = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
-        return {**collate(rows), "margin": margins}
+    def collate_with_column(rows: list[dict]) -> dict[str, Any]:
+        values = [row[name] for row in rows]
+        return collate(rows) if None in values else {**collate(rows), name: torch.tensor(values, dtype=dtype)}
 
-    return collate_with_margin
+    return collate_with_column

@@ -100,6 +100,17 @@ def offset_difference(pairs: Pairs, beta: float, margin_scale: float, length_alp
     return F.logsigmoid(scaled) - F.logsigmoid(scaled - offset)
 
 
+def optimism(pairs: Pairs, of_chosen: Tensor, alpha: float) -> Tensor:
+    """XPO's term, alpha log p of the reference's response, summed over its tokens; it is added to the `sigmoid` loss, (B,).
+
+    It takes probability from what the reference says already, so that the policy explores. XPO (arXiv 2405.21046, Algorithm 1,
+    with the reference as the sampling policy), which sums it, like the loss, over all pairs. `of_chosen` says where the
+    chosen response is the reference's, bool (B,); elsewhere it is the rejected one.
+    """
+    sums = pairs.chosen_mean * pairs.chosen_length, pairs.rejected_mean * pairs.rejected_length
+    return alpha * torch.where(of_chosen, *sums)
+
+
 def mean_loss(losses: Tensor, pairs: Pairs) -> Tensor:
     """The mean of (B,) losses, each by its pair's weight."""
     return losses.mean() if pairs.weight is None else (losses * pairs.weight).mean()
@@ -134,10 +145,13 @@ def pairs_said(outputs: Any, inputs: dict[str, Tensor], margin: Tensor | None, l
 def check_own_losses(config: Any, numbers: LossNumbers, margin_scale: float = 0.0) -> None:
     """Raise InputError, before a model loads, for settings of a DPOConfig that one of the losses here does not go with."""
     own = [name for name in config.loss_type if name in OWN_LOSSES]
-    offset = "`length_alpha`" if numbers.length_alpha else "`margin_scale`" if margin_scale else ""
-    if not own and not offset:
+    terms = {"length_alpha": numbers.length_alpha, "margin_scale": margin_scale, "xpo_alpha": numbers.xpo_alpha}
+    given = [f"`{name}`" for name, value in terms.items() if value]
+    if not own and not given:
         return
-    named = f"loss_type {', '.join(own)}" if own else offset
+    named = f"loss_type {', '.join(own)}" if own else given[0]
+    if numbers.xpo_alpha and config.use_weighting:
+        raise InputError("`xpo_alpha` adds what counts alike for all pairs, and `use_weighting` weights them: leave one out")
     if own and config.f_divergence_type != "reverse_kl":
         raise InputError(f"{named} needs f_divergence_type reverse_kl, not {config.f_divergence_type}")
     if config.sync_ref_model:

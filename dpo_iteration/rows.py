@@ -21,6 +21,7 @@ from baton.models.templates import (
 )
 from baton.program import harmless
 from dpo_iteration.account import IN, in_words
+from dpo_iteration.xpo import COLUMN, reference_is_chosen
 
 log = logging.getLogger("baton")
 
@@ -52,8 +53,12 @@ class Rows:
         return template_hash(self.tokenizer)
 
     def of_pairs(self, pairs: Iterable[tuple[str, Record]]) -> Iterator[dict[str, Any]]:
-        """Yield `prompt_ids`, `chosen_ids`, `rejected_ids` and `margin`, None if unknown, for each ("file:line", pair)."""
+        """Yield `prompt_ids`, `chosen_ids`, `rejected_ids`, and what is None if unknown, for each ("file:line", pair).
+
+        That is the `margin`, and `reference_is_chosen` (`xpo.py`).
+        """
         for where, pair in pairs:
+            of_reference = reference_is_chosen(pair, where)
             row = self._row(pair, ("chosen", "rejected"), where)
             if row is None:
                 continue
@@ -63,7 +68,7 @@ class Rows:
                 self.drops.add(NO_TOKEN, pair["id"])
             else:
                 margin = pair.get("margin")
-                yield {**row, "margin": None if margin is None else float(margin)}
+                yield {**row, "margin": None if margin is None else float(margin), COLUMN: of_reference}
 
     def of_examples(self, examples: Iterable[tuple[str, Record]]) -> Iterator[dict[str, Any]]:
         """Yield `prompt_ids`, `completion_ids` and `label` for each ("file:line", labelled example)."""

@@ -12,10 +12,7 @@ is loaded, and kept beside the output. With `--use_peft` an adapter is trained; 
 policy, as the next round needs it.
 """
 
-import copy
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,22 +21,20 @@ from baton import jsonl, program
 from baton.ahead import note_adapter
 from baton.arguments import option
 from baton.errors import InputError
-from baton.jsonl import Record
-from baton.keys import with_usual_keys
-from baton.labels import LabelSettings, check_both_kinds, labelled_examples
 from baton.launch.check import check_processes
-from baton.models.templates import load_tokenizer, template_warning
-from baton.prompts import mixed_records, source_inputs, split_sources
+from baton.models.templates import load_tokenizer
+from baton.prompts import source_inputs
 from baton.sources import check_start, loading, refuse_input, template_input
 from baton.stage import Stage
 from baton.task import batch_together
-from baton.training.adapters import LoraArguments, adapter_config, check_lora, merge_adapter, quantization_config
+from baton.training.adapters import LoraArguments, check_lora
 from baton.training.arguments import early_stopping_option, keep_checkpoints_option, metrics_file, parse_training
 from baton.training.data import DataArguments, dataset_probs
+from baton.training.held_out import NONE
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account
-from dpo_iteration.choose import at_least_one
-from dpo_iteration.rows import log_rows, rows_of_examples
+from dpo_iteration.example_rows import held_out_rows, holds_out, label_settings, prompts_aside, rows_of, write_examples
+from dpo_iteration.rows import log_rows
 
 log = logging.getLogger("baton")
 
@@ -67,6 +62,9 @@ class Arguments(DataArguments, LoraArguments):
         changes_result=False,
     )
     eval_dataset_split: str = option("test", "split of a held-out Hugging Face dataset")
+    eval_every: int | None = option(
+        None, "hold out one prompt in so many where no held-out file is given, with all its examples", ge=2
+    )
     output_dir: str = option(
         ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
     )
@@ -85,8 +83,8 @@ class Arguments(DataArguments, LoraArguments):
     seed: int = option(42, "seed of the training and of the order of the examples")
     tokens_per_row: int = option(
         4096,
-        "most tokens of a packed row; a step runs as many rows as its examples fill. It acts in one process alone: each of "
-        "several packs its whole batch into one row",
+        "most tokens of a packed row in an evaluation by one process; a training batch of a process is one row, and so is what "
+        "each of several processes evaluates at a time",
         ge=1,
         changes_result=False,
     )
@@ -98,11 +96,6 @@ def config_class() -> type:
     from trl import KTOConfig
 
     return KTOConfig
-
-
-def label_settings(arguments: Arguments) -> LabelSettings:
-    """How responses are labelled, checked. Raises InputError on a combination that makes no sense."""
-    return LabelSettings(arguments.desirable_above, arguments.undesirable_below, arguments.drop_truncated)
 
 
 def check(arguments: Arguments) -> None:
@@ -121,72 +114,6 @@ def models_of(arguments: Arguments) -> tuple[str, str]:
     return arguments.model_name_or_path, arguments.ref_model or arguments.model_name_or_path
 
 
-def records_of(arguments: Arguments) -> Iterator[tuple[str, Record]]:
-    """("file:line", record) of every dataset, mixed at their rates, the fields under their usual names."""
-    split, probs, most = arguments.dataset_split, dataset_probs(arguments), arguments.max_samples
-    return usual_records(arguments, mixed_records(arguments.dataset_name_or_path, split, probs, arguments.seed, most))
-
-
-def usual_records(arguments: Arguments, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
-    """Records with their fields under the usual names."""
-    names = ("dataset_key", "output_key", "label_key", "chosen_key", "rejected_key")
-    usual = ("prompt", "completion", "label", "chosen", "rejected")
-    return with_usual_keys(records, {key: getattr(arguments, name) for key, name in zip(usual, names, strict=True)})
-
-
-def write_examples(path: Path, arguments: Arguments) -> Account:
-    """Write the labelled examples to `path`; returns what became of the records. Raises InputError without both kinds."""
-    account, source = Account(), arguments.dataset_name_or_path
-    settings, score = label_settings(arguments), arguments.score_key
-    jsonl.write(path, labelled_examples(records_of(arguments), settings, account.drops, account.counted, score))
-    # Taken out of the account, since some are dropped below for their length: the rows are counted by kind instead.
-    check_both_kinds(account.counted.pop("desirable", 0), account.counted.pop("undesirable", 0), source, account.drops)
-    return account
-
-
-def rows_of(arguments: Arguments, path: Path, labelled: Account, tokenizer: Any, config: Any) -> tuple[Any, Account]:
-    """The token ids of the examples in `path`, a dataset, and the account of `labelled` continued by them.
-
-    Raises InputError if not both kinds are left.
-    """
-    from baton.training.rows import rows_on_disk
-    from baton.training.tokenising import tokenised
-
-    account = copy.deepcopy(labelled)
-    make = partial(rows_of_examples, tokenizer, arguments.max_length, arguments.max_prompt_length)
-
-    def token_ids():
-        labels: Counter[bool] = Counter()
-        total = account.counted[IN] - account.drops.counts.total()
-        for row in tokenised(make, jsonl.read(path), account.drops, account.counted, total):
-            labels[row["label"]] += 1
-            yield row
-        check_both_kinds(labels[True], labels[False], path, account.drops)
-
-    return rows_on_disk(token_ids, config, "examples"), account
-
-
-def held_out_rows(arguments: Arguments, tokenizer: Any, config: Any) -> tuple[Any, Account]:
-    """The token ids of the held-out examples, a dataset, and their account. Raises InputError if there is none."""
-    from baton.training.rows import rows_on_disk
-
-    account, source = Account(), arguments.eval_dataset_name_or_path
-    make = partial(rows_of_examples, tokenizer, arguments.max_length, arguments.max_prompt_length)
-
-    def token_ids():
-        records = usual_records(arguments, mixed_records(source, arguments.eval_dataset_split, None))
-        settings, score = label_settings(arguments), arguments.score_key
-        examples = labelled_examples(records, settings, account.drops, account.counted, score)
-        made = make(((source, each) for each in examples), account.drops, account.counted)
-        return at_least_one(made, source, account.drops, "example")
-
-    rows = rows_on_disk(token_ids, config, "held_out")
-    if program.rank() == 0 and source in split_sources(arguments.dataset_name_or_path):
-        log.warning("`eval_dataset_name_or_path` is data that is trained on, so what is evaluated is not held out")
-    log.info("evaluating on %d examples, dropped: %s", len(rows), account.drops)
-    return rows, account
-
-
 def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage) -> Any:
     """TRL's KTOConfig. Raises InputError for settings that cannot train."""
     check_outside(settings, models_of(arguments), ahead=arguments.check)
@@ -200,45 +127,10 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     adapter, kept = arguments.use_peft, arguments.keep_checkpoints
     config = trainer_config(config_class(), settings | fixed, Arguments.model_fields, stage, adapter, kept)
     config.per_device_eval_batch_size = config.per_device_train_batch_size  # the KL term is one of a batch
-    check_settings(config, sharding_of(config), arguments, evaluates=bool(arguments.eval_dataset_name_or_path))
+    check_settings(config, sharding_of(config), arguments, evaluates=holds_out(arguments))
     check_kept(arguments, config, sharding_of(config))
     kto.check_config(config)
     return config
-
-
-def make_trainer(arguments: Arguments, config: Any, tokenizer: Any, dataset: Any, held_out: Any | None, folder: Path) -> Any:
-    """The trainer on a dataset of examples, in random order; the reference's log-probabilities are kept in `folder`.
-
-    `held_out` are examples to evaluate on. With an adapter the reference is the model without it.
-    """
-    from datasets import concatenate_datasets
-
-    from baton.training.memory import outline
-    from baton.training.rows import rows_on_disk
-    from dpo_iteration import kto
-
-    _, reference = models_of(arguments)
-    adapter, quantization = adapter_config(arguments), quantization_config(arguments, config)
-    if adapter:
-        outline(arguments.model_name_or_path, adapter)  # refuses modules that the model does not have
-
-    def in_order(rows: Any, name: str) -> Any:
-        return rows_on_disk(partial(kto.in_training_order, rows, config, arguments.max_length), config, name)
-
-    every = dataset = in_order(dataset, "in_order")
-    if held_out is not None:
-        every = concatenate_datasets([dataset, in_order(held_out, "held_out_in_order")])
-    every = kto.with_reference_logps(every, reference, config, folder, quantization)
-    return kto.PackedKTOTrainer(
-        arguments.model_name_or_path,
-        args=config,
-        train_dataset=every.select(range(len(dataset))),
-        eval_dataset=None if held_out is None else every.select(range(len(dataset), len(every))),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        quantization_config=quantization,
-        tokens_per_row=arguments.tokens_per_row,
-    )
 
 
 def main() -> None:
@@ -264,15 +156,20 @@ def main() -> None:
     check_processes(settings.get("use_cpu"))
     config = checked(stage)
 
-    from baton.training.checkpoints import SCRATCH, keep_checkpoints, last_evaluation, stop_at_end_of_turn, train
+    from baton.training.checkpoints import train
     from baton.training.config import log_training
-    from dpo_iteration.kto import balance_advice
+    from dpo_iteration.finish import finish
+    from dpo_iteration.kto import balance_advice, make_trainer
 
-    # With the process group there, or another machine would not notice that this fails.
-    labelled = write_examples(examples_path, arguments) if program.rank() == 0 else Account()
-    tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
+    aside, labelled = NONE, Account()
+    if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
+        aside = prompts_aside(arguments)
+        labelled = write_examples(examples_path, arguments, aside)
+    tokenizer = load_tokenizer(model, arguments.chat_template)
     dataset, account = rows_of(arguments, examples_path, labelled, tokenizer, config)
-    aside = held_out_rows(arguments, tokenizer, config)[0] if held_out else None
+    evaluated, held_out_account = None, Account()
+    if holds_out(arguments):
+        evaluated, held_out_account = held_out_rows(arguments, aside, tokenizer, config)
     desirable = sum(dataset["label"])
     undesirable = len(dataset) - desirable
     if program.rank() == 0:
@@ -282,25 +179,15 @@ def main() -> None:
             log.warning("%s", advice)
     place_reports(settings, metrics_path)
     with loading(model, reference):
-        trainer = make_trainer(arguments, config, tokenizer, dataset, aside, examples_path.parent)
+        trainer = make_trainer(arguments, config, tokenizer, dataset, evaluated, reference, examples_path.parent)
     log_training(trainer)
     counts = {"in": account.counted[IN], "out": len(dataset), "dropped": dict(account.drops.counts)}
     metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts, arguments.early_stopping)
     if program.rank() == 0:
-        if arguments.merge_adapter:
-            metrics |= merge_adapter(model, stage.partial_folder, config, arguments.export_dtype)
         where, first = next(jsonl.read(examples_path))
-        conversation = [*first["prompt"], {"role": "assistant", "content": first["completion"]}]
-        finish = partial(stop_at_end_of_turn, tokenizer=tokenizer, messages=conversation, where=where)
-        finish(stage.partial_folder)
-        keep_checkpoints(trainer, arguments, stage.partial_folder, finish)
-        if aside is not None:
-            metrics |= last_evaluation(trainer)
-        counts = {"records_in": account.counted[IN], "records_out": len(dataset), "drops": account.drops}
+        learnt = where, [*first["prompt"], {"role": "assistant", "content": first["completion"]}]
         examples = {"desirable": desirable, "undesirable": undesirable, **account.facts}
-        stage.finish(**counts, examples=examples, metrics=metrics, scratch=SCRATCH)
-        if warning := template_warning(account.counted, tokenizer):
-            log.warning("%s", warning)
+        finish(trainer, stage, arguments, tokenizer, learnt, account, held_out_account, metrics, examples=examples)
 
 
 if __name__ == "__main__":

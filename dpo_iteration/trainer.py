@@ -30,10 +30,11 @@ from baton.training.metrics import EvaluateAtEnd, LineOfMetrics, WarnOfTrouble, 
 from baton.training.sharding import KeepsFloat32
 from baton.training.steps import TrainsRowByRow, needs_its_own_batches
 from dpo_iteration.losses import OF_MARGINS, OVER_TOKENS, OWN_LOSSES, LossNumbers, is_reference_free, over_a_batch
-from dpo_iteration.margin import check_offset, with_margin
-from dpo_iteration.own_losses import LOSSES, Pairs, check_own_losses, mean_loss, offset_difference, pairs_said
+from dpo_iteration.margin import check_offset, with_column
+from dpo_iteration.own_losses import LOSSES, Pairs, check_own_losses, mean_loss, offset_difference, optimism, pairs_said
+from dpo_iteration.xpo import COLUMN
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger("baton")
 
 TOKEN_COLUMNS = {"prompt_ids", "chosen_ids", "rejected_ids"}
 REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
@@ -57,22 +58,24 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
 
     Takes what `trl.DPOTrainer` takes, and rows that are already tokenised: `prompt_ids`, `chosen_ids`,
     `rejected_ids` (lists of token ids, used as they are), optionally `ref_chosen_logps` and
-    `ref_rejected_logps` (summed log-probabilities in nats; then no reference model is loaded) and `margin`
-    (chosen reward minus rejected reward). Where the loss has no reference, no such columns are needed.
+    `ref_rejected_logps` (summed log-probabilities in nats; then no reference model is loaded), `margin`
+    (chosen reward minus rejected reward) and `reference_is_chosen` (`xpo.py`). Where the loss has no reference, no such
+    columns are needed.
 
     Args:
         tokens_per_row: most tokens of one packed row, but for a pair that alone is longer; None: one row for the whole
             batch of a process.
         margin_scale: the `sigmoid` loss becomes -log sigmoid(beta * logratio difference - margin_scale *
             margin).
-        numbers: of the losses that are not TRL's, and `length_alpha` (`own_losses.py`).
+        numbers: of the losses that are not TRL's, and of what is added to `sigmoid` (`own_losses.py`). XPO's term is for the
+            data that is trained on; evaluations are without.
         packed: False for TRL's own forward pass on the same rows, for comparison.
         compile_layers: whether the layers of packed rows are compiled (`compiling.py`).
         check_first_batch: compare the first batch's packed log-probabilities with those of the model's own forward
             pass; None: on a GPU, whose kernels no test has seen.
     Raises:
-        InputError: `margin_scale` or `length_alpha` with a loss that has no such offset; settings that one of the losses does
-            not go with; no margins where they are needed; `train()`: the first batch's log-probabilities differ.
+        InputError: `margin_scale`, `length_alpha` or `xpo_alpha` with a loss that has no such term; settings that one of the
+            losses does not go with; a missing column; `train()`: the first batch's log-probabilities differ.
     """
 
     mean_over = "pairs"
@@ -101,9 +104,11 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         self._token_counts = None
         check_offset(args, "margin_scale", margin_scale)
         check_offset(args, "length_alpha", numbers.length_alpha)
+        check_offset(args, "xpo_alpha", numbers.xpo_alpha)
         check_own_losses(args, numbers, margin_scale)
         self._reads_margin = bool(margin_scale) or not OF_MARGINS.isdisjoint(args.loss_type)
-        self._has_terms = bool(margin_scale or numbers.length_alpha) or not set(OWN_LOSSES).isdisjoint(args.loss_type)
+        self._has_offset = bool(margin_scale or numbers.length_alpha)
+        self._has_terms = self._has_offset or bool(numbers.xpo_alpha) or not set(OWN_LOSSES).isdisjoint(args.loss_type)
         self._reference_free = is_reference_free(args.loss_type)
         if self._has_terms or set(train_dataset.column_names or ()) >= REFERENCE_COLUMNS:
             # TRL's name for: the reference's log-probabilities stand in the rows. It computes those that do not yet.
@@ -111,11 +116,15 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         if self._reads_margin and "margin" not in train_dataset.column_names:
             needs = "margin_scale" if margin_scale else f"loss_type {', '.join(args.loss_type)}"
             raise InputError(f"{needs} needs a `margin` in every row: chosen reward minus rejected reward")
+        if numbers.xpo_alpha and COLUMN not in train_dataset.column_names:
+            raise InputError(f"xpo_alpha needs `{COLUMN}` in every row: which response is the reference's")
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if kwargs.get("quantization_config") is not None:
             train_in_float32(self.model)  # TRL makes QLoRA's adapters bfloat16, and keeps no float32 copy of them
         if self._reads_margin:
-            self.data_collator = with_margin(self.data_collator)
+            self.data_collator = with_column(self.data_collator, "margin", torch.float32)
+        if numbers.xpo_alpha:
+            self.data_collator = with_column(self.data_collator, COLUMN, torch.bool)
         self._replace_forward()
         wanted = self.accelerator.device.type == "cuda" if check_first_batch is None else check_first_batch
         self._check_next_batch = wanted and self._token_counts is not None
@@ -145,7 +154,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         self._policy = policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         reason = why_padded(self.model)
         if reason:
-            logger.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
+            log.warning("%s: %s, so batches are padded (TRL's own forward pass)", type(policy).__name__, reason)
             return
         self._token_counts = share_prefixes(policy, self._tokens_per_row)
         if self.ref_model is not None:
@@ -165,7 +174,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
             return  # padded, whose memory the size of a process's batch bounds
         reason = needs_whole_batches(self.model, self.args)
         if reason:
-            logger.warning("%s, so each process computes its whole batch in one pass, whatever `tokens_per_row`", reason)
+            log.warning("%s, so each process computes its whole batch in one pass, whatever `tokens_per_row`", reason)
             return
         chosen, rejected = responses.T
         amounts = {
@@ -183,8 +192,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "margin" not in self._signature_columns:
-            self._signature_columns.append("margin")
+        self._signature_columns += [name for name in ("margin", COLUMN) if name not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if set(dataset.column_names) >= REFERENCE_COLUMNS:
@@ -255,7 +263,7 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
 
     def _loss_with_terms(self, model, inputs, return_outputs):
         """TRL's losses and metrics, and what `own_losses.py` adds from the same forward pass."""
-        margin = inputs.pop("margin", None)
+        margin, of_chosen = inputs.pop("margin", None), inputs.pop(COLUMN, None)
         outputs = []
 
         def policy(**batch):
@@ -269,13 +277,17 @@ class PackedDPOTrainer(TrainsRowByRow, KeepsFloat32, DPOTrainer):
         result = super()._compute_loss(policy, inputs, return_outputs)
         self.loss_types, self.loss_weights = types, weights
         pairs = pairs_said(outputs[0], inputs, margin, self.ld_alpha, self.use_weighting)
-        loss = result[0] if return_outputs else result
+        loss, numbers = result[0] if return_outputs else result, self._numbers
         for name, weight in every:
             if name in LOSSES:
-                loss = loss + weight * mean_loss(LOSSES[name](pairs, self.beta, self._numbers), pairs)
-            elif name == "sigmoid" and (self._margin_scale or self._numbers.length_alpha):
-                added = offset_difference(pairs, self.beta, self._margin_scale, self._numbers.length_alpha)
+                loss = loss + weight * mean_loss(LOSSES[name](pairs, self.beta, numbers), pairs)
+            if name == "sigmoid" and self._has_offset:
+                added = offset_difference(pairs, self.beta, self._margin_scale, numbers.length_alpha)
                 loss = loss + weight * mean_loss(added, pairs)
+            if name == "sigmoid" and numbers.xpo_alpha and self.model.training:
+                term = mean_loss(optimism(pairs, of_chosen, numbers.xpo_alpha), pairs)
+                loss = loss + weight * term
+                self._metrics["train"]["loss/xpo"].append(self.accelerator.gather(term.detach()).mean().item())
         if self._reference_free:
             self._replace_rewards(pairs)
         return (loss, result[1]) if return_outputs else loss

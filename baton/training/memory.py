@@ -7,7 +7,9 @@ GPU's context, together often some GiB. So the estimate distinguishes a 20 GiB m
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import psutil
@@ -91,18 +93,18 @@ def outline(model: str, adapter: Any = None, outputs: int | None = None) -> nn.M
             raise InputError(f"`lora_target_modules`: {error}") from None
 
 
-def largest_batch(rows: Any, config: Any, packed: bool, tokens_per_row: int | None = None) -> int:
+def largest_batch(
+    rows: Any, config: Any, packed: bool, tokens_per_row: int | None = None, sides: Sequence[str] = ("chosen", "rejected")
+) -> int:
     """Tokens of one process's largest forward pass if its pairs are as long as the longest; `rows` is a Dataset of token ids.
 
     Args:
         tokens_per_row: where each row has a pass of its own: most tokens of one that is longer than the longest pair.
+        sides: the responses to a prompt, of a pair or of KTO's examples, which have one; `packed` they share it.
     """
-    prompt, chosen, rejected = (
-        pyarrow.compute.list_value_length(rows.data.column(f"{part}_ids")) for part in ("prompt", "chosen", "rejected")
-    )
-    pair = pyarrow.compute.add(pyarrow.compute.add(prompt, chosen), rejected)
-    longest = pyarrow.compute.max(pair if packed else pyarrow.compute.add(pair, prompt)).as_py()
-    return largest_row(longest, config, tokens_per_row)
+    prompt, *responses = (pyarrow.compute.list_value_length(rows.data.column(f"{part}_ids")) for part in ("prompt", *sides))
+    parts = [prompt, *responses] if packed else [part for response in responses for part in (prompt, response)]
+    return largest_row(pyarrow.compute.max(reduce(pyarrow.compute.add, parts)).as_py(), config, tokens_per_row)
 
 
 def largest_row(longest: int, config: Any, tokens_per_row: int | None) -> int:

@@ -21,7 +21,7 @@ from baton.prompts import PromptSet
 from baton.records import prompt_of
 from baton.scored import with_rows_merged
 from baton.shapes import baton_records, parts_of, shape_of
-from dpo_iteration import run_dpo, run_kto
+from dpo_iteration import example_rows, pair_rows, run_dpo, run_kto
 from dpo_iteration.choose import choose_pairs
 from reward_model import run_rm
 from reward_model.pairs import all_pairs
@@ -331,10 +331,10 @@ def test_training_programs_take_several_files_with_rates_and_names_of_fields(tmp
     sides = {"chosen_key": "good", "rejected_key": "bad"}
     pairs = [pair for _, pair in all_pairs(run_rm.Arguments(**given, **sides))]
     kto = run_kto.Arguments(**given, output_key="good", label_key="ok")
-    examples = list(labelled_examples(run_kto.records_of(kto), LabelSettings(), Drops(), Counter()))
+    examples = list(labelled_examples(example_rows.records_of(kto), LabelSettings(), Drops(), Counter()))
     shown = [each.messages for each in run_sft.demonstrations(run_sft.Arguments(**given, output_key="good"))]
     dpo = run_dpo.Arguments(**{name: value for name, value in given.items() if name != "max_samples"}, **sides)
-    every = [record["prompt"] for _, record in run_dpo.records_of(dpo)]
+    every = [record["prompt"] for _, record in pair_rows.records_of(dpo)]
     prompts = [pair["prompt"][0]["content"] for pair in pairs]
     assert len(prompts) == 6 and {prompt[0] for prompt in prompts} == {"a", "b"}
     assert [e["prompt"][0]["content"] for e in examples] == [m[0]["content"] for m in shown] == prompts

@@ -83,7 +83,7 @@ def loss_and_gradients(trainer, rows) -> tuple[float, dict[str, torch.Tensor], d
     batch = trainer.data_collator([{name: row[name] for name in row if name != "id"} for row in rows])
     if not trainer._reads_margin:
         batch.pop("margin", None)
-    trainer.model.zero_grad()
+    trainer.model.train().zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
@@ -304,7 +304,7 @@ def test_an_architecture_that_cannot_be_packed_is_padded_and_says_so(family, tok
     config.vocab_size, rows = VOCABULARY, random_pairs(4)
     settings = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     model = AutoModelForCausalLM.from_config(config)
-    with caplog.at_level(logging.WARNING, logger="dpo_iteration.trainer"):
+    with caplog.at_level(logging.WARNING, logger="baton"):
         trainer = trainer_of(model, rows, tokenizer, tmp_path, **settings)
     assert caplog.text.count(f"{type(model).__name__}: {why}") == 1
     assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[0] == 4  # two pairs at a time: TRL's own steps

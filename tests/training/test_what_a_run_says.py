@@ -15,11 +15,13 @@ from baton.errors import InputError
 from baton.models.trees import distinct_tokens
 from baton.training.adapters import LoraArguments, adapter_config
 from baton.training.checks import check_precision
-from baton.training.memory import Sharding, check_memory, estimate, largest_batch, outline, sharding_of
+from baton.training.memory import Sharding, check_memory, estimate, gib, largest_batch, outline, sharding_of
 from baton.training.metrics import WarnOfTrouble, forward_flops, peak_flops_of, weights_of
 from baton.training.progress import ProgressLines
 from baton.training.reference import reference_logps
-from dpo_iteration.checks import check_pairs, check_training
+from dpo_iteration import run_kto
+from dpo_iteration.checks import check_count, check_training
+from dpo_iteration.kto import check_memory_of
 from dpo_iteration.run_dpo import Arguments
 from tests.training.test_dpo_core import model_of, pairs_of, random_pairs, tokenizer, trainer_of, with_reference
 
@@ -81,11 +83,11 @@ def test_a_precision_that_the_launcher_alone_sets_is_refused(launched, monkeypat
 
 
 def test_fewer_pairs_than_a_batch_are_refused_where_they_would_be_repeated_or_dropped():
-    check_pairs(3, config_of(per_device_train_batch_size=4), dealt=True)
+    check_count(3, config_of(per_device_train_batch_size=4), dealt=True)
     dropped = config_of(per_device_train_batch_size=2, gradient_accumulation_steps=2, dataloader_drop_last=True)
     with pytest.raises(InputError, match=r"3 pairs are fewer than one batch: 1 processes x .* x `gradient_accumulation_steps`"):
-        check_pairs(3, dropped, dealt=True)
-    check_pairs(3, dropped, dealt=False)
+        check_count(3, dropped, dealt=True)
+    check_count(3, dropped, dealt=False)
 
 
 def test_data_and_shards_are_divided_among_data_parallel_ranks_not_processes(monkeypatch):
@@ -94,10 +96,10 @@ def test_data_and_shards_are_divided_among_data_parallel_ranks_not_processes(mon
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
     assert sharding_of(config).processes == 4
-    check_pairs(4, config, dealt=False)
-    check_pairs(3, config, dealt=True)
+    check_count(4, config, dealt=False)
+    check_count(3, config, dealt=True)
     with pytest.raises(InputError, match="3 pairs are fewer than one batch: 4 processes"):
-        check_pairs(3, config, dealt=False)
+        check_count(3, config, dealt=False)
 
 
 # Memory
@@ -180,6 +182,22 @@ def test_the_largest_batch_is_that_of_the_longest_pair():
     assert largest_batch(rows, config, packed=True) == 2 * 19
     assert largest_batch(rows, config, packed=False) == 2 * 29
     assert [largest_batch(rows, config, True, tokens_per_row) for tokens_per_row in (10, 50, 4096)] == [19, 50, 4 * 19]
+    assert [largest_batch(rows, config, packed, sides=("rejected",)) for packed in (True, False)] == [2 * 15] * 2
+
+
+def test_kto_says_what_memory_its_batch_takes_and_refuses_what_cannot_be_made_before_it_loads(llama_8b, caplog):
+    rows = Dataset.from_list([{"prompt_ids": [1] * p, "completion_ids": [1] * 96} for p in (160, 32)])
+    given = {"model_name_or_path": str(llama_8b), "dataset_name_or_path": "d", "output_dir": "o"}
+    with caplog.at_level(logging.INFO, logger="baton"):
+        check_memory_of(run_kto.Arguments(**given), config_of(per_device_train_batch_size=4), rows)
+    said = next(record.message for record in caplog.records if record.levelname == "INFO")
+    tokens = 4 * 256
+    wanted = estimate(outline(llama_8b), config_of(), Sharding(), tokens)
+    assert f"{gib(wanted['activations'])} activations, or before that for the reference: 29.9 GiB weights" in said
+    with pytest.raises(InputError, match="`lora_target_modules`"):
+        check_memory_of(run_kto.Arguments(**given, use_peft=True, lora_target_modules=["none"]), config_of(), rows)
+    with pytest.raises(InputError, match="3 examples are fewer than one batch"):
+        check_count(3, config_of(per_device_train_batch_size=4, dataloader_drop_last=True), dealt=False, what="examples")
 
 
 def test_a_warning_says_what_takes_less_where_memory_does_not_suffice(caplog):
