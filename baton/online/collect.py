@@ -33,7 +33,8 @@ TAKEN = "prompts_taken"  # how many prompts of the endless order were taken up t
 class HowToSample:
     """`n` samples of each of `prompts` prompts a step, with vLLM's `sampling` settings.
 
-    Prompts whose samples all have one reward teach nothing: up to `most_drawn` prompts are drawn to replace them.
+    Prompts whose samples all have one reward teach nothing: up to `most_drawn` prompts are drawn to replace them. Where none is
+    found that does, a step has the first ones.
     """
 
     prompts: int
@@ -75,6 +76,8 @@ class Collector:
             drawn = wanted.stop
             kept += [known[place] for place in wanted if self._teaches(known[place])]
         partial.close()
+        if not kept:  # where all that was drawn teaches nothing, it does no harm either, and the next step may have more
+            kept = [known[place] for place in range(drawn) if "rewards" in known[place]][: how.prompts]
         if not kept:
             raise FailuresListed(f"step {step}: of {drawn} prompts none can be trained on: {why_none(known.values())}")
         refused = [record for record in known.values() if "no_rewards" in record]
@@ -156,7 +159,4 @@ def with_samples(record: Record, sampled: Sampled, version: int) -> Record:
 
 def why_none(records: Any) -> str:
     """What to say of records of which none can be trained on."""
-    for record in records:
-        if "no_rewards" in record:
-            return f"{record['no_rewards']} (prompt {record['id']})"
-    return "all samples of a prompt have the same reward; more samples, another reward, or `dynamic_sampling` off"
+    return next(f"{record['no_rewards']} (prompt {record['id']})" for record in records if "no_rewards" in record)

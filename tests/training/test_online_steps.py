@@ -440,6 +440,16 @@ def test_a_prompt_that_comes_twice_in_a_step_is_sampled_with_two_seeds_and_asked
         assert len(set(asked.seeds)) == 2
 
 
+def test_a_step_in_which_all_rewards_are_equal_does_not_end_a_training_that_draws_others_for_such_prompts(tmp_path):
+    dataset = [{"record": f'{{"id": "{number}", "prompt": "Hello"}}', "prompt_token_ids": [1]} for number in range(9)]
+    asked = Asked(Scored([1.0], {}))
+    counts = Collector(tmp_path, Prompts(dataset, 0), asked, asked, HowToSample(2, 1, {}, seed=0, most_drawn=5)).collect(
+        1, 0, 0
+    )
+    assert (counts["prompts_drawn"], counts["prompts_left_out"]) == (5.0, 3.0)
+    assert [record[TAKEN] for record in rollouts_of(tmp_path, 1)] == [5, 5]
+
+
 def test_a_death_while_rollouts_are_written_costs_none_of_them(tmp_path, monkeypatch):
     dataset = [{"record": f'{{"id": "{number}", "prompt": "Hello"}}', "prompt_token_ids": [1]} for number in range(2)]
     first, second = Asked(Scored([1.0], {})), Asked(Scored([1.0], {}))
