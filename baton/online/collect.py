@@ -7,6 +7,7 @@ only what is missing.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class Collector:
         # A prompt may come twice in a step, where there are fewer than it takes: its samples must not come twice.
         seeds = [seed_from(self.how.seed, step, place, record["id"]) for place, record in zip(places, records, strict=True)]
         with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
-            scored: list[tuple[int, Future[Record]]] = []
+            scored: deque[tuple[int, Future[Record]]] = deque()
             ids = [record["prompt_token_ids"] for record in records]
             for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds, version):
                 record = with_samples(records[index], sampled, version)
@@ -108,8 +109,9 @@ class Collector:
                 while scored and scored[0][1].done():
                     place, future = scored.pop(0)
                     yield place, future.result()
-            for place, future in scored:
-                yield place, future.result()
+            except BaseException:  # what ends the step does not wait for those that have not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _with_rewards(self, record: Record) -> Record:
         scored = self.rewards.score(record)

@@ -471,6 +471,25 @@ def test_a_server_of_our_own_that_died_stops_no_change_of_turns_but_one_that_liv
             Engines(None, None, transfer, [], None).sleep()
 
 
+def test_what_ends_a_step_ends_the_rewards_that_have_not_begun(tmp_path):
+    class Ending(Asked):
+        def sample(self, prompts, n, sampling, seeds, version):
+            yield from super().sample(prompts, n, sampling, seeds, version)
+            raise FailuresListed("no server is alive")
+
+        def score(self, record):
+            self.seen.append(record["id"])
+            time.sleep(0.05)
+            return self.scored
+
+    asked = Ending(Scored([1.0], {}))
+    asked.seen = []
+    dataset = [{"record": f'{{"id": "{number}", "prompt": "Hello"}}', "prompt_token_ids": [1]} for number in range(99)]
+    with pytest.raises(FailuresListed, match="no server is alive"):
+        Collector(tmp_path, Prompts(dataset, 0), asked, asked, HowToSample(99, 1, {}, seed=0)).collect(1, 0, 0)
+    assert len(asked.seen) < 50
+
+
 def learner_size():
     from baton.training.dealing import ModelSize
 
