@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from baton import jsonl
 from baton.errors import FailuresListed
 from baton.jsonl import Record
@@ -103,11 +105,15 @@ class Collector:
         with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
             scored: deque[tuple[int, Future[Record]]] = deque()
             ids = [record["prompt_token_ids"] for record in records]
-            for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds, version):
-                record = with_samples(records[index], sampled, version)
-                scored.append((places[index], pool.submit(self._with_rewards, record)))
-                while scored and scored[0][1].done():
-                    place, future = scored.pop(0)
+            try:
+                for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds, version):
+                    record = with_samples(records[index], sampled, version)
+                    scored.append((places[index], pool.submit(self._with_rewards, record)))
+                    while scored and scored[0][1].done():
+                        place, future = scored.popleft()
+                        yield place, future.result()
+                while scored:
+                    place, future = scored.popleft()
                     yield place, future.result()
             except BaseException:  # what ends the step does not wait for those that have not begun
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -148,13 +154,17 @@ def rollouts_of(folder: Path, step: int) -> StepRecords:
 
 
 def with_samples(record: Record, sampled: Sampled, version: int) -> Record:
-    """A prompt's record with its samples, which weights of this version gave."""
+    """A prompt's record with its samples, which weights of this version gave.
+
+    Token ids and log-probabilities are arrays, an eighth of what Python's numbers take while a step is sampled. The latter are
+    float32, as the servers computed them, and on disk have no digits beyond that.
+    """
     return {
         **record,
         "responses": sampled.texts,
-        "response_token_ids": sampled.token_ids,
+        "response_token_ids": [np.array(ids, dtype=np.int32) for ids in sampled.token_ids],
         "finish_reasons": sampled.finish_reasons,
-        "response_logps": sampled.logps,
+        "response_logps": [np.array(logps, dtype=np.float32) for logps in sampled.logps],
         "weight_versions": [version] * len(sampled.texts),
     }
 

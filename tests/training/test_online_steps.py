@@ -30,7 +30,7 @@ from baton.pairs import PairSettings
 from baton.parallel import DataParallel
 from baton.scorers import DEFAULT_RUBRIC
 from baton.servers import own
-from baton.servers.rewards import Scored
+from baton.servers.rewards import Scored, request_body
 from baton.servers.rollouts import Rollouts, Sampled
 from baton.servers.weights import Transfer
 from dpo_iteration.online import OnlineDPO
@@ -469,6 +469,19 @@ def test_a_server_of_our_own_that_died_stops_no_change_of_turns_but_one_that_liv
         Engines(None, None, transfer, [server], None).wake()
         with pytest.raises(FailuresListed, match="/sleep"):
             Engines(None, None, transfer, [], None).sleep()
+
+
+def test_a_sample_is_kept_as_arrays_and_loses_nothing_on_disk():
+    logps = torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist()  # float32, as the servers compute them
+    record = with_samples({"id": "1"}, Sampled([list(range(50))], ["stop"], [logps], ["text"]), 3)
+    assert record["response_logps"][0].nbytes == record["response_token_ids"][0].nbytes == 200
+    line = jsonl.dump(record)
+    read = json.loads(line)
+    assert torch.tensor(read["response_logps"]).equal(torch.tensor([logps])) and read["weight_versions"] == [3]
+    assert read["response_token_ids"] == [list(range(50))]
+    assert len(line) < 0.7 * len(jsonl.dump(record | {"response_logps": [logps]}))
+    sent = request_body({**record, "prompt": "Hello", "prompt_token_ids": [1], "label": 7}, "")
+    assert sent["records"] == [{"id": "1", "finish_reasons": ["stop"], "label": 7}]
 
 
 def test_what_ends_a_step_ends_the_rewards_that_have_not_begun(tmp_path):
