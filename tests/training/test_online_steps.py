@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -19,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from baton import jsonl
 from baton.errors import FailuresListed, InputError
 from baton.online import checkpoints
-from baton.online.arguments import scorer_inputs
-from baton.online.collect import TAKEN, Collector, HowToSample, rollouts_of
+from baton.online.arguments import heads_of, scorer_inputs
+from baton.online.collect import TAKEN, Collector, HowToSample, rollouts_of, with_samples
 from baton.online.engines import Engines
 from baton.online.loop import Loop
 from baton.online.models import same_tokens
@@ -36,7 +37,7 @@ from baton.servers.weights import Transfer
 from dpo_iteration.online import OnlineDPO
 from ppo import losses
 from ppo.openrlhf import own_names
-from ppo.run_ppo import Arguments, check
+from ppo.run_ppo import Arguments, check, critic_of
 from tests.models.tiny_models import FAMILIES, VOCABULARY, one_thread
 from tests.programs import read_jsonl
 from tests.training import online_processes
@@ -268,7 +269,8 @@ def test_a_death_between_a_checkpoint_and_its_line_loses_neither_the_line_nor_th
 
 
 def arguments_of(folder, **changes):
-    known = {"dataset_name_or_path": "prompts.jsonl", "output_dir": "policy", "scorer": ["function:rules.py:brevity"]}
+    rule = f"function:{Path(__file__).with_name('online_rewards.py')}:even"
+    known = {"dataset_name_or_path": "prompts.jsonl", "output_dir": "policy", "scorer": [rule]}
     return Arguments(**{"model_name_or_path": str(folder / "model"), **known, **changes})
 
 
@@ -277,6 +279,7 @@ def arguments_of(folder, **changes):
     [
         ({"kl_target": 6.0, "kl_coef": 0.0}, "`kl_target` with `kl_coef: 0`"),
         ({"min_new_tokens": 4, "correction_clip": 2.0}, "at least 4 tokens"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "`min_new_tokens`: 9 is above `max_new_tokens`, 8"),
         ({"scorer": [], "reward_url": ["http://me:hush@127.0.0.1:1/get_reward"]}, "`reward_url`: an address with a user"),
         ({"scorer": [], "reward_url": ["127.0.0.1:5000"]}, "begins with http://"),
         ({"scorer": ["http:http://127.0.0.1:1/?api_key=hush"]}, "`scorer`: `api_key` in an address"),
@@ -295,6 +298,29 @@ def test_openrlhfs_batch_of_samples_needs_the_samples_of_a_prompt():
         own_names({"train_batch_size": 128})  # K may stand in the other source, and has another default here
 
 
+def classifier(folder, *outputs):
+    """A folder with the configuration of a sequence classifier with these outputs."""
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_labels": len(outputs),
+        "id2label": dict(enumerate(outputs)),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_reward_args_say_of_a_models_outputs_counts_and_other_kinds_of_models_are_refused(folder, tmp_path):
+    several, one = classifier(tmp_path / "several", "help", "brief"), classifier(tmp_path / "one", "LABEL_0")
+    given = arguments_of(folder, scorer=[f"bt:{several}"], reward_args="--heads help brief=0.5 --dtype float32")
+    check(given)
+    assert heads_of(given) == ["help", "brief=0.5"] and critic_of(given) == given.model_name_or_path
+    assert critic_of(arguments_of(folder, scorer=[f"bt:{one}"])) == str(one)
+    for scorer, message in ((f"bt:{several}", "say with --heads"), (f"process:{one}", "not a process reward model")):
+        with pytest.raises(InputError, match=message):
+            check(arguments_of(folder, scorer=[scorer]))
+
+
 def test_a_judges_rubric_and_other_files_of_the_rewards_count_by_their_content(folder, tmp_path):
     judge = {"scorer": ["tone=judge:http://127.0.0.1:1/v1"]}
     assert scorer_inputs(arguments_of(folder, **judge)) == {"scorer tone: rubric": DEFAULT_RUBRIC} and DEFAULT_RUBRIC.is_file()
@@ -306,6 +332,17 @@ def test_a_judges_rubric_and_other_files_of_the_rewards_count_by_their_content(f
     assert found == {"scorer tone: rubric": rubric, "chat template of the rewards": template}
     with pytest.raises(InputError, match=r"--rubric .*nowhere.txt: no such file"):
         scorer_inputs(arguments_of(folder, **judge, reward_args="--rubric nowhere.txt"))
+
+
+def test_a_functions_file_and_those_that_it_imports_count_by_their_content(folder, tmp_path):
+    rules, beside = tmp_path / "rules.py", tmp_path / "beside.py"
+    rules.write_text("import beside\ndef brevity(prompts, responses, records): ...\n")
+    beside.write_text("")
+    given = arguments_of(folder, scorer=[f"brief=function:{rules}:brevity"])
+    check(given)
+    assert scorer_inputs(given) == {"scorer brief": rules, "scorer brief: beside.py": beside}
+    with pytest.raises(InputError, match="defines no function brevty, only: brevity"):
+        check(arguments_of(folder, scorer=[f"function:{rules}:brevty"]))
 
 
 def test_a_merged_adapter_keeps_what_it_learnt(folder):
