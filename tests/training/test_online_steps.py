@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import random
 import threading
 import time
@@ -370,6 +371,15 @@ def test_a_checkpoint_of_zero_says_with_what_it_goes_on(folder, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"spread": "under ZeRO-2 in 2 processes"}))
     with pytest.raises(InputError, match="written under ZeRO-2 in 2 processes, and this run is without ZeRO and FSDP"):
         checkpoints.load(learner, tmp_path)
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_older_one_is_deleted(folder, tmp_path, monkeypatch):
+    synced, older = set(), tmp_path / "checkpoint-1"
+    older.mkdir()
+    monkeypatch.setattr(os, "fsync", lambda number: older.exists() and synced.add(os.fstat(number).st_ino))
+    checkpoints.save(learner_of(folder, critic=False), tmp_path, 2, {})
+    files = [path for path in (tmp_path / "checkpoint-2").rglob("*") if path.is_file()]
+    assert len(files) > 2 and {path.stat().st_ino for path in files} <= synced and not older.exists()
 
 
 class Mute(BaseHTTPRequestHandler):
