@@ -70,7 +70,9 @@ class Loop:
 
     def run(self) -> dict[str, float]:
         """Train to the end, from the last checkpoint where there is one; returns the metrics of the last step."""
+        self.turn(to_servers=False)  # the optimizer of a checkpoint takes memory that the servers have
         state = checkpoints.load(self.learner, self.folder) or {"step": 0, "taken": 0}
+        self.turn(to_servers=True)
         if "algorithm" in state:
             self.algorithm.load(state["algorithm"])
         done, taken = state["step"], state["taken"]

@@ -550,6 +550,31 @@ def test_what_ends_a_step_ends_the_rewards_that_have_not_begun(tmp_path):
     assert len(asked.seen) < 50
 
 
+def test_servers_that_share_the_gpus_sleep_while_a_checkpoint_is_loaded(folder, tmp_path, monkeypatch):
+    learner, order, load = learner_of(folder, critic=False), [], checkpoints.load
+    checkpoints.save(learner, tmp_path, 4, {"taken": 8, "algorithm": {}, "metrics": {}})
+    monkeypatch.setattr(checkpoints, "load", lambda *of: order.append("load") or load(*of))
+    engines = SimpleNamespace(
+        sleep=lambda: order.append("sleep"), wake=lambda: order.append("wake"),
+        take=lambda weights, version, last: order.append("weights") or bool(list(weights)),
+    )  # fmt: skip
+    Loop(
+        learner=learner, algorithm=SimpleNamespace(load=lambda state: None), folder=tmp_path,
+        metrics_path=tmp_path / "metrics.jsonl", engines=engines, collector=None, total_steps=4, save_steps=2, eval_steps=2,
+        staleness=0, shares_gpus=True, evaluate=None, warn=None,
+    ).run()  # fmt: skip
+    assert order == ["sleep", "load", "wake", "weights"]
+
+
+def test_an_optimizer_leaves_the_gpu_but_for_its_numbers_of_steps_which_never_were_there(folder, records):
+    learner = learner_of(folder, critic=False)
+    algorithm_of(folder, learner, advantage_estimator="rloo").step(records, Samples.of(records), 1)
+    learner.move_optimizer("meta")
+    states = list(learner.optimizer.state.values())
+    assert states and all(state["exp_avg"].is_meta and state["exp_avg_sq"].is_meta for state in states)
+    assert all(state["step"].item() == 1 for state in states)
+
+
 def learner_size():
     from baton.training.dealing import ModelSize
 
