@@ -57,17 +57,14 @@ class Engines:
             if last or not self.servers:
                 raise FailuresListed(f"{failure}; what is finished is kept: run the same command again") from None
             log.warning("%s", failure)
-            for server in self.servers:
-                if server.url in failure.urls:
-                    own.restart(server)
+            own.restart(*(server for server in self.servers if server.url in failure.urls))
             return False
 
     def restart_dead(self) -> bool:
         """Start those of our servers anew that have ended; whether there was one."""
         owned = [*self.servers, *([self.reward_server] if self.reward_server else [])]
         dead = [server for server in owned if not own.is_alive(server)]
-        for server in dead:
-            own.restart(server)
+        own.restart(*dead)
         return bool(dead)
 
     def sleep(self) -> None:

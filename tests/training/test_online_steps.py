@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -548,6 +549,24 @@ def test_what_ends_a_step_ends_the_rewards_that_have_not_begun(tmp_path):
     with pytest.raises(FailuresListed, match="no server is alive"):
         Collector(tmp_path, Prompts(dataset, 0), asked, asked, HowToSample(99, 1, {}, seed=0)).collect(1, 0, 0)
     assert len(asked.seen) < 50
+
+
+def test_a_server_that_dies_of_each_try_at_a_step_is_not_started_anew_for_ever(folder):
+    class Dying:
+        tries = 0
+
+        def collect(self, step, taken, version):
+            self.tries += 1
+            raise FailuresListed("no server is alive")
+
+    engines = SimpleNamespace(restart_dead=lambda: True, take=lambda weights, version, last: bool(list(weights)))
+    loop = Loop(
+        learner=learner_of(folder, critic=False), algorithm=None, folder=None, metrics_path=None, engines=engines,
+        collector=Dying(), total_steps=1, save_steps=1, eval_steps=1, staleness=0, shares_gpus=False, evaluate=None, warn=None,
+    )  # fmt: skip
+    with ThreadPoolExecutor(1) as background, pytest.raises(FailuresListed, match="no server is alive"):
+        loop._collected(background, loop._collect(background, 1, 0, 0), 1, 0, 0)
+    assert loop.collector.tries == 4
 
 
 def test_servers_that_share_the_gpus_sleep_while_a_checkpoint_is_loaded(folder, tmp_path, monkeypatch):
