@@ -119,9 +119,10 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         policies = running[: len(running) - (not arguments.reward_url)]
         urls = [server.url for server in policies] or [url.removesuffix("/v1") for url in arguments.vllm_url]
         key = policies[0].api_key if policies else _secret(arguments.vllm_api_key)
-        rollouts = stack.enter_context(
-            Rollouts(urls, key, timeout=arguments.server_timeout, patience=PATIENCE if policies else 60.0)
-        )
+        asking = {"timeout": arguments.server_timeout, "patience": PATIENCE if policies else 60.0}
+        at_once = 1 if arguments.reproducible else arguments.max_num_seqs
+        asking |= {"per_server": 4 * at_once} if at_once else {}
+        rollouts = stack.enter_context(Rollouts(urls, key, **asking))
         if rollouts.context < context:
             raise InputError(f"the servers take {rollouts.context} tokens, fewer than `max_prompt_length` + `max_new_tokens`")
         services = arguments.reward_url or [f"{running[-1].url}/get_reward"]
