@@ -26,6 +26,8 @@ from baton.servers.weights import Transfer, TransferFailed
 log = logging.getLogger("baton")
 
 PATIENCE = 10.0  # seconds without a server of our own that answers, until those that died start anew
+# Tries of a request to a reward service: one that others run may start anew, for which ten give it 45 seconds on average.
+TRIES, TRIES_ELSEWHERE = 5, 10
 
 
 @dataclass
@@ -129,7 +131,9 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         key_of_rewards = _secret(arguments.reward_api_key) if arguments.reward_url else running[-1].api_key
         rewards = Rewards(services, key_of_rewards, arguments.reward_timeout)
         if arguments.reward_url:
-            check_service(rewards, services)
+            check_service(Rewards(services, key_of_rewards, arguments.reward_timeout, TRIES), services)
+        tries = TRIES_ELSEWHERE if arguments.reward_url else TRIES
+        rewards = Rewards(services, key_of_rewards, arguments.reward_timeout, tries)
         # NCCL connects no two processes on one GPU.
         how = {"device": device, "backend": "gloo" if shared else None, "timeout": arguments.sync_timeout}
         how["bucket_bytes"] = int(arguments.sync_megabytes * 2**20)
