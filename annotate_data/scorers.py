@@ -17,12 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from annotate_data.function_reward import check_function, imported_beside
 from annotate_data.work import Scorer
 from baton.errors import InputError
 from baton.models import loading
 from baton.program import log_what_runs, world_size
-from baton.scorers import DEFAULT_RUBRIC, Wanted
+from baton.scorers import DEFAULT_RUBRIC, Wanted, check_function, imported_beside
 from baton.servers.addresses import check_url
 from baton.sources import check_model_path, check_process_model, check_reward_model
 from baton.steps import separator_of

@@ -28,7 +28,7 @@ from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
 from baton.servers import processes
-from baton.servers.pool import Refused, Servers, Transient, base_url
+from baton.servers.pool import PER_SERVER, Refused, Servers, Transient, base_url
 from baton.sources import check_hub, check_hub_ahead, check_model_path
 from baton.stage import Stage
 from generation import sampling
@@ -44,13 +44,17 @@ from generation.arguments import (
 log = logging.getLogger("baton")
 
 NAMED_FAILURES = 20
+WORKERS = 128  # prompts in flight, where nobody says how many
 
 
 class ClientArguments(GenerationArguments):
     """What sampling through any servers takes."""
 
     output_dir: str = option(..., "the output FILE, such as data/gen_data.jsonl", changes_result=False)
-    max_workers: int = option(128, "prompts in flight at most, over all servers", ge=1, changes_result=False)
+    max_workers: int | None = option(
+        None, "prompts in flight at most, over all servers; if not given, 128, or of vLLM's servers as many as keep them busy",
+        ge=1, changes_result=False,
+    )  # fmt: skip
     timeout: float = option(1800, "seconds to wait for one prompt's responses", gt=0, changes_result=False)
     max_retries: int = option(8, "attempts at a prompt after the first", ge=0, changes_result=False)
     patience: float = option(300, "seconds to wait while no server answers", ge=0, changes_result=False)
@@ -140,6 +144,9 @@ async def generate(
         service = await Service.find(servers, model)
         await check_logps(service, arguments)
         count = len(servers.servers)
+        workers = arguments.max_workers or WORKERS
+        if service.engine == "vllm" and not arguments.max_workers:
+            workers = max(WORKERS, PER_SERVER // arguments.K * count)
         program.log_what_runs(servers=count, model=service.model, engine=service.engine, context=service.context)
         if tokenizer is None:
             tasks = messages_only(prompts, partial)
@@ -163,7 +170,7 @@ async def generate(
                 tokens += sampling.count_tokens(record)
                 progress.update(note=f"{tokens / (time.monotonic() - start):.0f} tokens/s")
 
-        await run_all([asyncio.create_task(worker()) for _ in range(arguments.max_workers)])
+        await run_all([asyncio.create_task(worker()) for _ in range(workers)])
         progress.close()
     finally:
         await servers.close()

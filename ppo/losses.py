@@ -128,7 +128,10 @@ class AdaptiveKL:
     """
 
     def __init__(self, coefficient: float, target: float | None = None, horizon: float = 10_000):
-        """`target` is in the unit of what `update` gets; over `horizon` samples the coefficient changes by a fifth at most."""
+        """`target` is in the unit of what `update` gets.
+
+        Over `horizon` samples, and in one update however many it has, the coefficient changes by a fifth at most.
+        """
         self.coefficient, self.target, self.horizon = coefficient, target, horizon
 
     def update(self, kl: float, samples: int) -> None:
@@ -136,7 +139,8 @@ class AdaptiveKL:
         if self.target is None:
             return
         error = min(max(kl / self.target - 1, -MOST_ERROR), MOST_ERROR)
-        self.coefficient *= 1 + error * samples / self.horizon
+        # Held at 1: a step of more than five horizons with a KL below its target would make the penalty a reward.
+        self.coefficient *= 1 + error * min(samples / self.horizon, 1.0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -19,7 +19,7 @@ from baton import program
 from baton.arguments import option, parse
 from baton.errors import InputError
 from baton.launch.check import check_processes
-from baton.online.arguments import OnlineArguments, check_online, inputs_of, scorer_settings
+from baton.online.arguments import OnlineArguments, check_online, heads_of, inputs_of, scorer_settings
 from baton.sampling import changes
 from baton.scorers import wanted_scorers
 from baton.sources import check_start
@@ -77,7 +77,8 @@ class Arguments(OnlineArguments):
 
     # Critic
     critic_model: str | None = option(
-        None, "model that the critic starts from; default: the reward model, where it is one `bt` scorer, else the policy",
+        None,
+        "the critic's starting model; default: the reward model, where it is one `bt` scorer with one output, else the policy",
         changes_result=False,
     )  # fmt: skip
     critic_learning_rate: float = option(9e-6, "of the critic", gt=0)
@@ -141,7 +142,8 @@ def critic_of(arguments: Arguments) -> str | None:
     if arguments.advantage_estimator != WITH_CRITIC:
         return None
     scorers = wanted_scorers(arguments.scorer)
-    reward_model = scorers[0].target if len(scorers) == 1 and scorers[0].kind == "bt" else None
+    only = scorers[0] if len(scorers) == 1 and scorers[0].kind == "bt" else None
+    reward_model = only.target if only and not heads_of(arguments) else None
     return arguments.critic_model or reward_model or arguments.model_name_or_path
 
 

@@ -10,10 +10,11 @@ from pydantic import SecretStr, model_validator
 
 from baton.arguments import option
 from baton.errors import InputError
+from baton.launch.words import new_parser, parse_known
 from baton.prompts import source_inputs
-from baton.scorers import DEFAULT_RUBRIC, identity, wanted_scorers
+from baton.scorers import DEFAULT_RUBRIC, check_function, identity, imported_beside, wanted_scorers
 from baton.secrets import secret_among
-from baton.sources import check_model_path, check_reward_model, check_start, template_input
+from baton.sources import check_model_path, check_process_model, check_reward_model, check_start, template_input
 from baton.training.adapters import LoraArguments, check_lora
 from baton.training.reports import check_reports
 
@@ -141,10 +142,16 @@ def check_online(arguments: OnlineArguments) -> None:
         )
     for scorer in wanted_scorers(arguments.scorer):
         if scorer.kind in ("bt", "vllm"):
-            check_reward_model(scorer.target)
+            check_reward_model(scorer.target, heads_of(arguments), several=scorer.kind == "bt")
+        elif scorer.kind == "process":
+            check_process_model(scorer.target)
+        elif scorer.kind == "function":
+            check_function(scorer.target)
     check_reports({"report_to": arguments.report_to})
     if arguments.weights and len(arguments.weights) != len(arguments.scorer):
         raise InputError(f"`weights`: {len(arguments.weights)} numbers for {len(arguments.scorer)} scorers")
+    if arguments.min_new_tokens > arguments.max_new_tokens:
+        raise InputError(f"`min_new_tokens`: {arguments.min_new_tokens} is above `max_new_tokens`, {arguments.max_new_tokens}")
     if arguments.staleness and arguments.reproducible:
         raise InputError("`reproducible` needs `staleness: 0`: what is sampled while a step trains depends on when it dies")
     if arguments.dynamic_sampling and arguments.dynamic_sampling < 1:
@@ -171,6 +178,16 @@ def check_addresses(arguments: OnlineArguments) -> None:
         )
 
 
+def heads_of(arguments: OnlineArguments) -> list[str] | None:
+    """The outputs that `reward_args` names of a reward model that has several; None where it names none.
+
+    Raises InputError for --heads without a word.
+    """
+    parser = new_parser("`reward_args`", "")
+    parser.add_argument("--heads", nargs="+")
+    return parse_known(parser, shlex.split(arguments.reward_args))[0].heads
+
+
 def scorer_settings(arguments: OnlineArguments) -> dict[str, list[str]]:
     """What of the scorers decides the result beside the content of their models and files."""
     return {"scorers": [identity(scorer) for scorer in wanted_scorers(arguments.scorer)]}
@@ -188,9 +205,12 @@ def scorer_inputs(arguments: OnlineArguments) -> dict[str, str | Path]:
     for scorer in wanted_scorers(arguments.scorer):
         if scorer.kind == "judge":
             found[f"scorer {scorer.name}: rubric"] = files.get("--rubric", DEFAULT_RUBRIC)
+        elif scorer.kind == "function":
+            file, _ = check_function(scorer.target)
+            found[f"scorer {scorer.name}"] = file
+            found |= {f"scorer {scorer.name}: {path.name}": path for path in imported_beside(file)}
         elif scorer.kind != "http":
-            target = scorer.target.rpartition(":")[0] if scorer.kind == "function" else scorer.target
-            found[f"scorer {scorer.name}"] = target
+            found[f"scorer {scorer.name}"] = scorer.target
     if "--chat_template" in files:
         found["chat template of the rewards"] = files["--chat_template"]
     for flag, file in files.items():

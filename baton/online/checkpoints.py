@@ -6,6 +6,7 @@ the learning rates from the step, so neither has a state.
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,21 @@ def save(learner: Learner, folder: Path, step: int, state: dict[str, Any]) -> No
         counts = {"updates": learner.updates, "frozen_updates": learner.frozen_updates}
         whole = {"step": step, **counts, "spread": spread(accelerator), **state}
         (unfinished / STATE).write_text(json.dumps(whole), encoding="utf-8")
+        write_through(unfinished)  # the older ones, which are on the disk, are deleted
         shutil.rmtree(target, ignore_errors=True)
         unfinished.replace(target)
         for older in folder.glob("*checkpoint-*"):
             if older != target:
                 shutil.rmtree(older)
     accelerator.wait_for_everyone()
+
+
+def write_through(folder: Path) -> None:
+    """Have the system write the files of a folder to the disk, so that none is empty after a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def load(learner: Learner, folder: Path) -> dict[str, Any] | None:

@@ -7,11 +7,14 @@ only what is missing.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from baton import jsonl
 from baton.errors import FailuresListed
@@ -33,7 +36,8 @@ TAKEN = "prompts_taken"  # how many prompts of the endless order were taken up t
 class HowToSample:
     """`n` samples of each of `prompts` prompts a step, with vLLM's `sampling` settings.
 
-    Prompts whose samples all have one reward teach nothing: up to `most_drawn` prompts are drawn to replace them.
+    Prompts whose samples all have one reward teach nothing: up to `most_drawn` prompts are drawn to replace them. Where none is
+    found that does, a step has the first ones.
     """
 
     prompts: int
@@ -75,6 +79,8 @@ class Collector:
             drawn = wanted.stop
             kept += [known[place] for place in wanted if self._teaches(known[place])]
         partial.close()
+        if not kept:  # where all that was drawn teaches nothing, it does no harm either, and the next step may have more
+            kept = [known[place] for place in range(drawn) if "rewards" in known[place]][: how.prompts]
         if not kept:
             raise FailuresListed(f"step {step}: of {drawn} prompts none can be trained on: {why_none(known.values())}")
         refused = [record for record in known.values() if "no_rewards" in record]
@@ -97,16 +103,21 @@ class Collector:
         # A prompt may come twice in a step, where there are fewer than it takes: its samples must not come twice.
         seeds = [seed_from(self.how.seed, step, place, record["id"]) for place, record in zip(places, records, strict=True)]
         with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
-            scored: list[tuple[int, Future[Record]]] = []
+            scored: deque[tuple[int, Future[Record]]] = deque()
             ids = [record["prompt_token_ids"] for record in records]
-            for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds, version):
-                record = with_samples(records[index], sampled, version)
-                scored.append((places[index], pool.submit(self._with_rewards, record)))
-                while scored and scored[0][1].done():
-                    place, future = scored.pop(0)
+            try:
+                for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds, version):
+                    record = with_samples(records[index], sampled, version)
+                    scored.append((places[index], pool.submit(self._with_rewards, record)))
+                    while scored and scored[0][1].done():
+                        place, future = scored.popleft()
+                        yield place, future.result()
+                while scored:
+                    place, future = scored.popleft()
                     yield place, future.result()
-            for place, future in scored:
-                yield place, future.result()
+            except BaseException:  # what ends the step does not wait for those that have not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _with_rewards(self, record: Record) -> Record:
         scored = self.rewards.score(record)
@@ -143,20 +154,21 @@ def rollouts_of(folder: Path, step: int) -> StepRecords:
 
 
 def with_samples(record: Record, sampled: Sampled, version: int) -> Record:
-    """A prompt's record with its samples, which weights of this version gave."""
+    """A prompt's record with its samples, which weights of this version gave.
+
+    Token ids and log-probabilities are arrays, an eighth of what Python's numbers take while a step is sampled. The latter are
+    float32, as the servers computed them, and on disk have no digits beyond that.
+    """
     return {
         **record,
         "responses": sampled.texts,
-        "response_token_ids": sampled.token_ids,
+        "response_token_ids": [np.array(ids, dtype=np.int32) for ids in sampled.token_ids],
         "finish_reasons": sampled.finish_reasons,
-        "response_logps": sampled.logps,
+        "response_logps": [np.array(logps, dtype=np.float32) for logps in sampled.logps],
         "weight_versions": [version] * len(sampled.texts),
     }
 
 
 def why_none(records: Any) -> str:
     """What to say of records of which none can be trained on."""
-    for record in records:
-        if "no_rewards" in record:
-            return f"{record['no_rewards']} (prompt {record['id']})"
-    return "all samples of a prompt have the same reward; more samples, another reward, or `dynamic_sampling` off"
+    return next(f"{record['no_rewards']} (prompt {record['id']})" for record in records if "no_rewards" in record)

@@ -26,6 +26,8 @@ from baton.servers.weights import Transfer, TransferFailed
 log = logging.getLogger("baton")
 
 PATIENCE = 10.0  # seconds without a server of our own that answers, until those that died start anew
+# Tries of a request to a reward service: one that others run may start anew, for which ten give it 45 seconds on average.
+TRIES, TRIES_ELSEWHERE = 5, 10
 
 
 @dataclass
@@ -57,17 +59,14 @@ class Engines:
             if last or not self.servers:
                 raise FailuresListed(f"{failure}; what is finished is kept: run the same command again") from None
             log.warning("%s", failure)
-            for server in self.servers:
-                if server.url in failure.urls:
-                    own.restart(server)
+            own.restart(*(server for server in self.servers if server.url in failure.urls))
             return False
 
     def restart_dead(self) -> bool:
         """Start those of our servers anew that have ended; whether there was one."""
         owned = [*self.servers, *([self.reward_server] if self.reward_server else [])]
         dead = [server for server in owned if not own.is_alive(server)]
-        for server in dead:
-            own.restart(server)
+        own.restart(*dead)
         return bool(dead)
 
     def sleep(self) -> None:
@@ -122,16 +121,19 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         policies = running[: len(running) - (not arguments.reward_url)]
         urls = [server.url for server in policies] or [url.removesuffix("/v1") for url in arguments.vllm_url]
         key = policies[0].api_key if policies else _secret(arguments.vllm_api_key)
-        rollouts = stack.enter_context(
-            Rollouts(urls, key, timeout=arguments.server_timeout, patience=PATIENCE if policies else 60.0)
-        )
+        asking = {"timeout": arguments.server_timeout, "patience": PATIENCE if policies else 60.0}
+        at_once = 1 if arguments.reproducible else arguments.max_num_seqs
+        asking |= {"per_server": 4 * at_once} if at_once else {}
+        rollouts = stack.enter_context(Rollouts(urls, key, **asking))
         if rollouts.context < context:
             raise InputError(f"the servers take {rollouts.context} tokens, fewer than `max_prompt_length` + `max_new_tokens`")
         services = arguments.reward_url or [f"{running[-1].url}/get_reward"]
         key_of_rewards = _secret(arguments.reward_api_key) if arguments.reward_url else running[-1].api_key
         rewards = Rewards(services, key_of_rewards, arguments.reward_timeout)
         if arguments.reward_url:
-            check_service(rewards, services)
+            check_service(Rewards(services, key_of_rewards, arguments.reward_timeout, TRIES), services)
+        tries = TRIES_ELSEWHERE if arguments.reward_url else TRIES
+        rewards = Rewards(services, key_of_rewards, arguments.reward_timeout, tries)
         # NCCL connects no two processes on one GPU.
         how = {"device": device, "backend": "gloo" if shared else None, "timeout": arguments.sync_timeout}
         how["bucket_bytes"] = int(arguments.sync_megabytes * 2**20)

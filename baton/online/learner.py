@@ -124,12 +124,17 @@ class Learner:
         return {**self._sums(metrics), "grad_norm": norm}
 
     def move_optimizer(self, device: torch.device | str) -> None:
-        """Move the optimizer's states, to leave a GPU's memory to others; under DeepSpeed they stay."""
+        """Move the optimizer's states, and give back what is free, to leave a GPU's memory to others.
+
+        Under DeepSpeed the states stay. Everywhere a weight's number of steps does: AdamW has it on the CPU, and would have to
+        wait for a GPU to read it there.
+        """
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             for state in self.optimizer.state.values():
-                state.update({name: value.to(device) for name, value in state.items() if torch.is_tensor(value)})
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                moved = {name: value.to(device) for name, value in state.items() if torch.is_tensor(value) and name != "step"}
+                state.update(moved)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def taken(self) -> tuple[float, float]:
         """Operations of all processes and seconds of this one since the last call."""

@@ -32,6 +32,7 @@ from baton.training.sharding import is_sharded
 
 log = logging.getLogger("baton")
 
+MOST_DEATHS = 3  # of servers in a step, after which they do not start anew
 LARGE = ("responses", "prompt_token_ids", "response_token_ids", "response_logps")  # what takes the memory of a record
 SHOWN = ("reward", "eval/reward", "kl", "kl_coef", "entropy", "loss", "clipped", "explained_variance", "length", "seconds")
 
@@ -70,7 +71,9 @@ class Loop:
 
     def run(self) -> dict[str, float]:
         """Train to the end, from the last checkpoint where there is one; returns the metrics of the last step."""
+        self.turn(to_servers=False)  # the optimizer of a checkpoint takes memory that the servers have
         state = checkpoints.load(self.learner, self.folder) or {"step": 0, "taken": 0}
+        self.turn(to_servers=True)
         if "algorithm" in state:
             self.algorithm.load(state["algorithm"])
         done, taken = state["step"], state["taken"]
@@ -153,13 +156,18 @@ class Loop:
     def _collected(
         self, background: ThreadPoolExecutor, ahead: Future | None, step: int, taken: int, version: int
     ) -> dict[str, float]:
-        """What it took to collect a step. Where servers of ours have died, they start anew and get the weights again."""
+        """What it took to collect a step. Where servers of ours have died, they start anew and get the weights again.
+
+        Not for ever: there are prompts of which a server dies each time.
+        """
+        deaths = 0
         while ahead is not None:
             try:
                 return dict(ahead.result())
             except FailuresListed:
+                deaths += 1
                 # The weights that sample are those of this process now, and it has them whole.
-                if is_sharded(self.learner.models.actor) or not self.engines.restart_dead():
+                if deaths > MOST_DEATHS or is_sharded(self.learner.models.actor) or not self.engines.restart_dead():
                     raise
                 self.engines.take(weights_for_servers(self.learner.models.actor), version, last=True)
                 ahead = self._collect(background, step, taken, version)

@@ -68,6 +68,6 @@ def tokenised_prompts(
             known = {key: value for key, value in record.items() if key not in PER_RESPONSE_KEYS}
             yield {"record": orjson.dumps({**known, "chat_template_hash": template}).decode(), "prompt_token_ids": ids}
         if not kept:
-            raise InputError(f"no prompt is left: all {len(prompts)} have more than {longest} tokens (`prompt_max_len`)")
+            raise InputError(f"no prompt is left: all {len(prompts)} have more than {longest} tokens (`max_prompt_length`)")
 
     return Prompts(rows_on_disk(rows, config, name), seed), drops

@@ -131,19 +131,21 @@ def running(wanted: Sequence[Wanted], folder: Path, timeout: float = START_SECON
     shutil.rmtree(folder)
 
 
-def restart(server: OwnServer, timeout: float = START_SECONDS) -> None:
-    """End a server, if it still runs, and start it anew on its port, with the model of its beginning; returns once it is ready.
+def restart(*servers: OwnServer, timeout: float = START_SECONDS) -> None:
+    """End servers, if they still run, and start them anew on their ports, with the models of their beginning, all at once.
 
     What it logged before is in PORT.log.before. From any thread. Raises what `running` raises.
     """
-    found = processes.find(server.port)
-    if found:
-        processes.stop([found])
-        if found.log.exists():
-            found.log.replace(f"{found.log}.before")
-    log.warning("%s: the server on port %d starts anew", server.wanted.what, server.port)
-    _start(server)
-    for ready in processes.wait_until_ready([server.port], [server.port], timeout):
+    found = [known for server in servers if (known := processes.find(server.port))]
+    processes.stop(found)
+    for known in found:
+        if known.log.exists():
+            known.log.replace(f"{known.log}.before")
+    for server in servers:
+        log.warning("%s: the server on port %d starts anew", server.wanted.what, server.port)
+        _start(server)
+    ports = [server.port for server in servers]
+    for ready in processes.wait_until_ready(ports, ports, timeout):
         log.info("%s", processes.describe(ready))
 
 

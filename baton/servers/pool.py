@@ -21,6 +21,8 @@ log = logging.getLogger("baton")
 
 PROBE_SECONDS = (0.2, 30.0)  # the first interval between probes of a dead server, doubled up to the last
 RETRY_SECONDS = (0.2, 30.0)  # the same between attempts at a request, with full jitter
+# Responses in flight at a vLLM server. It samples 128 at once on a CPU, up to 1024 on a GPU; what waits there has a timeout.
+PER_SERVER = 512
 
 
 class Server:

@@ -16,7 +16,7 @@ from baton.servers.addresses import Refused, Transient
 from baton.servers.client import Client
 
 # What of a record is not sent beside the texts: it is there already, or long, and no scorer of texts reads it.
-NOT_SENT = (*PROMPT_KEYS, "responses", "response_token_ids", "response_logps", "weight_versions")
+NOT_SENT = (*PROMPT_KEYS, "prompt_token_ids", "responses", "response_token_ids", "response_logps", "weight_versions")
 
 
 class Scored(NamedTuple):

@@ -15,7 +15,7 @@ import xxhash
 from baton.errors import FailuresListed, InputError
 from baton.servers.addresses import Refused, Transient
 from baton.servers.answers import choices, sampled_logps
-from baton.servers.pool import Servers, base_url
+from baton.servers.pool import PER_SERVER, Servers, base_url
 
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -35,8 +35,9 @@ class Sampled(NamedTuple):
 class Rollouts:
     """Equal vLLM servers at `urls`, used through `sample`, from any thread, one call at a time; to be closed, or a context.
 
-    per_server: requests in flight at a server. timeout: seconds for one answer. max_retries: attempts at a request after the
-    first, which go to another server if there is one. patience: seconds to wait while no server at all is alive.
+    per_server: responses in flight at a server, those of two requests at least. timeout: seconds for one answer. max_retries:
+    attempts at a request after the first, which go to another server if there is one. patience: seconds to wait while no server
+    at all is alive.
 
     Raises InputError if no server answers, they serve different models, or refuse the API key.
     """
@@ -46,7 +47,7 @@ class Rollouts:
         urls: Sequence[str],
         api_key: str | None,
         *,
-        per_server: int = 64,
+        per_server: int = PER_SERVER,
         timeout: float = 600.0,
         max_retries: int = 8,
         patience: float = 60.0,
@@ -55,7 +56,7 @@ class Rollouts:
         self.results: queue.SimpleQueue[tuple[int, Sampled] | BaseException] | None = None  # of the last call of `sample`
         self.thread = threading.Thread(target=self.loop.run_forever, name="rollouts", daemon=True)
         self.thread.start()
-        self.limit = per_server * len(urls)
+        self.per_server = per_server
         try:
             self._run(self._open([base_url(url) for url in urls], api_key, timeout, max_retries, patience))
         except BaseException:
@@ -131,7 +132,7 @@ class Rollouts:
 
     async def _ask_all(self, bodies: list[dict[str, Any]], n: int, version: int | None, results: queue.SimpleQueue) -> None:
         """Put what `sample` gives into `results`; the first failure ends all."""
-        free, tasks = asyncio.Semaphore(self.limit), []
+        free, tasks = asyncio.Semaphore(max(self.per_server // n, 2) * len(self.servers.servers)), []
 
         async def ask(index: int) -> None:
             async with free:

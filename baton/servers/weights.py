@@ -28,6 +28,7 @@ from baton.servers.addresses import error_text, proxy_settings
 log = logging.getLogger("baton")
 
 BUCKET_BYTES = 256 * 2**20
+IDLE_SECONDS = 2.0  # of a connection that is used again: vLLM closes them after 5, in whose moment a request would fail
 POLL_SECONDS = 0.001
 
 
@@ -125,7 +126,12 @@ class Transfer:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.host, self.dtype, self.bucket_bytes, self.timeout = host, dtype, bucket_bytes, timeout
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.http = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=min(timeout, 10)), **proxy_settings())
+        self.http = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10)),
+            limits=httpx.Limits(keepalive_expiry=IDLE_SECONDS),
+            **proxy_settings(),
+        )
         self.links = [Link(url.rstrip("/").removesuffix("/v1"), self.http) for url in urls]
         self.store, self.port = groups.listen(host, timeout)
         self.pool = ThreadPoolExecutor(8 * len(urls), "weights")

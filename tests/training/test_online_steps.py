@@ -3,11 +3,14 @@
 import functools
 import json
 import math
+import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -19,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from baton import jsonl
 from baton.errors import FailuresListed, InputError
 from baton.online import checkpoints
-from baton.online.arguments import scorer_inputs
-from baton.online.collect import TAKEN, Collector, HowToSample, rollouts_of
+from baton.online.arguments import heads_of, scorer_inputs
+from baton.online.collect import TAKEN, Collector, HowToSample, rollouts_of, with_samples
 from baton.online.engines import Engines
 from baton.online.loop import Loop
 from baton.online.models import same_tokens
@@ -30,13 +33,13 @@ from baton.pairs import PairSettings
 from baton.parallel import DataParallel
 from baton.scorers import DEFAULT_RUBRIC
 from baton.servers import own
-from baton.servers.rewards import Scored
+from baton.servers.rewards import Scored, request_body
 from baton.servers.rollouts import Rollouts, Sampled
 from baton.servers.weights import Transfer
 from dpo_iteration.online import OnlineDPO
 from ppo import losses
 from ppo.openrlhf import own_names
-from ppo.run_ppo import Arguments, check
+from ppo.run_ppo import Arguments, check, critic_of
 from tests.models.tiny_models import FAMILIES, VOCABULARY, one_thread
 from tests.programs import read_jsonl
 from tests.training import online_processes
@@ -268,7 +271,8 @@ def test_a_death_between_a_checkpoint_and_its_line_loses_neither_the_line_nor_th
 
 
 def arguments_of(folder, **changes):
-    known = {"dataset_name_or_path": "prompts.jsonl", "output_dir": "policy", "scorer": ["function:rules.py:brevity"]}
+    rule = f"function:{Path(__file__).with_name('online_rewards.py')}:even"
+    known = {"dataset_name_or_path": "prompts.jsonl", "output_dir": "policy", "scorer": [rule]}
     return Arguments(**{"model_name_or_path": str(folder / "model"), **known, **changes})
 
 
@@ -277,6 +281,7 @@ def arguments_of(folder, **changes):
     [
         ({"kl_target": 6.0, "kl_coef": 0.0}, "`kl_target` with `kl_coef: 0`"),
         ({"min_new_tokens": 4, "correction_clip": 2.0}, "at least 4 tokens"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "`min_new_tokens`: 9 is above `max_new_tokens`, 8"),
         ({"scorer": [], "reward_url": ["http://me:hush@127.0.0.1:1/get_reward"]}, "`reward_url`: an address with a user"),
         ({"scorer": [], "reward_url": ["127.0.0.1:5000"]}, "begins with http://"),
         ({"scorer": ["http:http://127.0.0.1:1/?api_key=hush"]}, "`scorer`: `api_key` in an address"),
@@ -295,6 +300,29 @@ def test_openrlhfs_batch_of_samples_needs_the_samples_of_a_prompt():
         own_names({"train_batch_size": 128})  # K may stand in the other source, and has another default here
 
 
+def classifier(folder, *outputs):
+    """A folder with the configuration of a sequence classifier with these outputs."""
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_labels": len(outputs),
+        "id2label": dict(enumerate(outputs)),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_reward_args_say_of_a_models_outputs_counts_and_other_kinds_of_models_are_refused(folder, tmp_path):
+    several, one = classifier(tmp_path / "several", "help", "brief"), classifier(tmp_path / "one", "LABEL_0")
+    given = arguments_of(folder, scorer=[f"bt:{several}"], reward_args="--heads help brief=0.5 --dtype float32")
+    check(given)
+    assert heads_of(given) == ["help", "brief=0.5"] and critic_of(given) == given.model_name_or_path
+    assert critic_of(arguments_of(folder, scorer=[f"bt:{one}"])) == str(one)
+    for scorer, message in ((f"bt:{several}", "say with --heads"), (f"process:{one}", "not a process reward model")):
+        with pytest.raises(InputError, match=message):
+            check(arguments_of(folder, scorer=[scorer]))
+
+
 def test_a_judges_rubric_and_other_files_of_the_rewards_count_by_their_content(folder, tmp_path):
     judge = {"scorer": ["tone=judge:http://127.0.0.1:1/v1"]}
     assert scorer_inputs(arguments_of(folder, **judge)) == {"scorer tone: rubric": DEFAULT_RUBRIC} and DEFAULT_RUBRIC.is_file()
@@ -306,6 +334,17 @@ def test_a_judges_rubric_and_other_files_of_the_rewards_count_by_their_content(f
     assert found == {"scorer tone: rubric": rubric, "chat template of the rewards": template}
     with pytest.raises(InputError, match=r"--rubric .*nowhere.txt: no such file"):
         scorer_inputs(arguments_of(folder, **judge, reward_args="--rubric nowhere.txt"))
+
+
+def test_a_functions_file_and_those_that_it_imports_count_by_their_content(folder, tmp_path):
+    rules, beside = tmp_path / "rules.py", tmp_path / "beside.py"
+    rules.write_text("import beside\ndef brevity(prompts, responses, records): ...\n")
+    beside.write_text("")
+    given = arguments_of(folder, scorer=[f"brief=function:{rules}:brevity"])
+    check(given)
+    assert scorer_inputs(given) == {"scorer brief": rules, "scorer brief: beside.py": beside}
+    with pytest.raises(InputError, match="defines no function brevty, only: brevity"):
+        check(arguments_of(folder, scorer=[f"function:{rules}:brevty"]))
 
 
 def test_a_merged_adapter_keeps_what_it_learnt(folder):
@@ -333,6 +372,15 @@ def test_a_checkpoint_of_zero_says_with_what_it_goes_on(folder, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"spread": "under ZeRO-2 in 2 processes"}))
     with pytest.raises(InputError, match="written under ZeRO-2 in 2 processes, and this run is without ZeRO and FSDP"):
         checkpoints.load(learner, tmp_path)
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_older_one_is_deleted(folder, tmp_path, monkeypatch):
+    synced, older = set(), tmp_path / "checkpoint-1"
+    older.mkdir()
+    monkeypatch.setattr(os, "fsync", lambda number: older.exists() and synced.add(os.fstat(number).st_ino))
+    checkpoints.save(learner_of(folder, critic=False), tmp_path, 2, {})
+    files = [path for path in (tmp_path / "checkpoint-2").rglob("*") if path.is_file()]
+    assert len(files) > 2 and {path.stat().st_ino for path in files} <= synced and not older.exists()
 
 
 class Mute(BaseHTTPRequestHandler):
@@ -440,6 +488,16 @@ def test_a_prompt_that_comes_twice_in_a_step_is_sampled_with_two_seeds_and_asked
         assert len(set(asked.seeds)) == 2
 
 
+def test_a_step_in_which_all_rewards_are_equal_does_not_end_a_training_that_draws_others_for_such_prompts(tmp_path):
+    dataset = [{"record": f'{{"id": "{number}", "prompt": "Hello"}}', "prompt_token_ids": [1]} for number in range(9)]
+    asked = Asked(Scored([1.0], {}))
+    counts = Collector(tmp_path, Prompts(dataset, 0), asked, asked, HowToSample(2, 1, {}, seed=0, most_drawn=5)).collect(
+        1, 0, 0
+    )
+    assert (counts["prompts_drawn"], counts["prompts_left_out"]) == (5.0, 3.0)
+    assert [record[TAKEN] for record in rollouts_of(tmp_path, 1)] == [5, 5]
+
+
 def test_a_death_while_rollouts_are_written_costs_none_of_them(tmp_path, monkeypatch):
     dataset = [{"record": f'{{"id": "{number}", "prompt": "Hello"}}', "prompt_token_ids": [1]} for number in range(2)]
     first, second = Asked(Scored([1.0], {})), Asked(Scored([1.0], {}))
@@ -459,6 +517,81 @@ def test_a_server_of_our_own_that_died_stops_no_change_of_turns_but_one_that_liv
         Engines(None, None, transfer, [server], None).wake()
         with pytest.raises(FailuresListed, match="/sleep"):
             Engines(None, None, transfer, [], None).sleep()
+
+
+def test_a_sample_is_kept_as_arrays_and_loses_nothing_on_disk():
+    logps = torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist()  # float32, as the servers compute them
+    record = with_samples({"id": "1"}, Sampled([list(range(50))], ["stop"], [logps], ["text"]), 3)
+    assert record["response_logps"][0].nbytes == record["response_token_ids"][0].nbytes == 200
+    line = jsonl.dump(record)
+    read = json.loads(line)
+    assert torch.tensor(read["response_logps"]).equal(torch.tensor([logps])) and read["weight_versions"] == [3]
+    assert read["response_token_ids"] == [list(range(50))]
+    assert len(line) < 0.7 * len(jsonl.dump(record | {"response_logps": [logps]}))
+    sent = request_body({**record, "prompt": "Hello", "prompt_token_ids": [1], "label": 7}, "")
+    assert sent["records"] == [{"id": "1", "finish_reasons": ["stop"], "label": 7}]
+
+
+def test_what_ends_a_step_ends_the_rewards_that_have_not_begun(tmp_path):
+    class Ending(Asked):
+        def sample(self, prompts, n, sampling, seeds, version):
+            yield from super().sample(prompts, n, sampling, seeds, version)
+            raise FailuresListed("no server is alive")
+
+        def score(self, record):
+            self.seen.append(record["id"])
+            time.sleep(0.05)
+            return self.scored
+
+    asked = Ending(Scored([1.0], {}))
+    asked.seen = []
+    dataset = [{"record": f'{{"id": "{number}", "prompt": "Hello"}}', "prompt_token_ids": [1]} for number in range(99)]
+    with pytest.raises(FailuresListed, match="no server is alive"):
+        Collector(tmp_path, Prompts(dataset, 0), asked, asked, HowToSample(99, 1, {}, seed=0)).collect(1, 0, 0)
+    assert len(asked.seen) < 50
+
+
+def test_a_server_that_dies_of_each_try_at_a_step_is_not_started_anew_for_ever(folder):
+    class Dying:
+        tries = 0
+
+        def collect(self, step, taken, version):
+            self.tries += 1
+            raise FailuresListed("no server is alive")
+
+    engines = SimpleNamespace(restart_dead=lambda: True, take=lambda weights, version, last: bool(list(weights)))
+    loop = Loop(
+        learner=learner_of(folder, critic=False), algorithm=None, folder=None, metrics_path=None, engines=engines,
+        collector=Dying(), total_steps=1, save_steps=1, eval_steps=1, staleness=0, shares_gpus=False, evaluate=None, warn=None,
+    )  # fmt: skip
+    with ThreadPoolExecutor(1) as background, pytest.raises(FailuresListed, match="no server is alive"):
+        loop._collected(background, loop._collect(background, 1, 0, 0), 1, 0, 0)
+    assert loop.collector.tries == 4
+
+
+def test_servers_that_share_the_gpus_sleep_while_a_checkpoint_is_loaded(folder, tmp_path, monkeypatch):
+    learner, order, load = learner_of(folder, critic=False), [], checkpoints.load
+    checkpoints.save(learner, tmp_path, 4, {"taken": 8, "algorithm": {}, "metrics": {}})
+    monkeypatch.setattr(checkpoints, "load", lambda *of: order.append("load") or load(*of))
+    engines = SimpleNamespace(
+        sleep=lambda: order.append("sleep"), wake=lambda: order.append("wake"),
+        take=lambda weights, version, last: order.append("weights") or bool(list(weights)),
+    )  # fmt: skip
+    Loop(
+        learner=learner, algorithm=SimpleNamespace(load=lambda state: None), folder=tmp_path,
+        metrics_path=tmp_path / "metrics.jsonl", engines=engines, collector=None, total_steps=4, save_steps=2, eval_steps=2,
+        staleness=0, shares_gpus=True, evaluate=None, warn=None,
+    ).run()  # fmt: skip
+    assert order == ["sleep", "load", "wake", "weights"]
+
+
+def test_an_optimizer_leaves_the_gpu_but_for_its_numbers_of_steps_which_never_were_there(folder, records):
+    learner = learner_of(folder, critic=False)
+    algorithm_of(folder, learner, advantage_estimator="rloo").step(records, Samples.of(records), 1)
+    learner.move_optimizer("meta")
+    states = list(learner.optimizer.state.values())
+    assert states and all(state["exp_avg"].is_meta and state["exp_avg_sq"].is_meta for state in states)
+    assert all(state["step"].item() == 1 for state in states)
 
 
 def learner_size():

@@ -246,6 +246,8 @@ def test_the_kl_coefficient_follows_its_target_and_goes_on_from_its_state():
     again.load(adaptive.state())
     again.update(0.0, 500)  # a fifth at most
     assert again.coefficient == pytest.approx(0.1 * 1.01 * 0.9)
+    again.update(0.0, 6000)  # as in a step of many samples
+    assert again.coefficient == pytest.approx(0.1 * 1.01 * 0.9 * 0.8)
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=40), st.integers(0, 40))
