@@ -129,7 +129,6 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
             raise InputError(f"the servers take {rollouts.context} tokens, fewer than `max_prompt_length` + `max_new_tokens`")
         services = arguments.reward_url or [f"{running[-1].url}/get_reward"]
         key_of_rewards = _secret(arguments.reward_api_key) if arguments.reward_url else running[-1].api_key
-        rewards = Rewards(services, key_of_rewards, arguments.reward_timeout)
         if arguments.reward_url:
             check_service(Rewards(services, key_of_rewards, arguments.reward_timeout, TRIES), services)
         tries = TRIES_ELSEWHERE if arguments.reward_url else TRIES
