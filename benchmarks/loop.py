@@ -37,7 +37,7 @@ def main() -> None:
     for run_dir in parser.parse_args().run_dir:
         print(f"{run_dir}: seconds of each round")
         print(f"{'round':>5} {'wall':>6} " + " ".join(f"{kind:>9}" for kind in KINDS) + f" {'outside':>9} {'share':>6}")
-        for number, stages, end in rounds(run_dir):
+        for number, stages, end in rounds(run_dir.resolve()):  # the logs have whole paths
             wall = (end - stages[0].began).total_seconds()
             work = [sum(stage.work for stage in stages if stage.kind == kind) for kind in KINDS]
             outside = wall - sum(work)
