@@ -355,7 +355,7 @@ def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
     assert "2 servers of 2 GPUs each, but there are 3 GPUs" in result.stderr
 
 
-@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "hang"])
+@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "odd", "hang"])
 def test_trouble_that_passes_is_tried_again_until_every_prompt_is_there(tmp_path, trouble):
     times = 1 if trouble == "hang" else 3
     with MisbehavingServer(script=(trouble,) * times) as server:
@@ -384,6 +384,15 @@ def test_a_hanging_server_does_not_hold_what_the_other_can_do(tmp_path):
     with MisbehavingServer(script=("hang",) * 100) as hangs, MisbehavingServer() as works:
         command = gen_hf(write(tmp_path, 6), "--ports", hangs.port, works.port, "--K", 2, "--timeout", 1)
         result = run_program(*command)
+    assert result.returncode == 0, result.stderr
+    assert_each_prompt_once(tmp_path / "gen_data.jsonl", 6, 2)
+
+
+def test_servers_that_fail_at_once_do_not_keep_a_prompt_from_one_that_works(tmp_path):
+    """They are always free, so that a prompt would go from the one to the other."""
+    with MisbehavingServer(("500",) * 9) as one, MisbehavingServer(("500",) * 9) as other, MisbehavingServer() as works:
+        ports = [server.port for server in (one, other, works)]
+        result = run_program(*gen_hf(write(tmp_path, 6), "--ports", *ports, "--K", 2, "--max_retries", 2))
     assert result.returncode == 0, result.stderr
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 6, 2)
 
