@@ -339,11 +339,12 @@ def test_register_server_refuses_bad_arguments(tmp_path, arguments, message):
 def test_where_one_port_is_taken_no_server_is_started(tmp_path):
     servers = Pair(tmp_path, tmp_path / "servers")
     (tmp_path / "config.json").write_text("{}")
-    with MisbehavingServer() as other:
-        result = servers.register(tmp_path, "--num_servers", 2, "--port", other.port - 1)
+    with socket.create_server(("127.0.0.1", 0)) as other:  # which says nothing
+        port = other.getsockname()[1]
+        result = servers.register(tmp_path, "--num_servers", 2, "--port", port - 1)
     started = servers.register("--stop").stdout
     assert result.returncode == 2
-    assert f"port {other.port} is taken by a server that was not started here" in result.stderr
+    assert f"port {port} is taken by a server that was not started here" in result.stderr
     assert started == "stopped: none\n"
 
 
