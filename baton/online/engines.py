@@ -110,7 +110,7 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
             "dtype": arguments.server_dtype,
             "logprobs_mode": "processed_logprobs",
         }
-        wanted += own.policy_servers(arguments.model_name_or_path, groups, settings, weights=True)
+        wanted += own.policy_servers(arguments.model_name_or_path, groups, settings, weights=True, seed=arguments.seed)
     if not arguments.reward_url:
         words = ["--scorer", *arguments.scorer, *shlex.split(arguments.reward_args)]
         words += ["--weights", *map(str, arguments.weights)] if arguments.weights else []

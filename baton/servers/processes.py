@@ -160,7 +160,8 @@ def start_missing(
 
 def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int, variables: Mapping[str, str]) -> Server:
     """Start a server, which outlives this process, on the `slot`-th group of so many GPUs; it is not ready yet."""
-    return start_words(place, model, (*VLLM, "--model", model, *options), variables, gpus, slot)
+    # Without a seed vLLM's servers all draw the same random numbers.
+    return start_words(place, model, (*VLLM, "--model", model, "--seed", str(slot), *options), variables, gpus, slot)
 
 
 def start_words(

@@ -136,6 +136,11 @@ def test_a_second_call_finds_the_servers_running_and_status_shows_them(pair):
         assert re.search(rf"port {port}  pid \d+  ready ", again.stdout)
 
 
+def test_servers_draw_random_numbers_of_their_own(pair):
+    words = [psutil.Process(int(path.read_text().split()[0])).cmdline() for path in pair.folder.glob("*.pid")]
+    assert len({each[each.index("--seed") + 1] for each in words}) == len(words) == 2
+
+
 def test_a_client_does_not_take_a_server_of_another_model_for_the_one_that_was_refused(pair, tmp_path):
     """As where a script starts the next round's servers, and goes on although the last round's are still there."""
     (tmp_path / "next").mkdir()
