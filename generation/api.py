@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from baton.errors import InputError
+from baton.errors import FailuresListed, InputError
 from baton.records import with_prefix
 from baton.sampling import words
+from baton.servers.addresses import Refused, Transient
 from baton.servers.answers import choices, sampled_logps
 from baton.servers.pool import Servers
 from generation.arguments import GenerationArguments, changed
@@ -41,8 +42,8 @@ async def ask(service: Service, task: Task, arguments: GenerationArguments) -> l
     else:
         messages = with_prefix(task.record["prompt"], task.record.get("prompt_prefix"), task.where)
         path, prompt = "chat/completions", {"messages": messages}
-    answer = await service.servers.post(path, {**prompt, **_sampling(service, task, arguments)})
-    return [_completion(choice, arguments.response_logps) for choice in choices(answer, arguments.K)]
+    body = {**prompt, **_sampling(service, task, arguments)}
+    return await service.servers.post(path, body, lambda answer: _completions(answer, arguments))
 
 
 def _sampling(service: Service, task: Task, arguments: GenerationArguments) -> dict[str, Any]:
@@ -79,12 +80,16 @@ async def check_logps(service: Service, arguments: GenerationArguments) -> None:
     """Raise InputError if a server gives log-probabilities of another distribution than the one that is sampled.
 
     vLLM gives those of the model unless it is told otherwise. Where one token alone is allowed, it is sampled with probability
-    1, whatever the model says of it.
+    1, whatever the model says of it. Raises FailuresListed where a server does not answer.
     """
     if not arguments.response_logps or service.engine != "vllm" or not changed(arguments):
         return
     body = {"model": service.model, "prompt": [0], "max_tokens": 1, "allowed_token_ids": [0], "logprobs": 0}
-    for url, answer in (await service.servers.post_to_each("completions", body)).items():
+    try:
+        answers = await service.servers.post_to_each("completions", body)
+    except (Transient, Refused) as error:
+        raise FailuresListed(f"whose log-probabilities the servers give cannot be found out: {error}") from None
+    for url, answer in answers.items():
         if answer["choices"][0]["logprobs"]["token_logprobs"][0] < 0:
             raise InputError(
                 f"{url}: gives the log-probabilities of the model, and not those of {words(changed(arguments))}; "
@@ -92,8 +97,15 @@ async def check_logps(service: Service, arguments: GenerationArguments) -> None:
             )
 
 
+def _completions(answer: dict[str, Any], arguments: GenerationArguments) -> list[Completion]:
+    """The K responses in an answer. Raises Transient, Refused as answers.py does, and TypeError for text that is none."""
+    return [_completion(choice, arguments.response_logps) for choice in choices(answer, arguments.K)]
+
+
 def _completion(choice: dict[str, Any], with_logps: bool) -> Completion:
     text = choice["message"].get("content") if "message" in choice else choice.get("text")
+    if not isinstance(text, str | None):
+        raise TypeError(f"a response is text, not {type(text).__name__}")
     token_ids = choice.get("token_ids") if isinstance(choice.get("token_ids"), list) else None
     logps = sampled_logps(choice, token_ids) if with_logps else None
     return Completion(text or "", token_ids, choice.get("finish_reason"), logps)

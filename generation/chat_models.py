@@ -10,6 +10,7 @@ from typing import Any
 
 from baton.errors import InputError
 from baton.models.templates import prompt_token_ids, template_hash
+from baton.program import harmless
 from baton.records import Messages
 from baton.servers.addresses import error_text, proxy_settings
 from baton.sources import check_hub, check_model_path
@@ -77,10 +78,11 @@ class ServedModel:
         self.url, self.arguments = url, arguments
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(headers=headers, timeout=httpx.Timeout(10, read=None), **proxy_settings())
-        models = {model["id"]: model for model in self._listed() if isinstance(model, dict) and "id" in model}
+        listed = [model for model in self._listed() if isinstance(model, dict)]
+        models = {model["id"]: model for model in listed if isinstance(model.get("id"), str)}
         self.name = name or next(iter(models), None)
         if self.name not in models:
-            raise InputError(f"{url}: serves {', '.join(map(str, models)) or 'no model'}, not {self.name}")
+            raise InputError(f"{url}: serves {harmless(', '.join(models)) or 'no model'}, not {self.name}")
         self.is_vllm = models[self.name].get("owned_by") == "vllm"
         own = [f"--{each}" for each in OWN if getattr(arguments, each) not in (-1, [], None)]
         if own and not self.is_vllm:
@@ -96,10 +98,9 @@ class ServedModel:
                 if response.status_code != 200:
                     response.read()
                     self._refuse(response)
-                for choice in map(self._choice, filter(_is_event, response.iter_lines())):
-                    piece = (choice.get("delta") or {}).get("content") or ""
-                    text, reason = text + piece, choice.get("finish_reason") or reason
-                    token_ids += choice.get("token_ids") or []
+                for piece, ids, ends in map(self._part, filter(_is_event, response.iter_lines())):
+                    text, reason = text + piece, ends or reason
+                    token_ids += ids
                     yield piece
         except httpx.HTTPError as error:
             raise InputError(f"{self.url}: {type(error).__name__}: {error}") from None
@@ -118,14 +119,17 @@ class ServedModel:
             body |= {"min_tokens": arguments.min_new_tokens} if arguments.min_new_tokens else {}
         return body
 
-    def _choice(self, line: str) -> dict[str, Any]:
-        """The one choice in an event of the stream; an empty one where it has none. Raises InputError for an error in it."""
+    def _part(self, line: str) -> tuple[str, list[int], str | None]:
+        """Text, token ids and finish reason in a stream's event, as far as it has them. Raises InputError for an error."""
         try:
             event = json.loads(line.removeprefix("data:"))
             if "error" in event:
-                raise InputError(f"{self.url}: {event['error']}")
-            return (event.get("choices") or [{}])[0]
-        except (ValueError, TypeError, AttributeError):
+                raise InputError(f"{self.url}: {harmless(str(event['error']))}")
+            choice = (event.get("choices") or [{}])[0]
+            text = (choice.get("delta") or {}).get("content") or ""
+            text = text.encode(errors="replace").decode()  # half of a surrogate pair can be neither sent back nor saved
+            return text, list(choice.get("token_ids") or ()), choice.get("finish_reason")
+        except (ValueError, TypeError, AttributeError, LookupError):
             raise InputError(f"{self.url}: an answer that is not one of the OpenAI API: {line[:60]!r}") from None
 
     def _listed(self) -> list[Any]:
@@ -138,7 +142,7 @@ class ServedModel:
         if response.status_code != 200:
             self._refuse(response)
         try:
-            return response.json()["data"]
+            return list(response.json()["data"])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{self.url}/models: not an answer of an OpenAI-compatible server") from None
 

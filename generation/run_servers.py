@@ -11,7 +11,7 @@ again: it goes on where it stopped.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,7 @@ class Wanted:
     count: int
     gpus_each: int
     settings: dict[str, Any]
+    seed: int = field(compare=False)  # a set with another one goes on with these servers' random numbers
 
 
 def servers_for(arguments: Arguments) -> Wanted:
@@ -89,7 +90,7 @@ def servers_for(arguments: Arguments) -> Wanted:
         settings["speculative_config"] = json.dumps(arguments.speculative_config)
     if changed(arguments):
         settings["logprobs_mode"] = "processed_logprobs"  # after temperature, top-k, top-p and min-new-tokens
-    return Wanted(arguments.model_name_or_path, count, size if visible else 0, settings)
+    return Wanted(arguments.model_name_or_path, count, size if visible else 0, settings, arguments.seed)
 
 
 def started_once(servers: Running, stack: ExitStack) -> Callable[[], Running]:
@@ -109,7 +110,8 @@ def started_once(servers: Running, stack: ExitStack) -> Callable[[], Running]:
 def own_servers(wanted: Wanted, folder: Path) -> Iterator[list[str]]:
     """Context in which servers of the policy answer, whose URLs it gives; logs and state of them are in `folder`."""
     groups = gpus.groups(gpus.visible(), wanted.gpus_each)[: wanted.count] if wanted.gpus_each else [[]] * wanted.count
-    with own.running(own.policy_servers(wanted.model, groups, wanted.settings, api_key=""), folder) as servers:
+    policies = own.policy_servers(wanted.model, groups, wanted.settings, api_key="", seed=wanted.seed)
+    with own.running(policies, folder) as servers:
         yield [f"{server.url}/v1" for server in servers]
 
 

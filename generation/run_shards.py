@@ -62,7 +62,10 @@ def following_sets(own: Sampling) -> list[Sampling]:
     found, outputs = [], {Path(own.merged).resolve()}
     for words in chain.following(__file__):
         named = {Path(part).resolve() for word in words for part in re.split("[,=]", word)}
-        following = sampling_of(words)
+        try:
+            following = sampling_of(words)
+        except InputError:  # its own turn says what is wrong with it
+            break
         if needs(following) != needs(own) or named & outputs or any(word.startswith("--overwrite") for word in words):
             break
         found.append(following)

@@ -10,14 +10,17 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
+import httpx
 from torch import Tensor
 
 from baton.errors import FailuresListed, InputError
 from baton.launch import gpus
 from baton.online.arguments import OnlineArguments
 from baton.servers import own
+from baton.servers.groups import own_address
 from baton.servers.own import OwnServer
 from baton.servers.rewards import Rewards
 from baton.servers.rollouts import Rollouts
@@ -110,7 +113,7 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
             "dtype": arguments.server_dtype,
             "logprobs_mode": "processed_logprobs",
         }
-        wanted += own.policy_servers(arguments.model_name_or_path, groups, settings, weights=True)
+        wanted += own.policy_servers(arguments.model_name_or_path, groups, settings, weights=True, seed=arguments.seed)
     if not arguments.reward_url:
         words = ["--scorer", *arguments.scorer, *shlex.split(arguments.reward_args)]
         words += ["--weights", *map(str, arguments.weights)] if arguments.weights else []
@@ -135,6 +138,7 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
         rewards = Rewards(services, key_of_rewards, arguments.reward_timeout, tries)
         # NCCL connects no two processes on one GPU.
         how = {"device": device, "backend": "gloo" if shared else None, "timeout": arguments.sync_timeout}
+        how["host"] = meeting_place(urls)
         how["bucket_bytes"] = int(arguments.sync_megabytes * 2**20)
         transfer = stack.enter_context(closing(Transfer(urls, key, **how)))
         reward_server = None if arguments.reward_url else running[-1]
@@ -144,6 +148,12 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
 def shares_gpus(arguments: OnlineArguments) -> bool:
     """Whether servers of the program and the trainer share GPUs, and so take turns."""
     return bool(gpus.visible()) and not arguments.server_gpus and not arguments.vllm_url
+
+
+def meeting_place(urls: Sequence[str]) -> str:
+    """The address of this machine by which servers reach it to take weights; its loopback's where all of them run here."""
+    found = [own_address(url.host, url.port or 80) for url in map(httpx.URL, urls)]
+    return next((address for address in found if not ip_address(address).is_loopback), own.HERE)
 
 
 def check_service(rewards: Rewards, urls: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ def listen(host: str, seconds: float) -> tuple[dist.TCPStore, int]:
 
     torch's store listens on every address of the machine unless it is given a socket.
     """
-    with socket.create_server((host, 0)) as server:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
         port = server.getsockname()[1]
         store = dist.TCPStore(
             host,

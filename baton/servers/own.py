@@ -24,6 +24,7 @@ from typing import Any
 
 from baton import program
 from baton.launch.unit import ROOT
+from baton.sampling import seed_from
 from baton.servers import processes
 from baton.servers.processes import HERE, Place
 
@@ -74,11 +75,13 @@ def policy_servers(
     *,
     weights: bool = False,
     api_key: str | None = None,
+    seed: int = 0,
 ) -> list[Wanted]:
     """vLLM servers of a model, one on each of the groups of GPU ids in `gpus`; an empty group stands for the CPU.
 
     `settings` are vLLM's, by their names with `_` for `-`. With `weights` the servers take other weights while they run: see
-    weights.py. Without an `api_key` one is made up, which all of them share; with an empty one requests need none.
+    weights.py. Without an `api_key` one is made up, which all of them share; with an empty one requests need none. Each draws
+    random numbers of its own, by the `seed`, for requests without one: vLLM's servers would all draw the same.
     """
     model = os.path.realpath(model) if Path(model).exists() else model
     key = secrets.token_urlsafe(32) if api_key is None else api_key or None
@@ -90,8 +93,8 @@ def policy_servers(
         settings["weight_transfer_config"] = json.dumps({"backend": "baton"})
         variables["VLLM_SERVER_DEV_MODE"] = "1"
     wanted = []
-    for group in gpus:
-        options, more = processes.engine_options(settings, len(group), len(gpus))
+    for number, group in enumerate(gpus):
+        options, more = processes.engine_options(settings | {"seed": seed_from(seed, number)}, len(group), len(gpus))
         words = (*processes.VLLM, "--model", model, *options)
         wanted.append(Wanted(model, words, tuple(group), variables | more, key))
     return wanted
@@ -134,7 +137,7 @@ def running(wanted: Sequence[Wanted], folder: Path, timeout: float = START_SECON
 def restart(*servers: OwnServer, timeout: float = START_SECONDS) -> None:
     """End servers, if they still run, and start them anew on their ports, with the models of their beginning, all at once.
 
-    What it logged before is in PORT.log.before. From any thread. Raises what `running` raises.
+    Returns once they are ready. What one logged before is in PORT.log.before. From any thread. Raises what `running` raises.
     """
     found = [known for server in servers if (known := processes.find(server.port))]
     processes.stop(found)

@@ -7,7 +7,8 @@ to the others.
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -78,15 +79,19 @@ class Servers:
     async def post(self, path: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any] = lambda answer: answer) -> Any:
         """`read` of the JSON answer to `body` at `path`, from any server, after as many attempts as it takes.
 
-        `read` raises Transient for an answer that another attempt may better. Raises Transient after the last attempt, Refused
-        for a 4xx, FailuresListed if no server is alive.
+        `read` raises Transient for an answer that another attempt may better; an answer of another shape than it expects is one
+        too. Raises Transient after the last attempt, Refused for a 4xx, FailuresListed if no server is alive.
         """
-        last = None
+        tried: Counter[Server] = Counter()
 
         async def attempt() -> Any:
-            nonlocal last
-            last = await self._pick(avoid=last)
-            return read(await self._post_to(last, path, body))
+            server = await self._pick(tried)
+            tried[server] += 1
+            answer = await self._post_to(server, path, body)
+            try:
+                return read(answer)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise Transient(f"{server.url}: not the expected answer ({type(error).__name__}: {error})") from None
 
         return await self.attempts(attempt)
 
@@ -113,8 +118,11 @@ class Servers:
         await asyncio.gather(*probes, return_exceptions=True)
         await self.client.aclose()
 
-    async def _pick(self, avoid: Server | None) -> Server:
-        """The server alive with the fewest requests in flight; not `avoid`, which just failed, if there is another."""
+    async def _pick(self, tried: Mapping[Server, int]) -> Server:
+        """The server alive with the fewest requests in flight, of those that have failed at this request least often.
+
+        One that fails at once is always free: it would be asked again and again.
+        """
         while not (alive := [server for server in self.servers if server.alive]):
             self.changed.clear()
             try:
@@ -124,7 +132,7 @@ class Servers:
                     f"no server has answered for {self.patience:g} s; what is finished is kept: start the "
                     "servers, and run the same command again"
                 ) from None
-        return min(alive, key=lambda server: (server is avoid, server.in_flight))
+        return min(alive, key=lambda server: (tried[server], server.in_flight))
 
     async def _post_to(self, server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
         server.in_flight += 1

@@ -4,8 +4,10 @@ Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (ho
 PORT.refused, is there where the last call wanted another model on the port: clients, whose caller may not know, refuse too.
 """
 
+import errno
 import http.client
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,8 +56,8 @@ class Server(NamedTuple):
 
 
 def folder() -> Path:
-    """Where logs and state are: $BATON_SERVERS, or .servers/ in the project."""
-    return Path(os.environ.get("BATON_SERVERS") or ROOT / ".servers")
+    """Where logs and state are: $BATON_SERVERS, or .servers/HOST/ in the project, which several machines may share."""
+    return Path(os.environ.get("BATON_SERVERS") or ROOT / ".servers" / socket.gethostname())
 
 
 def known() -> list[Server]:
@@ -91,6 +93,21 @@ def is_ready(place: Place) -> bool:
         connection.close()
 
 
+def is_taken(place: Place) -> bool:
+    """Whether a program listens there. Raises InputError for a host that has no address."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise InputError(f"--host {place.host}: {error.strerror}") from None
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of one that has ended do not count
+        try:
+            probe.bind(address)
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
 def describe(server: Server) -> str:
     """One line about a server: port, pid, state, model, log."""
     state = "dead" if not is_alive(server) else "ready" if is_ready(server.place) else "starting"
@@ -120,7 +137,7 @@ def runs_already(place: Place, model: str) -> bool:
         return True
     if server:
         stop([server])
-    if is_ready(place):
+    if is_taken(place):
         raise InputError(f"port {place.port} is taken by a server that was not started here; choose another --port")
     return False
 
@@ -143,7 +160,8 @@ def start_missing(
 
 def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int, variables: Mapping[str, str]) -> Server:
     """Start a server, which outlives this process, on the `slot`-th group of so many GPUs; it is not ready yet."""
-    return start_words(place, model, (*VLLM, "--model", model, *options), variables, gpus, slot)
+    # Without a seed vLLM's servers all draw the same random numbers.
+    return start_words(place, model, (*VLLM, "--model", model, "--seed", str(slot), *options), variables, gpus, slot)
 
 
 def start_words(

@@ -12,8 +12,8 @@ class MisbehavingServer(ThreadingHTTPServer):
     """Answers each prompt with `n` responses after doing, in turn, what `script` names for that prompt.
 
     "500", "400" and other numbers are answered with that status, "hang" with nothing until the server is closed,
-    "half" with half of the JSON, "lie" with fewer bytes than announced, "close" by closing the connection, "few"
-    with one response too few; `api_key` is asked of every request.
+    "half" with half of the JSON, "lie" with fewer bytes than announced, "close" by closing the connection, "odd" with
+    responses that hold none, "few" with one response too few; `api_key` is asked of every request.
     """
 
     daemon_threads = True
@@ -67,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
         choices = [{"index": i, "message": {"content": f"{said}, {i}"}, "finish_reason": "stop"} for i in range(count)]
         if action.isdigit():
             self.answer(int(action), {"error": {"message": f"the server says {action}"}})
+        elif action == "odd":
+            self.answer(200, {"choices": [{"index": i, "message": None} for i in range(count)]})
         elif action == "hang":
             self.server.closing.wait()
         elif action == "half":

@@ -1,10 +1,13 @@
 """generation/chat.py, talked to through a pipe: with Transformers, with vLLM, and with a real vLLM server."""
 
+import json
 import os
 import re
 import signal
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -151,6 +154,45 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(way, policy, tmp_path, reque
     assert record["finish_reason"] == "abort"
     assert "response_token_ids" not in record
     assert len(record["messages"][1]["content"]) > 5
+
+
+class Strange(BaseHTTPRequestHandler):
+    """A server that answers each question with the next of `server.events`, the last one with itself for ever."""
+
+    def do_GET(self):
+        self.say("application/json", {"data": [{"id": "model", "owned_by": "\x1b[2J"}]})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        events = self.server.events
+        self.say("text/event-stream", events.pop(0) if len(events) > 1 else events[0], "data: ")
+
+    def say(self, kind, content, before=""):
+        data = f"{before}{json.dumps(content)}\n\n".encode()
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        """Say nothing on the test's terminal."""
+
+
+def test_a_server_that_answers_strangely_costs_a_question_and_commands_no_terminal(tmp_path):
+    good = {"choices": [{"delta": {"content": "half \ud800 of a pair \x1b[2J"}, "finish_reason": "stop"}]}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Strange) as server:
+        server.daemon_threads, saved = True, tmp_path / "saved.jsonl"
+        server.events = [{"choices": {"one": 1}}, {"choices": [{"delta": {"content": 7}}]}, {"error": "\x1b]0;owned\x07"}, good]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        lines = ["one", "two", "three", "four", "five", f"/save {saved}"]
+        done = talk(tmp_path, lines, "--url", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.returncode == 3, done.stderr
+    assert "3 of the lines were not answered" in done.stderr and done.stderr.count("not one of the OpenAI API") == 3
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", done.stdout + done.stderr)
+    (record,) = read_jsonl(saved)
+    assert roles(record) == "uaua" and record["messages"][1]["content"] == "half ? of a pair \x1b[2J"
 
 
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(policy, tmp_path):

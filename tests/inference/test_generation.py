@@ -559,6 +559,17 @@ def test_a_full_disk_while_merging_leaves_no_output_and_the_next_merge_is_whole(
     assert (shards / "gen_data.json").read_bytes() == (run_of_eight / "gen_data.jsonl").read_bytes()
 
 
+def test_what_is_wrong_with_a_later_set_of_the_same_process_is_said_in_its_own_turn(monkeypatch):
+    from baton.launch import chain as stages
+    from generation import run_shards
+
+    good = ["--model_name_or_path", "some/model", "--dataset_name_or_path", "prompts.jsonl", "--output_dir"]
+    sets = [[*good, "data/second"], ["--output_dir", "data/third", "--local_index", "0"], [*good, "data/fourth"]]
+    monkeypatch.setattr(stages, "FOLLOWING", [[run_shards.__file__, *words] for words in sets])
+    own = run_shards.sampling_of([*good, "data/first"])
+    assert [each.merged for each in run_shards.following_sets(own)] == ["data/second.jsonl"]
+
+
 def test_a_failed_shard_fails_the_script_with_its_log(policy, tmp_path):
     write(tmp_path / "prompts.jsonl", ["a", "b"])
     result = run([*generate_command(policy, tmp_path), "--chat_template", "nowhere.jinja"])

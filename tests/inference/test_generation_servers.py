@@ -136,6 +136,11 @@ def test_a_second_call_finds_the_servers_running_and_status_shows_them(pair):
         assert re.search(rf"port {port}  pid \d+  ready ", again.stdout)
 
 
+def test_servers_draw_random_numbers_of_their_own(pair):
+    words = [psutil.Process(int(path.read_text().split()[0])).cmdline() for path in pair.folder.glob("*.pid")]
+    assert len({each[each.index("--seed") + 1] for each in words}) == len(words) == 2
+
+
 def test_a_client_does_not_take_a_server_of_another_model_for_the_one_that_was_refused(pair, tmp_path):
     """As where a script starts the next round's servers, and goes on although the last round's are still there."""
     (tmp_path / "next").mkdir()
@@ -339,11 +344,12 @@ def test_register_server_refuses_bad_arguments(tmp_path, arguments, message):
 def test_where_one_port_is_taken_no_server_is_started(tmp_path):
     servers = Pair(tmp_path, tmp_path / "servers")
     (tmp_path / "config.json").write_text("{}")
-    with MisbehavingServer() as other:
-        result = servers.register(tmp_path, "--num_servers", 2, "--port", other.port - 1)
+    with socket.create_server(("127.0.0.1", 0)) as other:  # which says nothing
+        port = other.getsockname()[1]
+        result = servers.register(tmp_path, "--num_servers", 2, "--port", port - 1)
     started = servers.register("--stop").stdout
     assert result.returncode == 2
-    assert f"port {other.port} is taken by a server that was not started here" in result.stderr
+    assert f"port {port} is taken by a server that was not started here" in result.stderr
     assert started == "stopped: none\n"
 
 
@@ -355,7 +361,7 @@ def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
     assert "2 servers of 2 GPUs each, but there are 3 GPUs" in result.stderr
 
 
-@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "hang"])
+@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "odd", "hang"])
 def test_trouble_that_passes_is_tried_again_until_every_prompt_is_there(tmp_path, trouble):
     times = 1 if trouble == "hang" else 3
     with MisbehavingServer(script=(trouble,) * times) as server:
@@ -384,6 +390,15 @@ def test_a_hanging_server_does_not_hold_what_the_other_can_do(tmp_path):
     with MisbehavingServer(script=("hang",) * 100) as hangs, MisbehavingServer() as works:
         command = gen_hf(write(tmp_path, 6), "--ports", hangs.port, works.port, "--K", 2, "--timeout", 1)
         result = run_program(*command)
+    assert result.returncode == 0, result.stderr
+    assert_each_prompt_once(tmp_path / "gen_data.jsonl", 6, 2)
+
+
+def test_servers_that_fail_at_once_do_not_keep_a_prompt_from_one_that_works(tmp_path):
+    """They are always free, so that a prompt would go from the one to the other."""
+    with MisbehavingServer(("500",) * 9) as one, MisbehavingServer(("500",) * 9) as other, MisbehavingServer() as works:
+        ports = [server.port for server in (one, other, works)]
+        result = run_program(*gen_hf(write(tmp_path, 6), "--ports", *ports, "--K", 2, "--max_retries", 2))
     assert result.returncode == 0, result.stderr
     assert_each_prompt_once(tmp_path / "gen_data.jsonl", 6, 2)
 
