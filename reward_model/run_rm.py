@@ -182,7 +182,7 @@ def main() -> None:
     if stage is None:
         return
     check_processes(settings.get("use_cpu"))
-    count, prompts, no_pairs = count_pairs(arguments)
+    count, aside, no_pairs = count_pairs(arguments)
     config = checked(stage)
 
     import numpy as np
@@ -194,8 +194,8 @@ def main() -> None:
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template)
     check_tokens(config, tokenizer)
-    rows = rows_of(training_pairs(arguments, prompts), "train", arguments, tokenizer, config)
-    held_out = rows_of(held_out_pairs(arguments, prompts), "held out", arguments, tokenizer, config)
+    rows = rows_of(training_pairs(arguments, aside), "train", arguments, tokenizer, config)
+    held_out = rows_of(held_out_pairs(arguments, aside), "held out", arguments, tokenizer, config)
     warn_of_trained_on(arguments)
     place_reports(settings, metrics_path)
     with loading(arguments.model_name_or_path):

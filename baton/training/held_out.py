@@ -13,12 +13,21 @@ NONE: frozenset[int] = frozenset()
 
 
 def held_out_prompts(records: Iterable[tuple[str, Record]], every: int, source: str) -> frozenset[int]:
-    """The hashes of the prompts that are held out: of the different ones, as they first come, the last of every `every`.
+    """The hashes of the prompts of ("where", record) that are held out: see `held_out_of`."""
+    return held_out_of(prompt_hashes(records), every, source)
 
-    Where there are fewer, it is the last one. It holds 8 bytes a record ("where", record). Raises InputError where `source`
-    has fewer than two prompts, since one is to be trained on.
+
+def prompt_hashes(records: Iterable[tuple[str, Record]]) -> np.ndarray:
+    """The hash of the prompt of each ("where", record), uint64 (records,)."""
+    return np.array(array("Q", (_hash(where, record) for where, record in records)), dtype=np.uint64)
+
+
+def held_out_of(hashes: np.ndarray, every: int, source: str) -> frozenset[int]:
+    """Those of the different `hashes`, as they first come, that are held out: the last of every `every`.
+
+    Where there are fewer, it is the last one. Raises InputError where `source` has fewer than two prompts, since one is to be
+    trained on.
     """
-    hashes = np.array(array("Q", (_hash(where, record) for where, record in records)), dtype=np.uint64)
     first = np.sort(np.unique(hashes, return_index=True)[1])  # where each prompt first comes
     if len(first) < 2:
         raise InputError(f"`eval_every`: {source} has {len(first)} prompt, and 2 or more are needed to hold one out")

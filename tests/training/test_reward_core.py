@@ -19,7 +19,6 @@ from baton.errors import InputError
 from baton.models import attention
 from baton.models.attention import by_trees
 from baton.models.trees import Layout
-from reward_model.pairs import numbered
 from reward_model.quality import accuracy, by_margin, calibration_error, quality, wilson_interval
 from reward_model.trainer import PackedRewardTrainer
 from tests.models.tiny_models import FAMILIES, SHAPE, VOCABULARY, one_thread, random_pairs
@@ -142,12 +141,6 @@ def test_an_adapter_over_bfloat16_weights_trains_in_float32(tokenizer, tmp_path)
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert any("score" in name for name in trained) and {weight.dtype for weight in trained.values()} == {torch.float32}
     assert all(math.isfinite(line["loss"]) for line in trainer.state.log_history if "loss" in line)
-
-
-def test_pairs_of_one_prompt_are_held_out_together():
-    pairs = [("here", {"prompt": prompt}) for prompt in "aaabccddddde"]
-    assert [number for number, _ in numbered(pairs)] == [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 3, 4]
-    assert [pair for _, pair in numbered(pairs)] == pairs
 
 
 def test_an_interval_is_the_textbooks():
