@@ -28,10 +28,17 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
         raise InputError("`loss_type` exo_pair needs `label_smoothing` above 0, such as 0.001")
     if arguments.forward == "packed":
         check_order(config, "leave it out, or add --forward trl")
+        check_noise(config, "leave it out, or add --forward trl")
     if config.sync_ref_model and arguments.forward == "packed":
         raise InputError("`sync_ref_model` changes the reference, whose log-probabilities are computed once; add --forward trl")
     if config.sync_ref_model and arguments.use_peft:
         raise InputError("`sync_ref_model` does not go with `use_peft`, whose reference is the model without the adapter")
+
+
+def check_noise(config: Any, remedy: str) -> None:
+    """Raise InputError for NEFTune's noise, which Transformers divides by the length of a text, and a packed row has several."""
+    if config.neftune_noise_alpha:
+        raise InputError(f"`neftune_noise_alpha` would take a packed row for one text: {remedy}")
 
 
 def check_count(count: int, config: Any, dealt: bool, what: str = "pairs") -> None:

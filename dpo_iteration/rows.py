@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from baton.drops import Drops
+from baton.errors import InputError
 from baton.jsonl import Record
 from baton.models.templates import (
     FOREIGN,
@@ -30,6 +31,15 @@ NO_TOKEN = "a response without a token"
 
 EXAMPLES = 3
 SHOWN = 300  # characters of a text that an example shows, half from its start and half from its end
+
+
+def check_lengths(max_prompt_length: int, max_length: int) -> None:
+    """Raise InputError where a prompt of the longest that is taken would leave no token for a response."""
+    if max_prompt_length >= max_length:
+        raise InputError(
+            f"`max_prompt_length`: {max_prompt_length} must be smaller than `max_length`, {max_length}: no token would be left for "
+            "the response"
+        )
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ from dpo_iteration.pair_rows import (
     rows_of,
     write_chosen,
 )
-from dpo_iteration.rows import log_rows
+from dpo_iteration.rows import check_lengths, log_rows
 from dpo_iteration.xpo import check_sides
 
 log = logging.getLogger("baton")
@@ -138,8 +138,7 @@ def check(arguments: Arguments, settings: dict[str, Any]) -> None:
             f"`xpo_alpha` compares random responses of policy and reference, and `choose_type` {arguments.choose_type} others: "
             "set `choose_type: random`"
         )
-    if arguments.max_prompt_length >= arguments.max_length:
-        raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
+    check_lengths(arguments.max_prompt_length, arguments.max_length)
     check_lora(arguments)
     for model in models_of(arguments, settings).values():
         check_start(model)

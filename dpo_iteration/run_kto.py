@@ -20,7 +20,6 @@ from typing import Any
 from baton import jsonl, program
 from baton.ahead import note_adapter
 from baton.arguments import option
-from baton.errors import InputError
 from baton.launch.check import check_processes
 from baton.models.templates import load_tokenizer
 from baton.prompts import source_inputs
@@ -34,7 +33,7 @@ from baton.training.held_out import NONE
 from baton.training.reports import check_outside, place_reports
 from dpo_iteration.account import IN, Account
 from dpo_iteration.example_rows import held_out_rows, holds_out, label_settings, prompts_aside, rows_of, write_examples
-from dpo_iteration.rows import log_rows
+from dpo_iteration.rows import check_lengths, log_rows
 
 log = logging.getLogger("baton")
 
@@ -103,8 +102,7 @@ def check(arguments: Arguments) -> None:
     label_settings(arguments)
     check_lora(arguments)
     dataset_probs(arguments)
-    if arguments.max_prompt_length >= arguments.max_length:
-        raise InputError("`max_prompt_length` must be smaller than `max_length`: no token would be left for the response")
+    check_lengths(arguments.max_prompt_length, arguments.max_length)
     for model in models_of(arguments):
         check_start(model)
 
@@ -121,11 +119,13 @@ def checked_config(arguments: Arguments, settings: dict[str, Any], stage: Stage)
     from baton.training.config import trainer_config
     from baton.training.memory import sharding_of
     from dpo_iteration import kto
+    from dpo_iteration.checks import check_noise
 
     # `precompute_ref_log_probs`, TRL's name for: the reference's log-probabilities stand in the rows, no reference is loaded.
     fixed = {"max_length": arguments.max_length, "seed": arguments.seed, "precompute_ref_log_probs": True}
     adapter, kept = arguments.use_peft, arguments.keep_checkpoints
     config = trainer_config(config_class(), settings | fixed, Arguments.model_fields, stage, adapter, kept)
+    check_noise(config, "leave it out")
     config.per_device_eval_batch_size = config.per_device_train_batch_size  # the KL term is one of a batch
     check_settings(config, sharding_of(config), arguments, evaluates=holds_out(arguments))
     check_kept(arguments, config, sharding_of(config))

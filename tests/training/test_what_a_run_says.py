@@ -47,6 +47,7 @@ def arguments_of(**settings):
         ({}, {"num_train_epochs": 0}, {}, "`num_train_epochs` must be above 0"),
         ({}, {"per_device_train_batch_size": 0}, {}, "`per_device_train_batch_size` must be 1 or more"),
         ({}, {"save_only_model": True}, {}, "`save_only_model` leaves the optimizer out"),
+        ({}, {"neftune_noise_alpha": 5.0}, {}, "`neftune_noise_alpha` would take a packed row for one text"),
         ({}, {"sync_ref_model": True}, {}, "`sync_ref_model` changes the reference"),
         ({"use_peft": True, "forward": "trl"}, {"sync_ref_model": True}, {}, "`sync_ref_model` does not go with `use_peft`"),
         ({"use_peft": True, "lora_dropout": 0.1}, {}, {}, "`lora_dropout` does nothing with `disable_dropout`"),
