@@ -36,7 +36,7 @@ def check_training(arguments: Any, config: Any, sharding: Sharding) -> None:
 
 
 def check_noise(config: Any, remedy: str) -> None:
-    """Raise InputError for NEFTune's noise, which Transformers divides by the length of a text, and a packed row has several."""
+    """Raise InputError for NEFTune's noise, which Transformers divides by the length of a row, as if it were one text."""
     if config.neftune_noise_alpha:
         raise InputError(f"`neftune_noise_alpha` would take a packed row for one text: {remedy}")
 

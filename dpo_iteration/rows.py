@@ -37,8 +37,8 @@ def check_lengths(max_prompt_length: int, max_length: int) -> None:
     """Raise InputError where a prompt of the longest that is taken would leave no token for a response."""
     if max_prompt_length >= max_length:
         raise InputError(
-            f"`max_prompt_length`: {max_prompt_length} must be smaller than `max_length`, {max_length}: no token would be left for "
-            "the response"
+            f"`max_prompt_length`: {max_prompt_length} must be smaller than `max_length`, {max_length}: no token would be left "
+            "for the response"
         )
 
 
