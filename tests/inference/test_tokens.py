@@ -74,7 +74,7 @@ def test_a_demonstration_carries_what_was_sampled():
     }  # fmt: skip
     (best,) = best_of_n(iter([("here", record)]), None, Drops())
     assert (best["response_token_ids"], best["finish_reason"], best["reward"]) == ([5, 6], "length", 0.5)
-    made = list(conditional(iter([("here", record)]), [0.25]))
+    made = list(conditional(iter([("here", record)]), [0.25], ["poor", "good"]))
     assert [(demo["response_token_ids"], demo["finish_reason"]) for demo in made] == [([5, 6], "length"), ([7, 2], "stop")]
     (best,) = best_of_n(iter([("here", {"id": "a", "prompt": PROMPT, "responses": ["x"], "rewards": [1.0]})]), None, Drops())
     assert "response_token_ids" not in best and "finish_reason" not in best
