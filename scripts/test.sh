@@ -47,7 +47,7 @@ logs="$(mktemp -d)"
 trap 'rm -rf "$logs"' EXIT
 colour=no
 if [[ -t 1 ]]; then colour=yes; fi
-# Three test files at once, and each program on one thread: much of a test's time is start-up, which one core does, or waiting.
+# Four test files at once, and each program on one thread: much of a test's time is start-up, which one core does, or waiting.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 code=5   # pytest's «no tests collected»: the verdict unless an environment finds some
 for name in inference training; do
@@ -55,7 +55,7 @@ for name in inference training; do
   mapfile -t selected <<<"${paths[$name]%$'\n'}"
   echo "== tests in the $name environment: ${selected[*]}"
   result=0
-  in_env "$name" python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "--color=$colour" "${selected[@]}" "${options[@]}" |
+  in_env "$name" python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder "--color=$colour" "${selected[@]}" "${options[@]}" |
     tee "$logs/$name" || result=$?
   if ((result != 5 && (code == 5 || code == 0))); then code=$result; fi
 done

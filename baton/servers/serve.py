@@ -9,6 +9,7 @@ import runpy
 from baton import program
 
 if __name__ in ("__main__", "__mp_main__"):  # the server, and an engine process that it starts by spawn
+    program.start_faster()  # vLLM leaves what it has started with alone ever after
     os.register_at_fork(after_in_child=program.die_with_parent)
 
 if __name__ == "__mp_main__":
