@@ -243,8 +243,8 @@ def main() -> None:
     if program.rank() == 0:
         log.info("pairs: %s", in_words(account.counted))
         where, first = next(chain(jsonl.read(pairs_path), *map(jsonl.read, earlier)))
-        learnt = where, [*first["prompt"], {"role": "assistant", "content": first["chosen"]}]
-        finish(trainer, stage, arguments, tokenizer, learnt, account, held_out_account, metrics, pairs=account.facts)
+        learnt = [*first["prompt"], {"role": "assistant", "content": first["chosen"]}], where
+        finish(trainer, stage, arguments, learnt, account, held_out_account, metrics, pairs=account.facts)
 
 
 if __name__ == "__main__":

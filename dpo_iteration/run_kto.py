@@ -185,9 +185,9 @@ def main() -> None:
     metrics = train(trainer, stage, arguments.export_dtype, metrics_path, counts, arguments.early_stopping)
     if program.rank() == 0:
         where, first = next(jsonl.read(examples_path))
-        learnt = where, [*first["prompt"], {"role": "assistant", "content": first["completion"]}]
+        learnt = [*first["prompt"], {"role": "assistant", "content": first["completion"]}], where
         examples = {"desirable": desirable, "undesirable": undesirable, **account.facts}
-        finish(trainer, stage, arguments, tokenizer, learnt, account, held_out_account, metrics, examples=examples)
+        finish(trainer, stage, arguments, learnt, account, held_out_account, metrics, examples=examples)
 
 
 if __name__ == "__main__":
