@@ -98,12 +98,17 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def start_faster() -> None:
-    """Have Python look for garbage more rarely, until `log_what_runs`.
+    """Have Python look for garbage more rarely, until the program has `started`.
 
     Importing PyTorch, vLLM or TRL makes a million objects, and all of them stay. To look through them for garbage
     every 700 objects takes about a sixth of a program's start.
     """
     gc.set_threshold(1_000_000)
+
+
+def started() -> None:
+    """Have Python look for garbage as usual: what refers to itself may hold a device's memory."""
+    gc.set_threshold(*GARBAGE)
 
 
 def _end_at_once() -> None:
@@ -248,7 +253,7 @@ def cpu_has_bfloat16() -> bool:
 
 def log_what_runs(**facts: Any) -> None:
     """Say once what really runs: device, processes, dtype, attention, … and the versions. The program's start ends here."""
-    gc.set_threshold(*GARBAGE)  # what refers to itself may hold a device's memory
+    started()
     text = " ".join(f"{name}={value}" for name, value in facts.items())
     log.info("runs on: %s | %s", text, " ".join(f"{name} {version}" for name, version in versions().items()))
     in_bfloat16 = "bf16" in str(facts.get("dtype")) or str(facts.get("dtype")) == "bfloat16"

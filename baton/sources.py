@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from baton import program
 from baton.ahead import later, starts_here, will_be_adapter, will_be_made
 from baton.errors import InputError, looked_in, without_ending
 from baton.fingerprint import cached_folder
@@ -166,6 +167,7 @@ def check_start(model: str) -> None:
 @contextmanager
 def loading(*models: str) -> Iterator[None]:
     """Context that loads models; raises InputError where one cannot be fetched or read. Errors of the system pass through."""
+    program.started()
     try:
         yield
     except OSError as error:

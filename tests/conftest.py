@@ -2,9 +2,13 @@
 
 from hypothesis import settings
 
-from baton.program import start_faster
+from baton.program import start_faster, started
 
 start_faster()
 
 settings.register_profile("baton", deadline=None)
 settings.load_profile("baton")
+
+
+def pytest_collection_finish():
+    started()

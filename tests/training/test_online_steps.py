@@ -301,7 +301,7 @@ def test_openrlhfs_batch_of_samples_needs_the_samples_of_a_prompt():
 
 
 def classifier(folder, *outputs):
-    """A folder with the configuration of a sequence classifier with these outputs."""
+    """A folder with the configuration of a sequence classifier with these outputs, and empty files of the rest."""
     folder.mkdir()
     config = {
         "architectures": ["LlamaForSequenceClassification"],
@@ -309,6 +309,8 @@ def classifier(folder, *outputs):
         "id2label": dict(enumerate(outputs)),
     }
     (folder / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).touch()
     return folder
 
 

@@ -234,7 +234,7 @@ def altered(source, target, change):
         (lambda r: None, ["--choose_type", "best"], "`choose_type`"),
         (lambda r: None, ["--model_name_or_path", "no/such/model"], "no/such/model: no such folder"),
         (lambda r: None, ["--len_penalty", "0.1"], "`len_penalty` acts with choose_type max_min_p only"),
-        (lambda r: None, ["--max_prompt_length", "128"], "`max_prompt_length` must be smaller"),
+        (lambda r: None, ["--max_prompt_length", "128"], "`max_prompt_length`: 128 must be smaller than `max_length`, 128"),
         (lambda r: None, ["--min_margin", "9"], "no pair is left; dropped: 48 margin below min_margin"),
     ],
 )
