@@ -167,7 +167,7 @@ def check_start(model: str) -> None:
 @contextmanager
 def loading(*models: str) -> Iterator[None]:
     """Context that loads models; raises InputError where one cannot be fetched or read. Errors of the system pass through."""
-    program.started()
+    program.started()  # all that is heavy to import is there, and long work may follow before the log says what runs
     try:
         yield
     except OSError as error:
