@@ -27,17 +27,22 @@ class Worker:
         command = [sys.executable, str(WORKER), str(file), name, str(os.getpid())]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.imported = False
+        self.refusal: InputError | None = None  # why the file was not imported: each caller is told, not the first alone
 
     def wait_for_import(self, file: Path) -> None:
         """Raise InputError if the file cannot be imported, or not in time; its import has a limit of its own."""
+        if self.refusal:
+            raise self.refusal
         if self.imported:
             return
         line, expired = answer_within(IMPORT_SECONDS, self.process, b"")
-        if expired:
-            raise InputError(f"{file}: not imported after {IMPORT_SECONDS} s")
         answer = orjson.loads(line) if line else {"traceback": "it ended its process; see above"}
-        if "traceback" in answer:
-            raise InputError(f"{file}: cannot be imported:\n{shown(answer['traceback'])}")
+        if expired:
+            self.refusal = InputError(f"{file}: not imported after {IMPORT_SECONDS} s")
+        elif "traceback" in answer:
+            self.refusal = InputError(f"{file}: cannot be imported:\n{shown(answer['traceback'])}")
+        if self.refusal:
+            raise self.refusal
         self.imported = True
 
 

@@ -20,6 +20,7 @@ import pytest
 from annotate_data.function_reward import FunctionReward, stop
 from annotate_data.judge import parse_score
 from annotate_data.work import Responses, Task
+from baton.errors import InputError
 from tests.inference.annotation_task import (
     GOOD,
     ROOT,
@@ -390,8 +391,15 @@ def test_a_record_at_which_a_function_raises_is_dropped_and_the_traceback_shown_
 
 
 def test_a_file_that_cannot_be_imported_says_why_once(tmp_path):
+    """Also to a record that comes to a worker which has said it to another record already."""
     scorer = function_file(tmp_path, "return [1, 2]")
     (tmp_path / "rules.py").write_text("import no_such_module\n" + (tmp_path / "rules.py").read_text())
+    reward = FunctionReward(scorer.removeprefix("function:"), workers=1, seconds=10)
+    reward.start()
+    for position in range(2):
+        with pytest.raises(InputError, match="No module named 'no_such_module'"):
+            reward.score(Task(position, "", GOOD, GOOD["prompt"], ["good"], [0]))
+    stop(reward.idle.get().process)
     values = {"dataset_name_or_path": write(tmp_path / "in.jsonl", generated(9)), "output_dir": tmp_path / "o.jsonl"}
     log = run(REWARDS, code=2, scorer=scorer, workers=3, **values)
     assert log.count("Traceback") == 1 and log.count("No module named 'no_such_module'") == 1 and "rules.py" in log
