@@ -94,11 +94,13 @@ def by_trees(
     """The attention, (1, heads, T, D), one prompt or response at a time; arguments as in `shared_prefix_attention`."""
     key, value = for_each_head(key, value, query.shape[1] // key.shape[1])
     attend = functools.partial(_attend, scaling=scaling, dropout=dropout, window=window, softcap=softcap)
-    lengths = [length for prompt, responses in layout.trees for length in (prompt, *responses)]
+    # A prompt with one response is one causal sequence: the work of two calls in one, which counts where texts are short
+    trees = [(prompt + sum(parts), []) if len(parts) == 1 else (prompt, parts) for prompt, parts in layout.trees]
+    lengths = [length for prompt, responses in trees for length in (prompt, *responses)]
     lengths.append(query.shape[2] - layout.length)
     queries, keys, values = (iter(states.split(lengths, dim=2)) for states in (query, key, value))
     outputs = []
-    for _, responses in layout.trees:
+    for _, responses in trees:
         prompt_key, prompt_value = next(keys), next(values)
         outputs.append(attend(next(queries), prompt_key, prompt_value))
         for length in responses:

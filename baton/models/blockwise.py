@@ -84,6 +84,12 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value = ctx.saved_tensors
+        if _is_one_block(query, ctx.window):
+            ((_, _, hidden),) = _blocks(query, key, None)
+            weights = _weights(query, key, hidden)
+            grad_scores = _grad_of_scores(weights, grad_output @ value.transpose(2, 3))
+            grad_query = grad_scores @ key.transpose(2, 3) * ctx.scaling
+            return grad_query, grad_scores.transpose(2, 3) @ query, weights.transpose(2, 3) @ grad_output, None, None
         grad_query = torch.empty_like(query)
         grad_key = torch.zeros_like(key.transpose(2, 3), dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
@@ -91,8 +97,7 @@ class _CausalAttention(torch.autograd.Function):
             weights = _weights(query[:, :, rows], key[..., keys], hidden)
             grad = grad_output[:, :, rows]
             grad_value[:, :, keys] += weights.transpose(2, 3) @ grad
-            grad_weights = grad @ value[:, :, keys].transpose(2, 3)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores = _grad_of_scores(weights, grad @ value[:, :, keys].transpose(2, 3))
             grad_query[:, :, rows] = grad_scores @ key[..., keys].transpose(2, 3)
             grad_key[:, :, keys] += grad_scores.transpose(2, 3) @ query[:, :, rows]
         return grad_query * ctx.scaling, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
@@ -105,10 +110,18 @@ def _prepared(query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tenso
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
     """The forward pass, of a query and key that are prepared."""
+    if _is_one_block(query, window):
+        ((_, _, hidden),) = _blocks(query, key, None)
+        return _weights(query, key, hidden) @ value
     output = torch.empty_like(query)
     for rows, keys, hidden in _blocks(query, key, window):
         output[:, :, rows] = _weights(query[:, :, rows], key[..., keys], hidden) @ value[:, :, keys]
     return output
+
+
+def _is_one_block(query: Tensor, window: int | None) -> bool:
+    """Whether the queries are one block that sees all keys: a short text, of which calls take longer than products."""
+    return window is None and 0 < query.shape[2] <= QUERY_BLOCK
 
 
 def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice, list[tuple[slice, Tensor]]]]:
@@ -136,6 +149,11 @@ def _weights(query: Tensor, key: Tensor, hidden: list[tuple[slice, Tensor]]) -> 
     for part, mask in hidden:
         scores[..., part].masked_fill_(mask, -math.inf)
     return torch.softmax(scores, dim=-1)
+
+
+def _grad_of_scores(weights: Tensor, grad_weights: Tensor) -> Tensor:
+    """The gradient of the scores whose softmax the weights are; all (B, heads, queries, keys)."""
+    return torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
 
 
 AttentionInterface.register(NAME, blockwise_causal)

@@ -9,9 +9,9 @@ from baton.program import cpu_has_bfloat16
 from tests.programs import ROOT, read_jsonl, succeed, write_jsonl
 
 SOURCE = ROOT.parent / "shared/data/alpaca_eval_k8.jsonl.gz"
-LABELLED = 600  # prompts whose own rewards the reward model learns from
+LABELLED = 120  # prompts whose own rewards the reward model learns from
 BF16, DTYPE = ("true", "bfloat16") if cpu_has_bfloat16() else ("false", "float32")
-ANNOTATED = 100  # the last prompts, whose responses it scores
+ANNOTATED = 40  # the last prompts, whose responses it scores
 
 pytestmark = [
     pytest.mark.skipif(not SOURCE.exists(), reason=f"the real data is not at {SOURCE}"),
@@ -35,7 +35,7 @@ def test_real_responses_are_annotated_paired_and_trained_on(tmp_path):
     on_cpu = ["--use_cpu", "true", "--bf16", BF16, "--gradient_checkpointing", "false", "--per_device_train_batch_size", 4]
     succeed(
         "reward_model/run_rm.py", "--model_name_or_path", base, "--dataset_name_or_path", pairs, "--max_length", 1024,
-        "--output_dir", tmp_path / "reward_model", "--max_steps", 40, "--learning_rate", 1e-3, *on_cpu,
+        "--output_dir", tmp_path / "reward_model", "--max_steps", 16, "--learning_rate", 1e-3, *on_cpu,
     )  # fmt: skip
     records = records[-ANNOTATED:]
     unlabelled = [{key: value for key, value in record.items() if key != "rewards"} for record in records]
@@ -52,7 +52,7 @@ def test_real_responses_are_annotated_paired_and_trained_on(tmp_path):
     policy = tmp_path / "policy"
     succeed(
         "dpo_iteration/run_dpo.py", "--model_name_or_path", base, "--dataset_name_or_path", annotated, "--output_dir", policy,
-        "--max_length", 1024, "--max_prompt_length", 512, "--max_steps", 20, "--learning_rate", 1e-4, *on_cpu,
+        "--max_length", 1024, "--max_prompt_length", 512, "--max_steps", 8, "--learning_rate", 1e-4, *on_cpu,
     )  # fmt: skip
     counts = json.loads((tmp_path / "policy.manifest.json").read_text())["counts"]
     assert counts["in"] == len(records) == counts["out"] + sum(counts["dropped"].values())
