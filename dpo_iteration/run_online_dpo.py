@@ -1,7 +1,8 @@
 """Semi-online DPO on warm vLLM servers: many small rounds of sampling, scoring, pairs and an optimizer step or a few.
 
-    python dpo_iteration/run_online_dpo.py configs/online_dpo.yaml
-    accelerate launch --config_file configs/zero2.yaml dpo_iteration/run_online_dpo.py … --server_gpus 4,5,6,7
+    python dpo_iteration/run_online_dpo.py configs/quickstart/online_dpo.yaml --model_name_or_path … --output_dir …
+    accelerate launch --config_file configs/zero2.yaml --num_processes 4 \\
+        dpo_iteration/run_online_dpo.py … --server_gpus 4,5,6,7
 
 Where `run_dpo.py` trains on one large file of responses, this program samples `K` responses to `rollout_batch_size` prompts,
 has them scored, trains on their pairs, and sends the new weights to the servers, step after step. Pairs are chosen as in

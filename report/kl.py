@@ -58,11 +58,14 @@ def sampled(manifest: Manifest) -> bool:
 def history(output: Path) -> Iterator[Manifest]:
     """Yield the manifest of a file, then those of the files that it was made from; nothing where there is none.
 
-    A file that is no longer at its path, as in a run's folder that was moved, is looked for beside its successor.
+    A file that is no longer at its path, as in a run's folder that was moved, is looked for beside its successor. A gold scorer
+    that is no stage leaves no manifest: what it was given is beside its output.
     """
     output = output.resolve()
     manifest = read_manifest(output)
     if manifest is None:
+        if output.name == "data_with_gold.jsonl":
+            yield from history(output.with_name("data_with_logps.jsonl"))
         return
     yield manifest
     for name, known in manifest["inputs"].items():

@@ -84,10 +84,10 @@ def judges_of(rounds: Sequence[Round], trained: frozenset[str] = frozenset()) ->
     others = [
         name
         for name in names
-        if name not in (GOLD, PROXY, *trained)
+        if name not in (PROXY, *trained)
         and not all(np.array_equal(prompt.scores[name], prompt.scores[PROXY]) for prompt in everything)
     ]
-    return [*([GOLD] if GOLD in names else []), *sorted(others), PROXY]
+    return [*sorted(others, key=lambda name: (name != GOLD, name)), PROXY]
 
 
 def summarize(rounds: Sequence[Round], trained: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def mean_and_interval(values: np.ndarray) -> tuple[float, list[float] | None]:
 
 def _summarize(prompts: Round, initial: Round, judges: Sequence[str], unit: str) -> dict[str, Any]:
     values = list(prompts.values())
-    gold_mean, gold_ci = _over_prompts([prompt.scores.get(GOLD) for prompt in values])
+    gold_mean, gold_ci = _over_prompts([prompt.scores.get(GOLD) if GOLD in judges else None for prompt in values])
     proxy_mean, proxy_ci = _over_prompts([prompt.scores[PROXY] for prompt in values])
     kl, kl_ci = _over_prompts([prompt.log_ratio for prompt in values])
     length_mean, length_ci = _over_prompts([getattr(prompt, unit) for prompt in values])

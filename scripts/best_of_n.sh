@@ -25,7 +25,7 @@ while (($# > 0)); do
     --scorer) shift; while (($# > 0)) && [[ $1 != -* ]]; do scorers+=("$1"); shift; done ;;
     --check) checking=yes; shift ;;
     --overwrite) everywhere=(--overwrite); shift ;;
-    --K) die "--K is --n here" ;;
+    --K | --K=*) die "--K is --n here" ;;
     --) shift; scoring=("$@"); break ;;
     *) sampling+=("$1"); shift ;;
   esac

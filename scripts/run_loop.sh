@@ -85,7 +85,7 @@ online=""
 [[ $TRAINER != dpo || -z $TRAIN_CONFIG ]] || die "$recipe: the configuration of TRAINER=dpo is DPO_CONFIG, not TRAIN_CONFIG"
 [[ $TRAINER != dpo || -z ${TRAIN_ARGS[*]:-} ]] || die "$recipe: the flags of TRAINER=dpo are DPO_ARGS, not TRAIN_ARGS"
 [[ $TRAINER == conditional_sft || -z ${LEVELS[*]:-} ]] || die "$recipe: LEVELS is for TRAINER=conditional_sft"
-((${#LEVELS[@]})) || LEVELS=("<reward_"{1..5}">")
+[[ $TRAINER != conditional_sft ]] || ((${#LEVELS[@]})) || LEVELS=("<reward_"{1..5}">")
 [[ $TRAINER == dpo || -z ${DPO_ARGS[*]:-} ]] || die "$recipe: the flags of TRAINER=$TRAINER are TRAIN_ARGS, not DPO_ARGS"
 [[ ! $TRAINER =~ ^(raft|conditional_sft|distillation)$ || $REFERENCE == initial ]] ||
   die "$recipe: REFERENCE=$REFERENCE, but TRAINER=$TRAINER has no reference: leave it out"
@@ -96,7 +96,7 @@ done
 [[ $SERVER_GPUS =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SERVER_GPUS is a whole number, not '$SERVER_GPUS'"
 [[ $SAMPLES =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SAMPLES is a whole number, not '$SAMPLES'"
 [[ $GPUS =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: GPUS is a whole number, not '$GPUS'"
-[[ $SEED =~ ^(0|[1-9][0-9]*)$ ]] || die "$recipe: SEED is a whole number, not '$SEED'"
+[[ $SEED =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "$recipe: SEED is a whole number below 1,000,000,000, not '$SEED'"
 ((SERVER_GPUS == 0 || SERVER_GPUS < GPUS)) || die "$recipe: SERVER_GPUS=$SERVER_GPUS of GPUS=$GPUS: none is left to train"
 [[ -n $online || $SERVER_GPUS == 0 ]] || die "$recipe: SERVER_GPUS is for TRAINER=ppo and online_dpo, whose servers stay"
 [[ -z $ACCELERATE_CONFIG || -f $ACCELERATE_CONFIG ]] ||
@@ -309,8 +309,9 @@ scorers=("${SCORERS[@]}")
 ((${#scorers[@]})) || scorers=("bt:$REWARD_MODEL")
 weights=("${WEIGHTS[@]}")
 ((${#weights[@]})) || weights=("${scorers[@]/*/1}")
-# As one text, of which the programs that score on warm servers make words again.
-reward_words=$( ((${#REWARD_ARGS[@]} == 0)) || printf '%q ' "${REWARD_ARGS[@]}")
+# As one text, of which the programs that score on warm servers make words again, by Python's shlex.
+reward_words="" quote="'" quoted="'\"'\"'"
+for word in "${REWARD_ARGS[@]}"; do reward_words+="'${word//$quote/$quoted}' "; done
 
 # One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
 {

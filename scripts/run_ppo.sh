@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 case ${1:-} in
   --help | -h) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
-  "" | --run_dir | --seed | --device)
+  "" | --run_dir | --run_dir=* | --seed | --seed=* | --device | --device=*)
     exec bash "$BATON_ROOT/scripts/quickstart.sh" --recipe "$BATON_ROOT/configs/recipes/quickstart-ppo.env" "$@" ;;
   -*) die "unknown argument '$1': the configuration comes first; --help explains" ;;
 esac

@@ -13,6 +13,12 @@ from baton.secrets import secret_among
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = ("inference", "training")
+# What torchrun and `accelerate launch` tell a process of a training: a server that one of these starts is none of them.
+OF_TRAINING = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE",
+    "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE",
+}  # fmt: skip
 TAIL_LINES = 15  # of a log that a failure shows
 # Files in the folder of a chain: how its units ended, an exit code a line; that it may begin; that it has its libraries.
 DONE, GO, READY = "done", "go", "ready"
@@ -100,6 +106,7 @@ def variables(unit: Unit) -> dict[str, str]:
     # PYTHONDONTWRITEBYTECODE: see `in_env` in scripts/lib.sh.
     left_out = {"PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV", "CONDA_PREFIX"}
     left_out |= {program.PARENT, program.FAILURE, program.CHAIN}
+    left_out |= OF_TRAINING
     values = {name: value for name, value in os.environ.items() if name not in left_out}
     others = {str(folder.parent / name / "bin") for name in ENVIRONMENTS}
     path = [part for part in values.get("PATH", os.defpath).split(os.pathsep) if part not in others]

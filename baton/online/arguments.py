@@ -78,8 +78,9 @@ class OnlineArguments(LoraArguments):
     server_gpus: str | None = option(
         None, "ids of the GPUs of the servers, such as 4,5,6,7; default: the training's own, shared", changes_result=False
     )
-    reward_gpus: str | None = option(None, "ids of the reward server's GPUs; default: the last one that training has",
-                                     changes_result=False)  # fmt: skip
+    reward_gpus: str | None = option(
+        None, "ids of the reward server's GPUs; default: the last one that is not in `server_gpus`", changes_result=False
+    )
     tensor_parallel_size: int = option(1, "GPUs of a server", ge=1, changes_result=False)
     gpu_memory_utilization: float = option(0.9, "share of a GPU's memory that a server takes", gt=0, le=1, changes_result=False)
     max_num_seqs: int | None = option(None, "responses that a server samples at once", ge=1, changes_result=False)

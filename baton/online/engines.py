@@ -5,6 +5,7 @@ it starts anew, and answers once it has them: no response ever comes from weight
 """
 
 import logging
+import os
 import secrets
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from baton.errors import FailuresListed, InputError
 from baton.launch import gpus
 from baton.online.arguments import OnlineArguments
+from baton.program import world_size
 from baton.servers import own
 from baton.servers.groups import own_address
 from baton.servers.own import OwnServer
@@ -117,8 +119,7 @@ def engines(arguments: OnlineArguments, context: int, folder: Path, device: str)
     if not arguments.reward_url:
         words = ["--scorer", *arguments.scorer, *shlex.split(arguments.reward_args)]
         words += ["--weights", *map(str, arguments.weights)] if arguments.weights else []
-        of_reward = (arguments.reward_gpus or ",".join(gpus.visible()[-1:])).split(",")
-        wanted.append(own.reward_server(words, [gpu for gpu in of_reward if gpu], secrets.token_urlsafe(32)))
+        wanted.append(own.reward_server(words, reward_gpus(arguments), secrets.token_urlsafe(32)))
     with ExitStack() as stack:
         running = stack.enter_context(own.running(wanted, folder)) if wanted else []
         policies = running[: len(running) - (not arguments.reward_url)]
@@ -165,9 +166,18 @@ def check_service(rewards: Rewards, urls: Sequence[str]) -> None:
 
 
 def server_gpus(arguments: OnlineArguments) -> list[list[str]]:
-    """The GPUs of each vLLM server to start; empty lists on a CPU. Raises InputError where they do not suffice."""
-    ids = [gpu for gpu in (arguments.server_gpus or ",".join(gpus.visible())).split(",") if gpu]
+    """The GPUs of each vLLM server to start; empty lists on a CPU.
+
+    Raises InputError where they do not suffice, or `server_gpus` names one that training has.
+    """
+    ids = named_gpus(arguments.server_gpus) or gpus.visible()
     count, size = arguments.num_servers, arguments.tensor_parallel_size
+    of_training = gpus.visible()[: int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))]
+    if arguments.server_gpus and (both := [gpu for gpu in ids if gpu in of_training]):
+        raise InputError(
+            f"`server_gpus`: training takes GPU {', '.join(both)} too: give it others (CUDA_VISIBLE_DEVICES, --num_processes), "
+            "or leave `server_gpus` out, and servers and training take turns on the same ones"
+        )
     if not ids:
         if size > 1:
             raise InputError(f"`tensor_parallel_size`: {size}, but there is no GPU")
@@ -175,6 +185,17 @@ def server_gpus(arguments: OnlineArguments) -> list[list[str]]:
     if count * size > len(ids):
         raise InputError(f"`num_servers`: {count} servers of {size} GPUs each, but `server_gpus` has {len(ids)}")
     return gpus.groups(ids, size)[:count]
+
+
+def reward_gpus(arguments: OnlineArguments) -> list[str]:
+    """The GPUs of the reward server to start: by default the last that is visible and no policy server's alone."""
+    left = [gpu for gpu in gpus.visible() if gpu not in named_gpus(arguments.server_gpus)]
+    return named_gpus(arguments.reward_gpus) or left[-1:]
+
+
+def named_gpus(text: str | None) -> list[str]:
+    """The ids of GPUs in a setting such as `4,5,6,7`."""
+    return [gpu.strip() for gpu in (text or "").split(",") if gpu.strip()]
 
 
 def _secret(key) -> str | None:

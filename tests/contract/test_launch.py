@@ -192,10 +192,21 @@ def test_a_chain_goes_on_after_a_stage_that_finished_without_some_records_and_no
     assert "scored: goes on without the records that were dropped" in done.stderr
     assert "1 records have no rewards" in (tmp_path / "scored.log").read_text()
     assert len((tmp_path / "after.jsonl").read_text().splitlines()) == 2
+    (tmp_path / "after.jsonl").unlink()
+    (tmp_path / "after.jsonl.manifest.json").unlink()
+    done = stages(tmp_path, ("scored", [*words, "--overwrite", "true"]), ("after", in_another_process))
+    assert done.returncode == 0 and (tmp_path / "after.jsonl").exists(), done.stderr
 
     away = ["--scorer", "http:http://127.0.0.1:9/", "--tries", 1, "--output_dir", tmp_path / "none.jsonl"]
     done = stages(tmp_path, ("none", [*words[:3], *away]), gold(tmp_path, "never", "none"))
     assert done.returncode == 3 and "none: failed with exit code 3" in done.stderr and "never starts" not in done.stderr
+
+
+def test_what_a_process_of_a_training_starts_is_told_nothing_of_that_training(monkeypatch):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    told = launch.unit.variables(Unit("server", "inference", ("serve_rm.py",)))
+    assert told.keys() & {*launch.unit.OF_TRAINING, "OMP_NUM_THREADS"} == {"OMP_NUM_THREADS"}
 
 
 def test_kill_9_of_a_chain_counts_as_the_stage_that_ran(tmp_path):

@@ -193,6 +193,17 @@ def test_where_the_policy_itself_was_not_sampled_the_kl_is_left_out_with_the_rea
     assert said.startswith("KL is left out: ") and reason in said and said.endswith(" (round 1).")
 
 
+def test_behind_a_gold_scorer_that_leaves_no_manifest_it_is_known_how_the_responses_were_sampled(tmp_path):
+    evaluate(tmp_path, 0, temperature=0.7)
+    folder = tmp_path / "heldout/round0"
+    (folder / "data_with_gold.jsonl").write_bytes((folder / "data_with_logps.jsonl").read_bytes())
+    (folder / "evaluated.jsonl").unlink()
+    (folder / "evaluated.jsonl").symlink_to("data_with_gold.jsonl")
+    (path,) = evaluated_files(tmp_path)
+    _, said = checked(path, metrics.read_round(path))
+    assert said == "KL is left out: the held-out responses were sampled at temperature 0.7"
+
+
 def test_without_manifests_the_kl_is_given_and_what_it_assumes_is_said(tmp_path):
     found = summary(write_run(tmp_path))
     assert found["rounds"][-1]["kl"] == 4
@@ -302,6 +313,12 @@ def test_each_evaluation_scorer_has_its_win_rate_gold_first_and_the_optimised_re
     assert (last["win_rate_by"], last["win_rate"]) == ("gold", 0.875)
     assert last["judges"]["strict"]["mean"] == -last["proxy_mean"]
     assert "the reward that was optimised" in " ".join(done.stdout.replace("│", " ").split())
+
+
+def test_a_gold_score_that_was_trained_on_is_no_judge_and_no_gold_score(tmp_path):
+    rounds = [metrics.read_round(write_round(tmp_path, number, [judged(n, number) for n in range(5)])) for number in range(2)]
+    assert metrics.judges_of(rounds, frozenset({"gold", "help"})) == ["brief", "kind", "strict", "proxy"]
+    assert [entry["gold_mean"] for entry in metrics.summarize(rounds, frozenset({"gold"}))] == [None, None]
 
 
 def test_without_gold_an_evaluation_scorer_comes_first_and_what_equals_the_proxy_is_no_judge(tmp_path):

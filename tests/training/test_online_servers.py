@@ -6,14 +6,29 @@ import threading
 import time
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from baton.online.engines import meeting_place
+from baton.errors import InputError
+from baton.launch import gpus
+from baton.online.engines import meeting_place, reward_gpus, server_gpus
 from baton.servers import own, weights
 from baton.servers.rollouts import Rollouts
 from baton.servers.weights import Transfer
+
+
+def test_servers_of_their_own_gpus_take_none_that_training_has_and_the_reward_server_none_of_theirs(monkeypatch):
+    monkeypatch.setattr(gpus, "visible", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    wanted = SimpleNamespace(server_gpus="2, 3", reward_gpus=None, num_servers=2, tensor_parallel_size=1)
+    assert server_gpus(wanted) == [["2"], ["3"]] and reward_gpus(wanted) == ["1"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="`server_gpus`: training takes GPU 2, 3 too: give it others"):
+        server_gpus(wanted)
+    wanted.server_gpus = None  # then they are shared
+    assert server_gpus(wanted) == [["0"], ["1"]] and reward_gpus(wanted) == ["3"]
 
 
 class Slow(BaseHTTPRequestHandler):
