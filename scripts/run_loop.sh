@@ -309,9 +309,13 @@ scorers=("${SCORERS[@]}")
 ((${#scorers[@]})) || scorers=("bt:$REWARD_MODEL")
 weights=("${WEIGHTS[@]}")
 ((${#weights[@]})) || weights=("${scorers[@]/*/1}")
-# As one text, of which the programs that score on warm servers make words again, by Python's shlex.
-reward_words="" quote="'" quoted="'\"'\"'"
-for word in "${REWARD_ARGS[@]}"; do reward_words+="'${word//$quote/$quoted}' "; done
+# As one text, of which the programs that score on warm servers make words again, by Python's shlex. What nobody answers for is
+# get_rewards.py's concern alone: those programs leave the prompt out.
+reward_words="" quote="'" quoted="'\"'\"'" before=""
+for word in "${REWARD_ARGS[@]}"; do
+  [[ $word == --unanswered* || $before == --unanswered ]] || reward_words+="'${word//$quote/$quoted}' "
+  before=$word
+done
 
 # One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
 {
