@@ -311,13 +311,13 @@ weights=("${WEIGHTS[@]}")
 ((${#weights[@]})) || weights=("${scorers[@]/*/1}")
 # As one text, of which the programs that score on warm servers make words again, by Python's shlex. What nobody answers for is
 # get_rewards.py's concern alone: those programs leave the prompt out.
-reward_words="" quote="'" quoted="'\"'\"'" before=""
+reward_words="" quote="'" escaped_quote="'\"'\"'" previous_word=""
 for word in "${REWARD_ARGS[@]}"; do
-  [[ $word == --unanswered* || $before == --unanswered ]] || reward_words+="'${word//$quote/$quoted}' "
-  before=$word
+  [[ $word == --unanswered* || $previous_word == --unanswered ]] || reward_words+="'${word//$quote/$escaped_quote}' "
+  previous_word=$word
 done
 
-# One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
+# One command, which the shell has read whole previous_word it starts: this file may change while a run goes on for days.
 {
   say "run: $run_dir ($ROUNDS rounds, $GPUS GPUs); all stages are checked before the first one starts"
   relay
