@@ -317,7 +317,7 @@ for word in "${REWARD_ARGS[@]}"; do
   previous_word=$word
 done
 
-# One command, which the shell has read whole previous_word it starts: this file may change while a run goes on for days.
+# One command, which the shell has read whole before it starts: this file may change while a run goes on for days.
 {
   say "run: $run_dir ($ROUNDS rounds, $GPUS GPUs); all stages are checked before the first one starts"
   relay
