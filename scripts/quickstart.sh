@@ -15,7 +15,7 @@ while (($#)); do
     --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --recipe) (($# > 1)) || die "--recipe needs a value"; recipe=$(realpath -m "$2") ;;
     --run_dir) (($# > 1)) || die "--run_dir needs a value"; run_dir=$(realpath -m "$2") ;;
-    --seed) [[ ${2:-} =~ ^[0-9]+$ ]] || die "--seed needs a whole number"; seed=$2 ;;
+    --seed) [[ ${2:-} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "--seed needs a whole number below 1,000,000,000"; seed=$2 ;;
     --device) (($# > 1)) || die "--device needs a value"; device=(--device "$2") ;;
     *) die "unknown argument '$1'; there are --recipe, --run_dir, --seed, --device and --help" ;;
   esac

@@ -18,7 +18,7 @@ while (($#)); do
     --recipe | --run_dir | --seed | --source | --device) (($# > 1)) || die "$1 needs a value" ;;&
     --recipe) recipe=$(realpath -m "$2") ;;
     --run_dir) run_dir=$(realpath -m "$2") ;;
-    --seed) [[ $2 =~ ^[0-9]+$ ]] || die "--seed needs a whole number"; seed=$2 ;;
+    --seed) [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "--seed needs a whole number below 1,000,000,000"; seed=$2 ;;
     --source) source=$2; [[ $2 =~ ^(auto|hub|wheel)$ ]] || source=$(realpath -m "$2") ;;
     --device) device=(--device "$2") ;;
     *) die "unknown argument '$1'; there are --recipe, --run_dir, --seed, --source, --device and --help" ;;
