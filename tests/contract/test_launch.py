@@ -221,13 +221,16 @@ KILLS_WHO_WAITS = """
     from pathlib import Path
 
     def parent(pid):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        try:
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended since
+            return None
 
     own = os.getppid()
     launcher, others = parent(own), []
     while not others:
         time.sleep(0.05)
-        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*") if path.exists()]
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
         others = [pid for pid in pids if parent(pid) == launcher and pid != own]
     os.kill(others[0], signal.SIGKILL)
 """
