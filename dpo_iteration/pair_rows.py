@@ -38,9 +38,14 @@ HELD_OUT_PAIRS = 100  # of `eval_dir`, as in Online-RLHF
 
 
 def records_of(arguments: Any) -> Iterator[tuple[str, Record]]:
-    """("file:line", record) of every dataset, mixed at their rates."""
-    split, probs = arguments.dataset_split, dataset_probs(arguments)
-    return with_usual_keys(mixed_records(arguments.dataset_name_or_path, split, probs, arguments.seed), keys_of(arguments))
+    """("file:line", record) of every dataset; with rates mixed at these, `max_training_samples` of them.
+
+    The first so many pairs of a mixture would be those of its first dataset alone.
+    """
+    split, probs, most = arguments.dataset_split, dataset_probs(arguments), arguments.max_training_samples
+    most = most if probs and most > 0 else None
+    records = mixed_records(arguments.dataset_name_or_path, split, probs, arguments.seed, most)
+    return with_usual_keys(records, keys_of(arguments))
 
 
 def keys_of(arguments: Any) -> dict[str, str | None]:
@@ -84,7 +89,7 @@ def prompts_aside(arguments: Any, every: int | None) -> frozenset[int]:
 
 def write_chosen(arguments: Any, pairs_path: Path, aside: frozenset[int]) -> Account:
     """Write the pairs of the data, without those of the prompts `aside`; returns what became of the records."""
-    data, most = arguments.dataset_name_or_path, arguments.max_training_samples
+    data, most = arguments.dataset_name_or_path, -1 if arguments.dataset_probs else arguments.max_training_samples
     extra = extra_responses(arguments.extra_responses, arguments.dataset_split)
     how, least, score = pair_settings(arguments), arguments.min_edit_distance, arguments.score_key
     pair_up = pairs_of_each if arguments.xpo_alpha and extra is not None else pairs_of

@@ -1,6 +1,7 @@
 """Prompts are held out whole: whatever there is of one is trained on, or evaluated on, and counted once."""
 
 import json
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from baton.errors import InputError
 from baton.training.held_out import NONE, held_out_prompts, of_prompts, without
-from dpo_iteration import run_dpo, run_kto
+from dpo_iteration import pair_rows, run_dpo, run_kto
 from dpo_iteration.example_rows import holds_out, prompts_aside
 from dpo_iteration.pair_rows import held_out_every, held_out_source
 from tests.programs import read_jsonl, run_program, write_jsonl
@@ -76,6 +77,19 @@ def test_a_held_out_file_comes_before_eval_every_and_do_eval_false_before_both()
     assert all(held_out_every(each, {"do_eval": "false"}) is held_out_source(each, {"do_eval": False}) is None for each in dpo)
     kto = run_kto.Arguments(**given, eval_dataset_name_or_path="held_out.jsonl")
     assert prompts_aside(kto) == NONE and holds_out(kto)
+
+
+def test_a_most_of_pairs_keeps_the_rates_of_a_mixture_in_training_and_among_what_is_held_out(tmp_path):
+    files = []
+    for name in "AB":
+        pairs = [{"prompt": f"{name} {i}", "chosen": "A warm film.", "rejected": "A mess.", "from": name} for i in range(200)]
+        files.append(str(write_jsonl(tmp_path / f"{name}.jsonl", pairs)))
+    given = {"model_name_or_path": "m", "output_dir": "o", "dataset_name_or_path": ",".join(files), "eval_every": 10}
+    arguments = run_dpo.Arguments(**given, dataset_probs="0.5,0.5", max_training_samples=100)
+    aside = pair_rows.prompts_aside(arguments, 10)
+    account = pair_rows.write_chosen(arguments, tmp_path / "pairs.jsonl", aside)
+    written = Counter(pair["from"] for pair in read_jsonl(tmp_path / "pairs.jsonl"))
+    assert len(aside) == 10 and written.total() == 90 == account.counted["in"] and min(written.values()) > 30
 
 
 def test_kto_evaluates_on_one_prompt_in_so_many(task, repeated, tmp_path):
