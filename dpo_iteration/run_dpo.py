@@ -212,7 +212,8 @@ def main() -> None:
     checked = partial(checked_config, arguments, settings)
     if arguments.use_peft and not arguments.merge_adapter:
         note_adapter(output)
-    deciding = settings | split_that_decides(settings, arguments.forward == "packed")
+    # Without an evaluation what `eval_every` would hold out is trained on.
+    deciding = settings | {"held_out_every": every} | split_that_decides(settings, arguments.forward == "packed")
     stage = Stage.begin("dpo", arguments, output, inputs, deciding, config_class, checked)
     if stage is None:
         return

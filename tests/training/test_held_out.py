@@ -67,6 +67,10 @@ def test_dpo_evaluates_on_one_prompt_in_so_many_and_trains_on_none_of_these_agai
     assert manifest["held_out"] == {"pairs": 9, "dropped": {}} and manifest["metrics"]["eval_loss"] > 0
     dropped = {"pairs of earlier rounds whose prompt is held out": 1}
     assert manifest["counts"] == {"in": 43, "out": 42, "dropped": dropped}
+    policy = tmp_path / "round2/policy"
+    given = ["--model_name_or_path", task / "base", "--dataset_name_or_path", repeated, "--output_dir", policy, *SHORT, *words]
+    done = run_program("dpo_iteration/run_dpo.py", *given, "--do_eval", "false")  # trains on what was held out: another task
+    assert done.returncode == 2 and "held_out_every (6, now None)" in done.stderr, done.stderr
 
 
 def test_a_held_out_file_comes_before_eval_every_and_do_eval_false_before_both():
