@@ -158,6 +158,16 @@ def tokenizer_folder(tmp_path_factory):
             ["Yes </s>", "No a cold film </s>"],
             (14, 7),
         ),
+        (
+            {"prompt": "Is it good ?", "chosen": "Yes", "rejected": "No a", "rejected_finish_reason": "length"},
+            ["Yes </s>", "No a"],
+            (11, 4),
+        ),
+        (
+            {"prompt": "Is it good ?", "response": "a warm", "response_token_ids": [10, 11], "finish_reason": "length"},
+            ["a warm"],
+            (9, 2),
+        ),
         ({"prompt": "Is it good ?", "completion": "No", "label": 0}, ["No </s>"], (9, 2)),
         ({"text": "Is it a film ?"}, ["Is it a film ? </s>"], (6, 6)),
     ],
