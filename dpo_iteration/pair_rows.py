@@ -20,6 +20,8 @@ from baton.training.data import dataset_probs
 from baton.training.held_out import NONE, held_out_prompts, of_prompts, without
 from dpo_iteration.account import IN, Account
 from dpo_iteration.choose import (
+    Extra,
+    PairUp,
     at_least_one,
     choose_pairs,
     extra_responses,
@@ -90,10 +92,15 @@ def prompts_aside(arguments: Any, every: int | None) -> frozenset[int]:
 def write_chosen(arguments: Any, pairs_path: Path, aside: frozenset[int]) -> Account:
     """Write the pairs of the data, without those of the prompts `aside`; returns what became of the records."""
     data, most = arguments.dataset_name_or_path, -1 if arguments.dataset_probs else arguments.max_training_samples
-    extra = extra_responses(arguments.extra_responses, arguments.dataset_split)
     how, least, score = pair_settings(arguments), arguments.min_edit_distance, arguments.score_key
-    pair_up = pairs_of_each if arguments.xpo_alpha and extra is not None else pairs_of
+    extra, pair_up = paired_with(arguments)
     return write_pairs(pairs_path, without(whole_records(arguments), aside), data, how, most, score, least, extra, pair_up)
+
+
+def paired_with(arguments: Any) -> tuple[Extra | None, PairUp]:
+    """The further responses to the data's prompts, and what makes pairs of them and the data's own."""
+    extra = extra_responses(arguments.extra_responses, arguments.dataset_split)
+    return extra, pairs_of_each if arguments.xpo_alpha and extra is not None else pairs_of
 
 
 def rows_of(
@@ -123,8 +130,8 @@ def held_out_rows(
 ) -> tuple[Any, Account]:
     """The token ids of the pairs to evaluate on, a dataset, and their account. Raises InputError if there is no pair.
 
-    They are the first ones of `source`, or else all of the data's prompts `aside`. They are not filtered, so that their
-    difficulty does not depend on how pairs are chosen for the training.
+    They are the first ones of `source`, or else all of the data's prompts `aside`, whose further responses stand beside their
+    own as in the training. They are not filtered, so that their difficulty does not depend on how pairs are chosen there.
     """
     from baton.training.rows import rows_on_disk
 
@@ -138,7 +145,8 @@ def held_out_rows(
             records = with_usual_keys(read_records(source, arguments.dataset_split), keys_of(arguments))
         else:
             records = of_prompts(whole_records(arguments), aside)
-        pairs = choose_pairs(records, settings, account.drops, account.counted, arguments.score_key)
+        extra, pair_up = (None, pairs_of) if source else paired_with(arguments)
+        pairs = choose_pairs(records, settings, account.drops, account.counted, arguments.score_key, extra, pair_up)
         named = ((name, pair) for pair in (islice(pairs, HELD_OUT_PAIRS) if source else pairs))
         return at_least_one(make(named, account.drops, account.counted), name, account.drops)
 

@@ -30,12 +30,17 @@ def test_every_record_is_on_one_side_and_all_of_a_prompt_on_the_same(prompts, ev
     assert not sides[0] & sides[1]
     different = list(dict.fromkeys(prompts))
     assert sides[1] == set(different[every - 1 :: every] or different[-1:])
+    if len(different) >= 4:
+        two = held_out_prompts(records, every, "file", 2)
+        assert 2 <= len(two) <= len(different) - 2 and (two == aside or len(aside) == 1)
     assert list(without(records, NONE)) == records
 
 
 def test_a_single_prompt_cannot_be_held_out():
-    with pytest.raises(InputError, match="`eval_every`: mine has 1 prompt, and 2 or more are needed"):
+    with pytest.raises(InputError, match="`eval_every`: mine has 1 different prompts, and 2 or more are needed"):
         held_out_prompts([("a", {"prompt": "Hi"}), ("b", {"prompt": "Hi"})], 3, "mine")
+    with pytest.raises(InputError, match="`eval_every`: mine has 3 different prompts, and 4 or more are needed to hold 2 out"):
+        held_out_prompts([(text, {"prompt": text}) for text in "abc"], 3, "mine", 2)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def test_a_held_out_file_comes_before_eval_every_and_do_eval_false_before_both()
     assert [held_out_source(arguments, {}) for arguments in dpo] == [None, "held_out.jsonl"]
     assert all(held_out_every(each, {"do_eval": "false"}) is held_out_source(each, {"do_eval": False}) is None for each in dpo)
     kto = run_kto.Arguments(**given, eval_dataset_name_or_path="held_out.jsonl")
-    assert prompts_aside(kto) == NONE and holds_out(kto)
+    assert prompts_aside(kto, 2) == NONE and holds_out(kto)
 
 
 def test_a_most_of_pairs_keeps_the_rates_of_a_mixture_in_training_and_among_what_is_held_out(tmp_path):
