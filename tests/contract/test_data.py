@@ -254,6 +254,23 @@ def test_convert_leaves_out_what_is_refused_or_of_unfit_length_and_says_so(tmp_p
         run(monkeypatch, *words, "--dedup", "exact")
 
 
+def test_a_held_out_file_that_is_gone_comes_back_and_one_of_an_earlier_split_goes(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "data.jsonl", [PAIR | {"prompt": str(i)} for i in range(50)])
+    out, held_out = tmp_path / "out.jsonl", tmp_path / "out.heldout.jsonl"
+    words = ["convert", path, out]
+    run(monkeypatch, *words, "--split", 0.5)
+    before = held_out.read_bytes(), out.read_bytes()
+    held_out.unlink()
+    run(monkeypatch, *words, "--split", 0.5)
+    assert (held_out.read_bytes(), out.read_bytes()) == before
+    run(monkeypatch, *words, "--overwrite")
+    assert len(records_in(out)) == 50 and not held_out.exists()
+    write_jsonl(held_out, [PAIR])
+    run(monkeypatch, *words, "--overwrite")
+    assert records_in(held_out) == [PAIR]  # of no split, so it is somebody's own
+    assert not list(tmp_path.glob("*.old"))
+
+
 def test_what_was_converted_is_converted_to_itself(tmp_path, monkeypatch):
     path = write_jsonl(
         tmp_path / "data.jsonl",
