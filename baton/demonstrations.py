@@ -12,7 +12,7 @@ from typing import Any
 from baton.conversations import as_messages, hh_turns, is_answered, short
 from baton.errors import InputError
 from baton.jsonl import Record
-from baton.records import CONVERSATION_KEYS, Messages, named, prompt_as_written
+from baton.records import CONVERSATION_KEYS, Messages, and_system, named, prompt_as_written, with_system
 
 RESPONSE_KEYS = ("response", "completion", "output", "answer")
 # ColossalChat's text for continued pretraining: an empty system instruction, and the text.
@@ -59,7 +59,7 @@ def demonstration_as_written(record: Record, where: str) -> tuple[Messages | str
             "as demonstrations give a file of good ones without `label`"
         )
     if conversation := _whole_conversation(record, response_key, where):
-        return conversation, (response_key,)
+        return with_system(conversation, record), and_system(record, (response_key,))
     prompt, keys = prompt_as_written(record, where)
     return [*prompt, *_responses(record, response_key, where)], (*keys, response_key)
 

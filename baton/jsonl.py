@@ -7,6 +7,8 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,8 +30,37 @@ def open_lines(path: Path) -> IO[bytes]:
 
 
 def dump(record: object) -> bytes:
-    """One record as a line, newline included."""
-    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+    """One record as a line, newline included; numbers, dates and times of other types than JSON's as numbers and texts.
+
+    Raises InputError, naming the field, for what has no form in JSON, such as bytes.
+    """
+    try:
+        return orjson.dumps(record, _in_json, orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError:
+        _refuse_field(record)
+        raise
+
+
+def _in_json(value: object) -> object:
+    """A value of a type that JSON does not have, as Parquet's columns may, in one that it has."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return str(value)
+    raise TypeError
+
+
+def _refuse_field(record: object) -> None:
+    """Raise InputError for the field of a record that has no form in JSON, if one is at fault."""
+    for name, value in record.items() if isinstance(record, dict) else ():
+        try:
+            orjson.dumps(value, _in_json, orjson.OPT_SERIALIZE_NUMPY)
+        except orjson.JSONEncodeError as error:
+            raise InputError(
+                f"`{name}` of a record cannot be written as JSON ({error}); leave this field out of the data"
+            ) from None
 
 
 def parse(line: bytes, where: str) -> Record:

@@ -17,6 +17,15 @@ FLAGS = {
     "text": "--dataset_key",
 }
 
+# Fields that say how a response was sampled, by what follows the name of the response in a pair.
+SAMPLED = {
+    "response": {"_token_ids": "response_token_ids", "_finish_reason": "finish_reason"},
+    **{
+        name: {ending: f"{name}{ending}" for ending in ("_token_ids", "_finish_reason")}
+        for name in ("completion", "chosen", "rejected")
+    },
+}
+
 Keys = Mapping[str, str | None]  # usual name: the file's name, None where that is the usual one
 
 
@@ -33,11 +42,16 @@ def given(keys: Keys) -> dict[str, str]:
 
 
 def usual_keys(record: Record, where: str, renamed: Mapping[str, str]) -> Record:
-    """A record with the fields in `renamed` (usual name: the file's name) under their usual names."""
+    """A record with the fields in `renamed` (usual name: the file's name) under their usual names.
+
+    Beside a response its token ids and finish reason are renamed too: with `chosen`, `chosen_token_ids`, for example.
+    """
     if not renamed:
         return record
     for usual, key in renamed.items():
         if key not in record:
             raise InputError(f"{where}: the record has no `{key}` ({FLAGS[usual]}), it has {named(record)}")
-    others = {name: value for name, value in record.items() if name not in renamed.values()}
-    return others | {usual: record[key] for usual, key in renamed.items()}
+    sampled = {name: f"{key}{ending}" for usual, key in renamed.items() for ending, name in SAMPLED.get(usual, {}).items()}
+    keys = {**renamed, **sampled}
+    others = {name: value for name, value in record.items() if name not in keys.values()}
+    return others | {usual: record[key] for usual, key in keys.items() if key in record}

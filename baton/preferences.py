@@ -17,7 +17,7 @@ from baton.errors import InputError
 from baton.jsonl import Record
 from baton.pairs import PairSettings, pairs_of
 from baton.prompts import with_ids
-from baton.records import Messages, prompt_of
+from baton.records import Messages, prompt_of, with_system
 from baton.scored import ALONE, annotated_of, has_completions, with_rows_merged
 
 ANSWER_KEYS = ("pos_answers", "neg_answers")
@@ -84,6 +84,7 @@ def preference_of(record: Record, where: str) -> Record:
             if record.get("prompt") is None:
                 raise InputError(f"{where}: `chosen` begins with the assistant, and there is no `prompt` before it")
             prompt = [*prompt_of(record, where), *prompt]
+        prompt = with_system(prompt, record)
     return {"prompt": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
 
 

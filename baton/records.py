@@ -24,6 +24,7 @@ PROMPT_KEYS = ("prompt", "context_messages")
 CONVERSATION_KEYS = ("messages", "conversations")
 # Alpaca's: what to do, with what, and what was said before, pairs of the user's and the assistant's turn.
 ALPACA_KEYS = ("instruction", "input", "system", "history")
+DOLLY_KEYS = ("instruction", "context", "system", "history")  # with its own name of the input
 # Two whole conversations, which begin with it.
 SIDE_KEYS = ("chosen", "rejected")
 
@@ -40,13 +41,14 @@ def prompt_of(record: Record, where: str, key: str | None = None) -> Messages:
 def prompt_as_written(record: Record, where: str, key: str | None = None) -> tuple[Messages, tuple[str, ...]]:
     """The prompt of a record as messages, with the answer that may stand at its end, and the keys that it was read from."""
     keys = prompt_keys(record, key)
-    if keys == ALPACA_KEYS:
-        return _alpaca_prompt(record, where), keys
-    messages = _prompt_of_sides(record, where) if keys == SIDE_KEYS else None
-    if keys and keys != SIDE_KEYS:
+    if keys in (ALPACA_KEYS, DOLLY_KEYS):
+        return _alpaca_prompt(record, where, keys[1]), keys
+    of_sides = keys[:2] == SIDE_KEYS
+    messages = _prompt_of_sides(record, where) if of_sides else None
+    if keys and not of_sides:
         messages = as_messages(record[keys[0]], where, keys[0])
     if messages:
-        return _with_system(messages, record) if keys[0] == "conversations" else messages, keys
+        return with_system(messages, record), keys
     wanted = f"`{key}`" if key else " or ".join(f"`{name}`" for name in PROMPT_KEYS)
     raise InputError(
         f"{where}: the record has no {wanted}, it has {named(record)}; name the key of the prompt with --dataset_key"
@@ -57,14 +59,15 @@ def prompt_keys(record: Record, key: str | None = None) -> tuple[str, ...]:
     """The keys that a record's prompt is read from, the first known ones that it has; empty if it has none."""
     for name in (key,) if key else (*PROMPT_KEYS, *CONVERSATION_KEYS):
         if record.get(name) is not None:
-            return (name, "system") if name == "conversations" else (name,)
+            return and_system(record, (name,))
     if key:
         return ()
     if record.get("instruction") is not None:
-        return ALPACA_KEYS
+        return DOLLY_KEYS if record.get("input") is None and isinstance(record.get("context"), str) else ALPACA_KEYS
     if "chosen" not in record or "rejected" not in record:
         return ()
-    return ("context",) if record.get("context") is not None else SIDE_KEYS  # the former is ColossalChat's
+    # `context` is ColossalChat's
+    return and_system(record, ("context",) if record.get("context") is not None else SIDE_KEYS)
 
 
 def named(record: Record) -> str:
@@ -72,21 +75,26 @@ def named(record: Record) -> str:
     return ", ".join(f"`{harmless(name)}`" for name in record) or "no keys"
 
 
-def _with_system(messages: Messages, record: Record) -> Messages:
-    """ShareGPT's turns after its `system`, where there is one and the turns have none."""
+def and_system(record: Record, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys of a prompt, and `system` where there is such a text beside it."""
+    return (*keys, "system") if "system" not in keys and isinstance(record.get("system"), str) else keys
+
+
+def with_system(messages: Messages, record: Record) -> Messages:
+    """The turns after the record's `system`, where that is a text and the turns have none."""
     system = record.get("system")
     if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
-def _alpaca_prompt(record: Record, where: str) -> Messages:
-    """Alpaca's prompt: the instruction, its input on the next line; before them `system` and `history`."""
-    texts = {name: record.get(name) or "" for name in ("instruction", "input", "system")}
+def _alpaca_prompt(record: Record, where: str, given: str) -> Messages:
+    """Alpaca's prompt: the instruction, what is `given` on the next line; before them `system` and `history`."""
+    texts = {name: record.get(name) or "" for name in ("instruction", given, "system")}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise InputError(f"{where}: `{name}` must be a text, got {short(text)}")
-    request = "\n".join(text for text in (texts["instruction"], texts["input"]) if text.strip())
+    request = "\n".join(text for text in (texts["instruction"], texts[given]) if text.strip())
     if not request:
         raise InputError(f"{where}: `instruction` is empty")
     before = []
@@ -94,7 +102,7 @@ def _alpaca_prompt(record: Record, where: str) -> Messages:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise InputError(f"{where}: `history` must hold pairs of texts, the user's and the assistant's; got {short(turn)}")
         before += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return _with_system([*before, {"role": "user", "content": request}], record)
+    return with_system([*before, {"role": "user", "content": request}], record)
 
 
 def _prompt_of_sides(record: Record, where: str) -> Messages | None:

@@ -12,7 +12,7 @@ from baton.jsonl import Record
 from baton.labels import LabelSettings, labelled_examples
 from baton.pairs import checked_pair
 from baton.preferences import ANSWER_KEYS, preferences_in
-from baton.records import CONVERSATION_KEYS, PROMPT_KEYS, Messages, prompt_as_written, prompt_keys
+from baton.records import CONVERSATION_KEYS, DOLLY_KEYS, PROMPT_KEYS, SIDE_KEYS, Messages, prompt_as_written, prompt_keys
 from baton.scored import has_completions, is_scored_row
 from baton.steps import SEPARATOR, is_stepwise, stepwise_records
 
@@ -57,7 +57,9 @@ def shape_of(record: Record, score: str | None = None) -> Shape | None:
     if conversation:
         return _conversation_shape(record[conversation], conversation, response)
     if "instruction" in record:
-        return Shape("Alpaca (`instruction`, `input`, `output`)", "demonstrations" if response else "prompts")
+        dolly = prompt_keys(record) == DOLLY_KEYS
+        name = "Dolly (`instruction`, `context`, `response`)" if dolly else "Alpaca (`instruction`, `input`, `output`)"
+        return Shape(name, "demonstrations" if response else "prompts")
     if keys & set(PROMPT_KEYS):
         return Shape(f"prompts with `{response}`", "demonstrations") if response else Shape("prompts", "prompts")
     if isinstance(record.get("text"), str):
@@ -123,10 +125,10 @@ def _without(record: Record, keys: Any) -> Record:
 def _pairs_in_words(record: Record) -> str:
     if any(isinstance(record.get(name), str) and hh_turns(record[name]) for name in ("chosen", "rejected")):
         return "HH-RLHF (`chosen` and `rejected`, texts of turns that begin alike)"
-    if "prompt" not in record and "context" in record:
-        return "ColossalChat (`context`, `chosen`, `rejected`)"
     keys = prompt_keys(record)
-    if keys in ((), ("chosen", "rejected")):
+    if keys[:1] == ("context",):
+        return "ColossalChat (`context`, `chosen`, `rejected`)"
+    if not keys or keys[:2] == SIDE_KEYS:
         return "pairs of conversations that begin alike (`chosen`, `rejected`)"
     return f"pairs (`{keys[0]}`, `chosen`, `rejected`)"
 

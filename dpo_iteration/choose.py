@@ -49,6 +49,7 @@ def write_pairs(
     """
     account = Account()
     pairs = choose_pairs(records, settings, account.drops, account.counted, score, extra, pair_up)
+    pairs = _with_extra(pairs, extra, account.counted)
     if min_edit_distance:
         pairs = far_apart(pairs, min_edit_distance, account.drops)
     jsonl.write(path, at_least_one(first_pairs(pairs, most, account.drops), source, account.drops))
@@ -112,6 +113,11 @@ def choose_pairs(
         else:
             counted[NO_MARGIN] += pair.get("margin") is None
             yield pair
+
+
+def _with_extra(pairs: Iterator[Record], extra: Extra | None, counted: Counter[str]) -> Iterator[Record]:
+    """Yield the pairs of `choose_pairs`. Raises InputError where no record had a prompt of `extra`."""
+    yield from pairs
     if extra is not None and not counted[EXTRA]:
         raise InputError("`extra_responses`: no prompt is one of the data's; `id` joins them, which a prompt's text gives")
 

@@ -51,11 +51,11 @@ def holds_out(arguments: Any) -> bool:
     return bool(arguments.eval_dataset_name_or_path or arguments.eval_every)
 
 
-def prompts_aside(arguments: Any) -> frozenset[int]:
-    """The hashes of the prompts that are held out of the data; with a held-out file there are none."""
+def prompts_aside(arguments: Any, least: int) -> frozenset[int]:
+    """The hashes of the prompts that are held out of the data, at least so many; with a held-out file there are none."""
     if arguments.eval_dataset_name_or_path or not arguments.eval_every:
         return NONE
-    return held_out_prompts(whole_records(arguments), arguments.eval_every, arguments.dataset_name_or_path)
+    return held_out_prompts(whole_records(arguments), arguments.eval_every, arguments.dataset_name_or_path, least)
 
 
 def write_examples(path: Path, arguments: Any, aside: frozenset[int]) -> Account:

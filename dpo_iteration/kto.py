@@ -99,7 +99,8 @@ def in_training_order(rows: Dataset, config: KTOConfig, max_length: int) -> Iter
             if other is None:
                 raise InputError(
                     "all examples have the same prompt, or all that are held out; KTO estimates its KL term from responses to "
-                    "other prompts"
+                    "other prompts: give more prompts, hold out more of them with a smaller `eval_every` or in another file, "
+                    f"or set `loss_type: {WITHOUT_KL}`"
                 )
             yield {**row, "KL_completion_ids": other["completion_ids"][: max_length - len(row["prompt_ids"])]}
 

@@ -20,6 +20,8 @@ from baton.training.data import dataset_probs
 from baton.training.held_out import NONE, held_out_prompts, of_prompts, without
 from dpo_iteration.account import IN, Account
 from dpo_iteration.choose import (
+    Extra,
+    PairUp,
     at_least_one,
     choose_pairs,
     extra_responses,
@@ -38,9 +40,14 @@ HELD_OUT_PAIRS = 100  # of `eval_dir`, as in Online-RLHF
 
 
 def records_of(arguments: Any) -> Iterator[tuple[str, Record]]:
-    """("file:line", record) of every dataset, mixed at their rates."""
-    split, probs = arguments.dataset_split, dataset_probs(arguments)
-    return with_usual_keys(mixed_records(arguments.dataset_name_or_path, split, probs, arguments.seed), keys_of(arguments))
+    """("file:line", record) of every dataset; with rates mixed at these, `max_training_samples` of them.
+
+    The first so many pairs of a mixture would be those of its first dataset alone.
+    """
+    split, probs, most = arguments.dataset_split, dataset_probs(arguments), arguments.max_training_samples
+    most = most if probs and most > 0 else None
+    records = mixed_records(arguments.dataset_name_or_path, split, probs, arguments.seed, most)
+    return with_usual_keys(records, keys_of(arguments))
 
 
 def keys_of(arguments: Any) -> dict[str, str | None]:
@@ -84,11 +91,16 @@ def prompts_aside(arguments: Any, every: int | None) -> frozenset[int]:
 
 def write_chosen(arguments: Any, pairs_path: Path, aside: frozenset[int]) -> Account:
     """Write the pairs of the data, without those of the prompts `aside`; returns what became of the records."""
-    data, most = arguments.dataset_name_or_path, arguments.max_training_samples
-    extra = extra_responses(arguments.extra_responses, arguments.dataset_split)
+    data, most = arguments.dataset_name_or_path, -1 if arguments.dataset_probs else arguments.max_training_samples
     how, least, score = pair_settings(arguments), arguments.min_edit_distance, arguments.score_key
-    pair_up = pairs_of_each if arguments.xpo_alpha and extra is not None else pairs_of
+    extra, pair_up = paired_with(arguments)
     return write_pairs(pairs_path, without(whole_records(arguments), aside), data, how, most, score, least, extra, pair_up)
+
+
+def paired_with(arguments: Any) -> tuple[Extra | None, PairUp]:
+    """The further responses to the data's prompts, and what makes pairs of them and the data's own."""
+    extra = extra_responses(arguments.extra_responses, arguments.dataset_split)
+    return extra, pairs_of_each if arguments.xpo_alpha and extra is not None else pairs_of
 
 
 def rows_of(
@@ -118,8 +130,8 @@ def held_out_rows(
 ) -> tuple[Any, Account]:
     """The token ids of the pairs to evaluate on, a dataset, and their account. Raises InputError if there is no pair.
 
-    They are the first ones of `source`, or else all of the data's prompts `aside`. They are not filtered, so that their
-    difficulty does not depend on how pairs are chosen for the training.
+    They are the first ones of `source`, or else all of the data's prompts `aside`, whose further responses stand beside their
+    own as in the training. They are not filtered, so that their difficulty does not depend on how pairs are chosen there.
     """
     from baton.training.rows import rows_on_disk
 
@@ -133,7 +145,8 @@ def held_out_rows(
             records = with_usual_keys(read_records(source, arguments.dataset_split), keys_of(arguments))
         else:
             records = of_prompts(whole_records(arguments), aside)
-        pairs = choose_pairs(records, settings, account.drops, account.counted, arguments.score_key)
+        extra, pair_up = (None, pairs_of) if source else paired_with(arguments)
+        pairs = choose_pairs(records, settings, account.drops, account.counted, arguments.score_key, extra, pair_up)
         named = ((name, pair) for pair in (islice(pairs, HELD_OUT_PAIRS) if source else pairs))
         return at_least_one(make(named, account.drops, account.counted), name, account.drops)
 

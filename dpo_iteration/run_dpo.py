@@ -87,7 +87,12 @@ class Arguments(DataArguments, PairArguments, LoraArguments):
     eval_every: int | None = option(
         None, "hold out one prompt in so many where no `eval_dir` is given, and evaluate on all pairs of these prompts", ge=2
     )
-    max_training_samples: int = option(-1, "train on the first so many pairs of the data; -1: on all", ge=-1)
+    max_training_samples: int = option(
+        -1,
+        "train on the first so many pairs of the data; -1: on all. With `dataset_probs`: draw so many records, held-out ones "
+        "among them, of which some may make no pair or several",
+        ge=-1,
+    )
     output_dir: str = option(
         ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
     )
@@ -207,7 +212,8 @@ def main() -> None:
     checked = partial(checked_config, arguments, settings)
     if arguments.use_peft and not arguments.merge_adapter:
         note_adapter(output)
-    deciding = settings | split_that_decides(settings, arguments.forward == "packed")
+    # Without an evaluation what `eval_every` would hold out is trained on.
+    deciding = settings | {"held_out_every": every} | split_that_decides(settings, arguments.forward == "packed")
     stage = Stage.begin("dpo", arguments, output, inputs, deciding, config_class, checked)
     if stage is None:
         return

@@ -159,11 +159,11 @@ def main() -> None:
     from baton.training.checkpoints import train
     from baton.training.config import log_training
     from dpo_iteration.finish import finish
-    from dpo_iteration.kto import balance_advice, make_trainer
+    from dpo_iteration.kto import WITHOUT_KL, balance_advice, make_trainer
 
     aside, labelled = NONE, Account()
     if program.rank() == 0:  # with the process group there, or another machine would not notice that this fails
-        aside = prompts_aside(arguments)
+        aside = prompts_aside(arguments, least=1 if config.loss_type == WITHOUT_KL else 2)  # the KL term compares prompts
         labelled = write_examples(examples_path, arguments, aside)
     tokenizer = load_tokenizer(model, arguments.chat_template)
     dataset, account = rows_of(arguments, examples_path, labelled, tokenizer, config)

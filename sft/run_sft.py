@@ -39,8 +39,9 @@ from baton.training.arguments import (
     tokens_per_row_option,
 )
 from baton.training.data import DataArguments, dataset_probs, warn_of_trained_on
+from baton.training.held_out import NONE
 from baton.training.reports import check_outside, place_reports
-from sft.demonstrations import demonstrations, held_out_rows, holds_out, training_rows
+from sft.demonstrations import demonstrations, held_out_rows, holds_out, prompts_aside, training_rows
 
 log = logging.getLogger("baton")
 
@@ -77,7 +78,9 @@ class Arguments(DataArguments, LoraArguments):
         changes_result=False,
     )
     eval_dataset_split: str = option("test", "split of a held-out Hugging Face dataset")
-    eval_every: int | None = option(None, "hold out one demonstration in so many where no held-out file is given", ge=2)
+    eval_every: int | None = option(
+        None, "hold out one prompt in so many where no held-out file is given, with all its demonstrations", ge=2
+    )
     output_dir: str = option(
         ..., "folder of the finished policy (in generation/ and annotate_data/ this flag names a file)", changes_result=False
     )
@@ -199,8 +202,10 @@ def main() -> None:
 
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.chat_template, of_texts=arguments.pretrain_mode)
     check_tokens(config, tokenizer)
-    rows = training_rows(arguments, tokenizer, config)
-    held_out = held_out_rows(arguments, tokenizer, config)
+    # With the process group there, or another machine would not notice that this fails.
+    aside = prompts_aside(arguments) if program.rank() == 0 else NONE
+    rows = training_rows(arguments, aside, tokenizer, config)
+    held_out = held_out_rows(arguments, aside, tokenizer, config)
     warn_of_trained_on(arguments)
     warning = template_warning(rows.counted, tokenizer)
     if warning:

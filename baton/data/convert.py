@@ -19,6 +19,7 @@ from baton.data.survey import characters, hashes_of
 from baton.drops import Drops
 from baton.jsonl import Record, dump
 from baton.launch.check import check_processes
+from baton.manifest import put_aside, read_manifest, remove
 from baton.prompts import ordinals, source_inputs
 from baton.records import prompt_id
 from baton.shapes import parts_of
@@ -38,9 +39,15 @@ def convert(arguments: ConvertArguments) -> None:
     inputs = source_inputs("dataset", arguments.dataset_name_or_path)
     if arguments.split:
         refuse_input(held_out, inputs, "OUT", output)
+    stale = not arguments.split and was_split(output)
     stage = Stage.begin("data", arguments, output, inputs)
+    if stage is None and arguments.split and not arguments.check and not held_out.exists():
+        log.info("%s: is gone, so both files are written again", held_out)
+        stage = Stage.begin("data", arguments.model_copy(update={"overwrite": True}), output, inputs)
     if stage is None:
         return
+    if stale and held_out.exists():
+        held_out.replace(put_aside(held_out))
     source = Source(arguments)
     log.info("%s: %s, read from %s", arguments.dataset_name_or_path, source.kind, source.shape.name)
     kept, prompts = kept_records(source, arguments)
@@ -53,6 +60,13 @@ def convert(arguments: ConvertArguments) -> None:
         log.warning("%s: holds no record: %s", output, drops)
     counts = {"records_in": written + aside + drops.counts.total(), "records_out": written + aside}
     stage.finish(**counts, drops=drops, data={"kind": source.kind, "rows": source.rows, "held out": aside})
+    remove(put_aside(held_out))
+
+
+def was_split(output: Path) -> bool:
+    """Whether an output is there that has held-out records beside it, as its manifest says."""
+    manifest = read_manifest(output) or {}
+    return manifest.get("stage") == "data" and bool(manifest["arguments"].get("split"))
 
 
 def kept_records(source: Source, arguments: ConvertArguments) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from baton.demonstrations import text_token_ids
 from baton.jsonl import Record
-from baton.models.templates import prompt_token_ids, response_pieces, response_token_ids
+from baton.models.templates import prompt_token_ids, response_pieces, sampled_or_tokenised
 from baton.program import harmless
 from baton.shapes import COLUMNS, Kind, parts_of
 
@@ -19,12 +19,16 @@ def pieces_of(tokenizer: Any, record: Record, kind: Kind, where: str) -> dict[st
     if kind == "demonstrations":
         if "messages" not in record:
             return {"text": [(text_token_ids(tokenizer, record["text"]), True)]}
-        return {"conversation": response_pieces(tokenizer, record["messages"], where)}
+        *prompt, last = record["messages"]
+        sampled, reason = record.get("response_token_ids"), record.get("finish_reason")
+        ids, _ = sampled_or_tokenised(tokenizer, prompt, last["content"], sampled, reason, where)
+        return {"conversation": [*response_pieces(tokenizer, record["messages"], where)[:-1], (ids, True)]}
     prompt, responses = parts_of(record, kind)
     names = COLUMNS[kind]
     pieces: dict[str, Pieces] = {names[0]: [(prompt_token_ids(tokenizer, prompt, where), False)]}
     for name, response in zip(names[1:], responses, strict=True):
-        pieces[name] = [(response_token_ids(tokenizer, prompt, response, True, where), True)]
+        sampled, reason = record.get(f"{name}_token_ids"), record.get(f"{name}_finish_reason")
+        pieces[name] = [(sampled_or_tokenised(tokenizer, prompt, response, sampled, reason, where)[0], True)]
     return pieces
 
 

@@ -12,9 +12,9 @@ from baton.records import prompt_hash, prompt_of
 NONE: frozenset[int] = frozenset()
 
 
-def held_out_prompts(records: Iterable[tuple[str, Record]], every: int, source: str) -> frozenset[int]:
+def held_out_prompts(records: Iterable[tuple[str, Record]], every: int, source: str, least: int = 1) -> frozenset[int]:
     """The hashes of the prompts of ("where", record) that are held out: see `held_out_of`."""
-    return held_out_of(prompt_hashes(records), every, source)
+    return held_out_of(prompt_hashes(records), every, source, least)
 
 
 def prompt_hashes(records: Iterable[tuple[str, Record]]) -> np.ndarray:
@@ -22,16 +22,18 @@ def prompt_hashes(records: Iterable[tuple[str, Record]]) -> np.ndarray:
     return np.array(array("Q", (_hash(where, record) for where, record in records)), dtype=np.uint64)
 
 
-def held_out_of(hashes: np.ndarray, every: int, source: str) -> frozenset[int]:
+def held_out_of(hashes: np.ndarray, every: int, source: str, least: int = 1) -> frozenset[int]:
     """Those of the different `hashes`, as they first come, that are held out: the last of every `every`.
 
-    Where there are fewer, it is the last one. Raises InputError where `source` has fewer than two prompts, since one is to be
-    trained on.
+    Where these are fewer than `least`, it is the last of fewer prompts. Raises InputError where `source` has fewer than twice
+    `least` prompts, since as many are to be trained on.
     """
     first = np.sort(np.unique(hashes, return_index=True)[1])  # where each prompt first comes
-    if len(first) < 2:
-        raise InputError(f"`eval_every`: {source} has {len(first)} prompt, and 2 or more are needed to hold one out")
-    every = min(every, len(first))
+    if len(first) < 2 * least:
+        raise InputError(
+            f"`eval_every`: {source} has {len(first)} different prompts, and {2 * least} or more are needed to hold {least} out"
+        )
+    every = min(every, len(first) // least)
     return frozenset(hashes[first[every - 1 :: every]].tolist())
 
 

@@ -158,6 +158,16 @@ def tokenizer_folder(tmp_path_factory):
             ["Yes </s>", "No a cold film </s>"],
             (14, 7),
         ),
+        (
+            {"prompt": "Is it good ?", "chosen": "Yes", "rejected": "No a", "rejected_finish_reason": "length"},
+            ["Yes </s>", "No a"],
+            (11, 4),
+        ),
+        (
+            {"prompt": "Is it good ?", "response": "a warm", "response_token_ids": [10, 11], "finish_reason": "length"},
+            ["a warm"],
+            (9, 2),
+        ),
         ({"prompt": "Is it good ?", "completion": "No", "label": 0}, ["No </s>"], (9, 2)),
         ({"text": "Is it a film ?"}, ["Is it a film ? </s>"], (6, 6)),
     ],
@@ -242,6 +252,23 @@ def test_convert_leaves_out_what_is_refused_or_of_unfit_length_and_says_so(tmp_p
     assert out.stat().st_mtime_ns == before
     with pytest.raises(InputError, match="finished, of another task"):
         run(monkeypatch, *words, "--dedup", "exact")
+
+
+def test_a_held_out_file_that_is_gone_comes_back_and_one_of_an_earlier_split_goes(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "data.jsonl", [PAIR | {"prompt": str(i)} for i in range(50)])
+    out, held_out = tmp_path / "out.jsonl", tmp_path / "out.heldout.jsonl"
+    words = ["convert", path, out]
+    run(monkeypatch, *words, "--split", 0.5)
+    before = held_out.read_bytes(), out.read_bytes()
+    held_out.unlink()
+    run(monkeypatch, *words, "--split", 0.5)
+    assert (held_out.read_bytes(), out.read_bytes()) == before
+    run(monkeypatch, *words, "--overwrite")
+    assert len(records_in(out)) == 50 and not held_out.exists()
+    write_jsonl(held_out, [PAIR])
+    run(monkeypatch, *words, "--overwrite")
+    assert records_in(held_out) == [PAIR]  # of no split, so it is somebody's own
+    assert not list(tmp_path.glob("*.old"))
 
 
 def test_what_was_converted_is_converted_to_itself(tmp_path, monkeypatch):

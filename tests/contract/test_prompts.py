@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -110,6 +112,24 @@ def test_every_format_is_read_alike(tmp_path, name):
     found = list(read_records(str(path)))
     assert [record for _, record in found] == RECORDS
     assert all(where.startswith(str(path)) for where, _ in found)
+
+
+def test_columns_of_parquet_that_json_has_no_types_for_are_written_as_numbers_and_texts_or_named(tmp_path):
+    row = {
+        "prompt": "x",
+        "price": [Decimal("1.50")],
+        "day": date(2026, 1, 2),
+        "at": datetime(2026, 1, 2, 3),
+        "took": timedelta(hours=1),
+    }
+    table = pyarrow.Table.from_pylist([row])
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    ((_, record),) = read_records(str(tmp_path / "p.parquet"))
+    written = {"prompt": "x", "price": [1.5], "day": "2026-01-02", "at": "2026-01-02T03:00:00", "took": "1:00:00"}
+    assert orjson.loads(jsonl.dump(record)) == written
+    for value, kind in ((b"\x00", "bytes"), ({"a": [{1}]}, "set"), (2**65, "64-bit")):
+        with pytest.raises(InputError, match=f"`image` of a record cannot be written as JSON .*{kind}.*; leave this field out"):
+            jsonl.dump(record | {"image": value})
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "list.json", "lines.json"])

@@ -70,6 +70,7 @@ PROMPTS = [
     ({"instruction": "Hello"}, OPENING),
     ({"instruction": "Say it:", "input": "Hello"}, [user("Say it:\nHello")]),
     ({"instruction": "And?", "input": "", "history": [["Hello", "Hi."]]}, DEEP),
+    ({"instruction": "Say it:", "context": "Hello"}, [user("Say it:\nHello")]),
 ]
 
 
@@ -165,6 +166,24 @@ def test_a_preference_of_every_shape_becomes_the_same_pair_in_every_program(reco
         assert {name: read[name] for name in ("prompt", "chosen", "rejected")} == {name: pair[name] for name in list(pair)[:3]}
     assert {(e["completion"], e["label"]) for e in examples} == {("Yes.", True), ("No.", False)}
     assert all(e["prompt"] == DEEP for e in examples)
+
+
+SHAPES = {"prompts": [record for record, _ in PROMPTS], "demonstrations": DEMONSTRATIONS, "preferences": PAIRS}
+
+
+@pytest.mark.parametrize(("kind", "record"), [(kind, record) for kind, records in SHAPES.items() for record in records])
+def test_a_system_text_beside_a_prompt_is_its_system_message_in_every_shape(kind, record):
+    key = "messages" if kind == "demonstrations" else "prompt"
+    ((without,), *_), ((found,), *_) = (converted([record | {"system": text}], kind) for text in (" ", "Be brief."))
+    without.pop("system", None)  # a key that was not read, or that says nothing
+    assert found == without | {key: [{"role": "system", "content": "Be brief."}, *without[key]]}
+    if kind == "preferences":
+        programs = (
+            [pair for _, pair in preference_records([("here", record | {"system": "Be brief."})])],
+            list(choose_pairs([("here", record | {"system": "Be brief."})], PairSettings(), Drops(), Counter())),
+            list(labelled_examples([("here", record | {"system": "Be brief."})], LabelSettings(), Drops(), Counter())),
+        )
+        assert all(read["prompt"] == found["prompt"] for program in programs for read in program)
 
 
 ROWS = [

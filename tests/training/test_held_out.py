@@ -1,6 +1,7 @@
 """Prompts are held out whole: whatever there is of one is trained on, or evaluated on, and counted once."""
 
 import json
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from baton.errors import InputError
 from baton.training.held_out import NONE, held_out_prompts, of_prompts, without
-from dpo_iteration import run_dpo, run_kto
+from dpo_iteration import pair_rows, run_dpo, run_kto
 from dpo_iteration.example_rows import holds_out, prompts_aside
 from dpo_iteration.pair_rows import held_out_every, held_out_source
 from tests.programs import read_jsonl, run_program, write_jsonl
@@ -29,12 +30,17 @@ def test_every_record_is_on_one_side_and_all_of_a_prompt_on_the_same(prompts, ev
     assert not sides[0] & sides[1]
     different = list(dict.fromkeys(prompts))
     assert sides[1] == set(different[every - 1 :: every] or different[-1:])
+    if len(different) >= 4:
+        two = held_out_prompts(records, every, "file", 2)
+        assert 2 <= len(two) <= len(different) - 2 and (two == aside or len(aside) == 1)
     assert list(without(records, NONE)) == records
 
 
 def test_a_single_prompt_cannot_be_held_out():
-    with pytest.raises(InputError, match="`eval_every`: mine has 1 prompt, and 2 or more are needed"):
+    with pytest.raises(InputError, match="`eval_every`: mine has 1 different prompts, and 2 or more are needed"):
         held_out_prompts([("a", {"prompt": "Hi"}), ("b", {"prompt": "Hi"})], 3, "mine")
+    with pytest.raises(InputError, match="`eval_every`: mine has 3 different prompts, and 4 or more are needed to hold 2 out"):
+        held_out_prompts([(text, {"prompt": text}) for text in "abc"], 3, "mine", 2)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,10 @@ def test_dpo_evaluates_on_one_prompt_in_so_many_and_trains_on_none_of_these_agai
     assert manifest["held_out"] == {"pairs": 9, "dropped": {}} and manifest["metrics"]["eval_loss"] > 0
     dropped = {"pairs of earlier rounds whose prompt is held out": 1}
     assert manifest["counts"] == {"in": 43, "out": 42, "dropped": dropped}
+    policy = tmp_path / "round2/policy"
+    given = ["--model_name_or_path", task / "base", "--dataset_name_or_path", repeated, "--output_dir", policy, *SHORT, *words]
+    done = run_program("dpo_iteration/run_dpo.py", *given, "--do_eval", "false")  # trains on what was held out: another task
+    assert done.returncode == 2 and "held_out_every (6, now None)" in done.stderr, done.stderr
 
 
 def test_a_held_out_file_comes_before_eval_every_and_do_eval_false_before_both():
@@ -75,7 +85,20 @@ def test_a_held_out_file_comes_before_eval_every_and_do_eval_false_before_both()
     assert [held_out_source(arguments, {}) for arguments in dpo] == [None, "held_out.jsonl"]
     assert all(held_out_every(each, {"do_eval": "false"}) is held_out_source(each, {"do_eval": False}) is None for each in dpo)
     kto = run_kto.Arguments(**given, eval_dataset_name_or_path="held_out.jsonl")
-    assert prompts_aside(kto) == NONE and holds_out(kto)
+    assert prompts_aside(kto, 2) == NONE and holds_out(kto)
+
+
+def test_a_most_of_pairs_keeps_the_rates_of_a_mixture_in_training_and_among_what_is_held_out(tmp_path):
+    files = []
+    for name in "AB":
+        pairs = [{"prompt": f"{name} {i}", "chosen": "A warm film.", "rejected": "A mess.", "from": name} for i in range(200)]
+        files.append(str(write_jsonl(tmp_path / f"{name}.jsonl", pairs)))
+    given = {"model_name_or_path": "m", "output_dir": "o", "dataset_name_or_path": ",".join(files), "eval_every": 10}
+    arguments = run_dpo.Arguments(**given, dataset_probs="0.5,0.5", max_training_samples=100)
+    aside = pair_rows.prompts_aside(arguments, 10)
+    account = pair_rows.write_chosen(arguments, tmp_path / "pairs.jsonl", aside)
+    written = Counter(pair["from"] for pair in read_jsonl(tmp_path / "pairs.jsonl"))
+    assert len(aside) == 10 and written.total() == 90 == account.counted["in"] and min(written.values()) > 30
 
 
 def test_kto_evaluates_on_one_prompt_in_so_many(task, repeated, tmp_path):

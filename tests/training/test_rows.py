@@ -36,6 +36,8 @@ from baton.training.checkpoints import stop_at_end_of_turn
 from baton.training.demonstrations import Demonstration, row_of, rows_of_demonstrations
 from baton.training.reference import DatasetPairs
 from baton.training.rows import rows_on_disk
+from distillation import run_kd
+from distillation.rows import examples
 from dpo_iteration.choose import at_least_one, choose_pairs, earlier_pairs, pairs_again
 from dpo_iteration.rows import Rows, log_rows, shown
 from sft import run_sft
@@ -322,6 +324,19 @@ def test_a_demonstration_is_learnt_as_it_was_sampled_and_its_end_only_where_the_
     assert [made[-1] == end for made in learnt] == [True, False, False, True]
     assert all(decodes_to(tokenizer, made, record) for made, record in zip(learnt, (STOPPED, CUT, CUT, CUT), strict=True))
     assert counted[SAMPLED] == 2 * with_ids and counted[FOREIGN] == 1
+
+
+def test_a_side_of_a_pair_is_demonstrated_as_it_was_sampled(tokenizer, tmp_path):
+    pair = {"prompt": PROMPT, "chosen": CUT, "rejected": STOPPED, "chosen_finish_reason": "length"}
+    pairs = [pair, pair | {"chosen_token_ids": letters(tokenizer, CUT)}]
+    path = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    arguments = run_sft.Arguments(model_name_or_path="", dataset_name_or_path=str(path), output_dir="", output_key="chosen")
+    demonstrations = list(run_sft.demonstrations(arguments))
+    given = arguments.model_dump(include={"model_name_or_path", "dataset_name_or_path", "output_dir", "output_key"})
+    assert list(examples(run_kd.Arguments(**given, teacher_model=""), str(path))) == demonstrations
+    rows = list(rows_of_demonstrations(tokenizer, 256, demonstrations, Drops(), Counter()))
+    learnt = [[label for label in row["labels"] if label != -100] for row in rows]
+    assert learnt[0][-1] != tokenizer.eos_token_id and learnt[1] == letters(tokenizer, CUT)
 
 
 def test_a_sampled_demonstration_is_learnt_though_its_template_leaves_out_thoughts(tokenizer):

@@ -20,7 +20,7 @@ from baton.training.checks import check_tokens
 from baton.training.data import warn_of_trained_on
 from baton.training.learnt import collate
 from sft import run_sft
-from sft.demonstrations import held_out_demonstrations, training_demonstrations
+from sft.demonstrations import held_out_demonstrations, prompts_aside, training_demonstrations
 from sft.trainer import PackedSFTTrainer
 from tests.models.tiny_models import SHAPE, model_of, one_thread
 from tests.programs import read_jsonl, run_program, write_jsonl
@@ -216,15 +216,22 @@ def test_held_out_data_that_is_trained_on_is_warned_of_but_not_another_split_of_
     assert "is data that is trained on" in caplog.text
 
 
-def test_every_nth_demonstration_is_held_out_and_too_few_to_hold_one_out_are_refused(tmp_path):
-    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": f"{n}?", "response": f"{n}."} for n in range(7)])
+def test_of_every_n_prompts_one_is_held_out_with_all_its_demonstrations_and_one_prompt_alone_is_refused(tmp_path):
+    records = [{"prompt": f"{n}?", "response": f"{n}."} for n in range(5)]
+    records += [{"text": "A warm film."}, {"prompt": "2?", "response": "Two."}, {"text": "A dull mess."}]
+    data = write_jsonl(tmp_path / "data.jsonl", records)
     given = {"model_name_or_path": str(tmp_path), "dataset_name_or_path": str(data), "output_dir": "unused"}
     arguments = run_sft.Arguments(**given, eval_every=3)
-    learnt, aside = training_demonstrations(arguments), held_out_demonstrations(arguments)
-    assert [each.messages[0]["content"] for each in learnt] == ["0?", "1?", "3?", "4?", "6?"]
-    assert [each.messages[0]["content"] for each in aside] == ["2?", "5?"]
-    with pytest.raises(InputError, match="7 demonstrations are fewer than `eval_every` 8, so that none is held out"):
-        list(held_out_demonstrations(run_sft.Arguments(**given, eval_every=8)))
+    prompts = prompts_aside(arguments)
+    sides = training_demonstrations(arguments, prompts), held_out_demonstrations(arguments, prompts)
+    said = [
+        [each.messages if isinstance(each.messages, str) else each.messages[1]["content"] for each in side] for side in sides
+    ]
+    assert said == [["0.", "1.", "3.", "4.", "A dull mess."], ["2.", "A warm film.", "Two."]]
+    assert prompts_aside(run_sft.Arguments(**given, eval_dataset_name_or_path="held_out.jsonl", eval_every=3)) == frozenset()
+    write_jsonl(data, records[:1] * 3)
+    with pytest.raises(InputError, match=r"`eval_every`: .*data\.jsonl has 1 different prompts, and 2 or more are needed"):
+        prompts_aside(arguments)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.pairs import PairSettings
 from baton.records import prompt_hash, prompt_of
-from dpo_iteration.choose import choose_pairs
+from dpo_iteration.choose import choose_pairs, write_pairs
 from dpo_iteration.losses import LossNumbers
 from dpo_iteration.own_losses import optimism
 from dpo_iteration.xpo import COLUMN, CUT_OFF, NO_REFERENCE, SIDE, pairs_of_each, reference_is_chosen
@@ -147,10 +147,6 @@ def test_a_pair_is_one_response_of_each_and_says_which_and_every_prompt_is_accou
     settings = PairSettings("random", pairs_per_prompt=most, drop_truncated=drop_truncated, seed=3)
     drops, counted = Drops(quiet=True), Counter()
     numbered = [(f"file:{n}", record) for n, record in enumerate(records)]
-    if not extra:
-        with pytest.raises(InputError, match="no prompt is one of the data's"):
-            list(choose_pairs(numbered, settings, drops, counted, extra=extra, pair_up=pairs_of_each))
-        return
     pairs = list(choose_pairs(numbered, settings, drops, counted, extra=extra, pair_up=pairs_of_each))
     assert len(pairs) + drops.counts.total() == counted["in"] and drops.counts[NO_REFERENCE] == len(prompts) - len(extra)
     for pair in pairs:
@@ -173,6 +169,14 @@ def test_a_pair_is_one_response_of_each_and_says_which_and_every_prompt_is_accou
         if other else 1
         for own, other in prompts
     )  # fmt: skip
+
+
+def test_extra_responses_to_none_of_the_prompts_are_refused(tmp_path):
+    record = {"prompt": "Film?", "responses": ["own"], "rewards": [1.0]}
+    with pytest.raises(InputError, match="no prompt is one of the data's"):
+        write_pairs(
+            tmp_path / "pairs.jsonl", [("file:1", record)], "file", PairSettings("random"), extra={}, pair_up=pairs_of_each
+        )
 
 
 def test_which_responses_meet_depends_on_seed_and_prompt_alone():
@@ -226,7 +230,11 @@ def xpo(task, data, output, *more):
 
 def test_a_run_pairs_policy_with_reference_and_its_pairs_are_read_back_with_their_sides(task, annotated, references, tmp_path):
     words = ["--extra_responses", references, "--choose_type", "random"]
-    done = xpo(task, annotated, tmp_path / "policy", *words, "--eval_every", 12)
+    alone = [
+        {"prompt": each["prompt"], **{name: each[name][:1] for name in ("responses", "rewards")}}
+        for each in read_jsonl(annotated)
+    ]
+    done = xpo(task, write_jsonl(tmp_path / "alone.jsonl", alone), tmp_path / "policy", *words, "--eval_every", 12)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "policy.manifest.json").read_text())
     pairs = read_jsonl(tmp_path / "policy.pairs.jsonl")
@@ -235,7 +243,9 @@ def test_a_run_pairs_policy_with_reference_and_its_pairs_are_read_back_with_thei
     counts, without = manifest["counts"], 8 - 1  # the 48th prompt is held out
     assert counts["dropped"].pop("no response of the reference") == without
     assert counts["in"] == 44 == counts["out"] + without + sum(counts["dropped"].values())
-    assert manifest["held_out"]["pairs"] == 4 and "eval_loss/xpo" not in manifest["metrics"]
+    assert manifest["held_out"]["dropped"]["no response of the reference"] == 1 and manifest["held_out"]["pairs"] > 0
+    assert manifest["held_out"]["pairs"] + sum(manifest["held_out"]["dropped"].values()) == 4
+    assert "eval_loss/xpo" not in manifest["metrics"]
     lines = read_jsonl(tmp_path / "policy.metrics.jsonl")
     assert all(line["loss/xpo"] < 0 for line in lines if "loss" in line)
     again = choose_pairs(jsonl.read(tmp_path / "policy.pairs.jsonl"), PairSettings(), Drops(), Counter())
