@@ -1,10 +1,12 @@
 """Rewards of a Python function, called in worker processes with a time limit: a rule, a unit test, a verifier."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -21,11 +23,15 @@ IMPORT_SECONDS = 900  # that a function's file may take to import: it may load a
 
 
 class Worker:
-    """A process that calls the function; it imports the function's file first."""
+    """A process that calls the function; it imports the function's file first.
+
+    It leads a process group of its own, so that what the function starts ends with it. Ctrl-C does not reach it there.
+    """
 
     def __init__(self, file: Path, name: str):
         command = [sys.executable, str(WORKER), str(file), name, str(os.getpid())]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
         self.imported = False
         self.refusal: InputError | None = None  # why the file was not imported: each caller is told, not the first alone
 
@@ -58,15 +64,21 @@ class FunctionReward:
         self.file, self.name = check_function(target)
         self.workers, self.seconds = workers, seconds
         self.idle: SimpleQueue[Worker] = SimpleQueue()
+        self.called: set[Worker] = set()
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         self.start()
         try:
-            for scores in in_parallel(self.score, tasks, self.workers):
+            for scores in in_parallel(self.score, tasks, self.workers, self.end_calls):
                 yield from scores
         finally:
             while not self.idle.empty():
                 stop(self.idle.get().process)
+
+    def end_calls(self) -> None:
+        """End the calls under way with their workers."""
+        for worker in list(self.called):
+            kill(worker.process)
 
     def start(self) -> None:
         """Start the workers. A service, which calls `score` whenever a request comes, starts them once."""
@@ -82,18 +94,29 @@ class FunctionReward:
 
     def score(self, task: Task) -> list[Score]:
         """The scores of one record. Raises InputError, naming its id, if the function gives no list of numbers."""
-        request = {
-            "prompts": [task.prompt] * len(task.missing),
-            "responses": [task.responses[index] for index in task.missing],
-            "records": [task.record] * len(task.missing),
-        }
+        request = orjson.dumps(
+            {
+                "prompts": [task.prompt] * len(task.missing),
+                "responses": [task.responses[index] for index in task.missing],
+                "records": [task.record] * len(task.missing),
+            },
+            option=orjson.OPT_APPEND_NEWLINE,
+        )
         worker = self.idle.get()
+        self.called.add(worker)
+        try:
+            return self.scores_by(worker, task, request)
+        finally:
+            self.called.discard(worker)
+
+    def scores_by(self, worker: Worker, task: Task, request: bytes) -> list[Score]:
+        """The scores by a worker, which is idle again after that, or else is replaced."""
         try:
             worker.wait_for_import(self.file)
         except InputError:
             self.idle.put(worker)
             raise
-        line, expired = answer_within(self.seconds, worker.process, orjson.dumps(request) + b"\n")
+        line, expired = answer_within(self.seconds, worker.process, request)
         if line and not expired:
             self.idle.put(worker)
             return self.scores(task, line)
@@ -132,7 +155,7 @@ def answer_within(seconds: float, worker: subprocess.Popen, request: bytes) -> t
 
     def expire() -> None:
         expired.set()
-        worker.kill()
+        kill(worker)
 
     timer = threading.Timer(seconds, expire)
     timer.start()
@@ -149,8 +172,15 @@ def answer_within(seconds: float, worker: subprocess.Popen, request: bytes) -> t
 
 
 def stop(worker: subprocess.Popen) -> None:
-    """End a worker process and wait for its end."""
-    worker.kill()
+    """End a worker process, with all that it has started, and wait for its end."""
+    kill(worker)
     worker.wait()
-    worker.stdin.close()
+    with suppress(BrokenPipeError):  # of a request that it did not read to the end
+        worker.stdin.close()
     worker.stdout.close()
+
+
+def kill(worker: subprocess.Popen) -> None:
+    """Kill a worker process and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
