@@ -93,19 +93,23 @@ class FunctionReward:
             self.idle.put(worker)
 
     def score(self, task: Task) -> list[Score]:
-        """The scores of one record. Raises InputError, naming its id, if the function gives no list of numbers."""
-        request = orjson.dumps(
-            {
-                "prompts": [task.prompt] * len(task.missing),
-                "responses": [task.responses[index] for index in task.missing],
-                "records": [task.record] * len(task.missing),
-            },
-            option=orjson.OPT_APPEND_NEWLINE,
-        )
+        """The scores of one record.
+
+        Raises InputError, naming its id, if the function gives no list of numbers, or the record cannot be sent to a worker.
+        """
+        request = {
+            "prompts": [task.prompt] * len(task.missing),
+            "responses": [task.responses[index] for index in task.missing],
+            "records": [task.record] * len(task.missing),
+        }
+        try:
+            line = orjson.dumps(request) + b"\n"
+        except TypeError as error:  # an integer of more than 64 bits, half of a surrogate pair
+            raise InputError(harmless(f"{self.named(task)}: cannot be given this record: {error}")) from None
         worker = self.idle.get()
         self.called.add(worker)
         try:
-            return self.scores_by(worker, task, request)
+            return self.scores_by(worker, task, line)
         finally:
             self.called.discard(worker)
 

@@ -575,6 +575,15 @@ def test_a_worker_that_has_died_between_two_calls_is_replaced(tmp_path):
     stop(reward.idle.get().process)
 
 
+@pytest.mark.parametrize("label", [2**70, "\ud800"], ids=["a large integer", "half of a surrogate pair"])
+def test_a_record_that_a_worker_cannot_be_sent_costs_no_worker(tmp_path, label):
+    reward = reward_of(tmp_path, "return [1, 2]")
+    with pytest.raises(InputError, match=r"f:1: prompt a: .*rules\.py:rule: cannot be given this record"):
+        score_of(reward, label=label)
+    assert reward.idle.qsize() == 1 and score_of(reward, label=1).value == 1
+    stop(reward.idle.get().process)
+
+
 def test_several_scorers_are_weighed(annotated, models, tmp_path):
     source, plain = annotated
     out = tmp_path / "o.jsonl"
