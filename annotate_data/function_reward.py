@@ -26,13 +26,14 @@ class Worker:
     """A process that calls the function; it imports the function's file first.
 
     It leads a process group of its own, so that what the function starts ends with it. Ctrl-C does not reach it there.
+    `replaces`: it stands in for one that had imported the file.
     """
 
-    def __init__(self, file: Path, name: str):
+    def __init__(self, file: Path, name: str, replaces: bool = False):
         command = [sys.executable, str(WORKER), str(file), name, str(os.getpid())]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-        self.imported = False
+        self.imported, self.replaces = False, replaces
         self.refusal: InputError | None = None  # why the file was not imported: each caller is told, not the first alone
 
     def wait_for_import(self, file: Path) -> None:
@@ -57,7 +58,8 @@ class FunctionReward:
 
     The function is called once for each record, with lists of equal length: the prompt (as messages), response and record of
     each missing response. A call that takes longer than `seconds` is ended with its worker; its responses have no score, but
-    may have one with more time. Where the function raises an exception, they have none for good.
+    may have one with more time. So may those that meet a new worker which cannot import the file. Where the function raises an
+    exception, they have none for good.
     """
 
     def __init__(self, target: str, workers: int, seconds: float):
@@ -117,19 +119,29 @@ class FunctionReward:
         """The scores by a worker, which is idle again after that, or else is replaced."""
         try:
             worker.wait_for_import(self.file)
-        except InputError:
-            self.idle.put(worker)
-            raise
+        except InputError as error:
+            if not worker.replaces:
+                self.idle.put(worker)
+                raise
+            self.replace(worker)  # the file may be in the middle of a change
+            return self.without_scores(task, f"a new process of {self.name} could not import the file", shown(str(error)))
         line, expired = answer_within(self.seconds, worker.process, request)
         if line and not expired:
             self.idle.put(worker)
             return self.scores(task, line)
-        stop(worker.process)
-        self.idle.put(Worker(self.file, self.name))
+        self.replace(worker)
         if not expired:
             raise InputError(f"{self.named(task)} ended its process; see above")
-        note = f"{self.name} took longer than {self.seconds:g} s"
-        return [Score(task, index, None, note, again=True) for index in task.missing]
+        return self.without_scores(task, f"{self.name} took longer than {self.seconds:g} s")
+
+    def replace(self, worker: Worker) -> None:
+        """End a worker, and put a new one into its place."""
+        stop(worker.process)
+        self.idle.put(Worker(self.file, self.name, replaces=True))
+
+    def without_scores(self, task: Task, note: str, detail: str = "") -> list[Score]:
+        """No scores now, though another try may give some."""
+        return [Score(task, index, None, note, again=True, detail=detail) for index in task.missing]
 
     def scores(self, task: Task, line: bytes) -> list[Score]:
         """The scores in a worker's answer. Raises InputError for another number of rewards."""

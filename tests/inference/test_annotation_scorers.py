@@ -584,6 +584,20 @@ def test_a_record_that_a_worker_cannot_be_sent_costs_no_worker(tmp_path, label):
     stop(reward.idle.get().process)
 
 
+def test_a_file_that_cannot_be_imported_again_for_a_while_gives_scores_once_it_can(tmp_path):
+    reward = reward_of(tmp_path, "return time.sleep(600) if records[0]['id'] == 'slow' else [1, 2]", seconds=1)
+    rules = tmp_path / "rules.py"
+    good = rules.read_text()
+    rules.write_text("import no_such_module\n")
+    slow, broken = score_of(reward, id="slow"), score_of(reward)
+    rules.write_text(good)
+    found = [score_of(reward) for _ in range(2)]  # the worker that is there may have met the broken file
+    stop(reward.idle.get().process)
+    assert slow.again and slow.note == "rule took longer than 1 s"
+    assert broken.again and "could not import" in broken.note and "No module named 'no_such_module'" in broken.detail
+    assert found[1].value == 1
+
+
 def test_several_scorers_are_weighed(annotated, models, tmp_path):
     source, plain = annotated
     out = tmp_path / "o.jsonl"
