@@ -11,6 +11,8 @@ from baton.errors import FailuresListed, InputError
 from baton.program import harmless
 from baton.servers.addresses import BROKEN, PASSING, Refused, Transient, error_text, proxy_settings
 
+# What reading an answer of another shape raises.
+UNEXPECTED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 ALONE = 3  # requests in a row that fail, with no answer to any in between: then the service is away
 
 
@@ -25,7 +27,7 @@ class Client:
         self.answers = self.failed_in_a_row = 0
 
     def ask(self, body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
-        """`read(answer)` of the first usable answer; `read` raises KeyError, TypeError or ValueError for another.
+        """`read(answer)` of the first usable answer; `read` raises one of UNEXPECTED for another.
 
         Raises Refused for a request that a server refuses whenever it is sent, Transient when no try gave an answer though
         others may get one, FailuresListed when the service is away: nobody can be reached, or nobody got an answer for a while.
@@ -75,6 +77,6 @@ class Client:
             raise Refused(f"status {status}: {error_text(answer)}")
         try:
             return read(answer.json())
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except UNEXPECTED as error:
             text = harmless(answer.text[:200])
             raise Transient(f"{url}: not the expected answer ({type(error).__name__}: {error}): {text}") from None

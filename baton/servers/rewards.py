@@ -5,7 +5,7 @@
 
 A request is one prompt with its responses. `query` is prompt and response as one text, `labels` the record's `label`. Other
 services may ignore the additions: `messages` is the conversation, response included, so that the service can apply its own
-chat template; `records` is what else the record holds, once for all responses. `rewards_by` may be missing.
+chat template; `records` is what else the record holds, once for all responses. `rewards_by` may be missing or null.
 """
 
 from typing import Any, NamedTuple
@@ -46,7 +46,8 @@ class Rewards:
         count = len(record["responses"])
 
         def read(answer: Any) -> Scored:
-            by = {str(scorer): _numbers(values, count, name) for scorer, values in answer.get("rewards_by", {}).items()}
+            by = answer.get("rewards_by") or {}
+            by = {str(scorer): _numbers(values, count, name) for scorer, values in by.items()}
             return Scored(_numbers(answer["rewards"], count, name), by)
 
         try:

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -210,6 +211,48 @@ def test_a_service_of_another_kind_needs_to_know_rewards_alone():
         "messages": [conversation("Why? ", "a"), conversation("Why? ", "b")],
         "records": [{"id": "x", "label": 7}],
     }
+
+
+@contextmanager
+def answering(*answers):
+    """A client, tried once a request, of a service that gives these (status, bytes) in turn."""
+    left = iter(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, content = next(left)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            """Nothing is logged."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Rewards([f"http://127.0.0.1:{server.server_port}"], tries=1)
+        server.shutdown()
+
+
+TWO = {"id": "x", "prompt": "Why?", "responses": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"[1.0, 2.0]", b"null", b'"no"', b'{"rewards": [1, 2], "rewards_by": [1, 2]}', b'{"rewards": [1, 1' + b"0" * 400 + b"]}"],
+    ids=["list", "null", "text", "scorers without names", "too large"],
+)
+def test_an_answer_of_another_shape_is_no_answer(answer):
+    with answering((200, answer)) as client:
+        scored = client.score(TWO)
+    assert scored.rewards is None and scored.again and "not the expected answer" in scored.why
+
+
+def test_an_answer_without_scorers_may_say_null_of_them():
+    with answering((200, b'{"rewards": [1, 2], "rewards_by": null}')) as client:
+        assert client.score(TWO) == ([1.0, 2.0], {}, "", False, "")
 
 
 def test_a_bad_request_spoils_none_that_is_scored_with_it():
