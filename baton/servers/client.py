@@ -15,6 +15,12 @@ from baton.servers.addresses import BROKEN, PASSING, Refused, Transient, error_t
 UNEXPECTED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 ALONE = 3  # requests in a row that fail, with no answer to any in between: then the service is away
 
+TOO_SLOW = 408
+
+
+class TooSlow(Transient):
+    """A 408: this request takes too long. The service itself is well."""
+
 
 class Client:
     """POSTs to `urls` in turn; a call that fails moves on to the next one. Safe to call from several threads."""
@@ -31,6 +37,7 @@ class Client:
 
         Raises Refused for a request that a server refuses whenever it is sent, Transient when no try gave an answer though
         others may get one, FailuresListed when the service is away: nobody can be reached, or nobody got an answer for a while.
+        (A 408 is one: it is about its request.)
         Raises InputError, naming `name` where it is about the request, for a wrong key or address.
         """
         retrying = tenacity.Retrying(
@@ -42,7 +49,7 @@ class Client:
         answers_before = self.answers
         try:
             answer = retrying(self._once, itertools.count(next(self.calls)), body, read, name)
-        except Refused:
+        except (Refused, TooSlow):
             self._answered()
             raise
         except Transient as error:
@@ -66,6 +73,8 @@ class Client:
         except BROKEN as error:
             raise Transient(f"{url}: {str(error) or type(error).__name__}") from error
         status = answer.status_code
+        if status == TOO_SLOW:
+            raise TooSlow(f"{url}: status {status}: {error_text(answer)}")
         if status in PASSING or status >= 500:
             raise Transient(f"{url}: status {status}: {error_text(answer)}")
         if status in (401, 403):

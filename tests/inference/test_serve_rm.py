@@ -135,7 +135,7 @@ def test_a_text_that_a_client_has_written_is_read_as_it_is(service):
     [
         ("raise", 422, "rule: response 1 of sample 1: rule raised ValueError"),
         ("nan", 422, "rule: response 1 of sample 1: gave nan, which is no score"),
-        ("sleep", 503, "rule: response 1 of sample 1: rule took longer than 1 s"),
+        ("sleep", 408, "rule: response 1 of sample 1: rule took longer than 1 s"),
     ],
 )
 def test_what_gets_no_score_says_whether_another_try_may_help(service, response, status, reason):
@@ -148,7 +148,7 @@ def test_what_gets_no_score_says_whether_another_try_may_help(service, response,
     assert good.result()[0] == 200
     record = {"prompt": "Why?", "responses": [response, "fine"]}
     scored = Rewards([service], "secret", tries=1).score(record)
-    assert scored.rewards is None and scored.again == (status == 503) and reason in scored.why + scored.detail
+    assert scored.rewards is None and scored.again == (status == 408) and reason in scored.why + scored.detail
 
 
 @pytest.mark.parametrize(
@@ -248,6 +248,16 @@ def test_an_answer_of_another_shape_is_no_answer(answer):
     with answering((200, answer)) as client:
         scored = client.score(TWO)
     assert scored.rewards is None and scored.again and "not the expected answer" in scored.why
+
+
+def test_requests_that_take_too_long_do_not_mean_that_the_service_is_away_but_failures_do():
+    with answering(*[(408, b"slow")] * 4, (200, b'{"rewards": [1, 2]}'), *[(503, b"away")] * 3) as client:
+        slow = [client.score(TWO) for _ in range(4)]
+        assert all(scored.again and "status 408: slow" in scored.why for scored in slow)
+        assert client.score(TWO).rewards == [1.0, 2.0]
+        assert all(client.score(TWO).again for _ in range(2))
+        with pytest.raises(FailuresListed, match="status 503: away"):
+            client.score(TWO)
 
 
 def test_an_answer_without_scorers_may_say_null_of_them():

@@ -33,7 +33,7 @@ from baton.pairs import PairSettings
 from baton.parallel import DataParallel
 from baton.scorers import DEFAULT_RUBRIC
 from baton.servers import own
-from baton.servers.rewards import Scored, request_body
+from baton.servers.rewards import Rewards, Scored, request_body
 from baton.servers.rollouts import Rollouts, Sampled
 from baton.servers.weights import Transfer
 from dpo_iteration.online import OnlineDPO
@@ -488,6 +488,34 @@ def test_a_prompt_that_comes_twice_in_a_step_is_sampled_with_two_seeds_and_asked
         with pytest.raises(FailuresListed, match="none can be trained on: no answer"):
             collector.collect(1, 0, 0)
         assert len(set(asked.seeds)) == 2
+
+
+class SlowFor(BaseHTTPRequestHandler):
+    """A reward service that gives up on prompts that begin with "slow"."""
+
+    def do_POST(self):
+        prompts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompts"]
+        slow = prompts[0].startswith("slow")
+        body = b'{"detail": "took longer than 60 s"}' if slow else json.dumps({"rewards": [1.0] * len(prompts)}).encode()
+        self.send_response(408 if slow else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing on the test's terminal."""
+
+
+def test_prompts_whose_rewards_take_too_long_are_left_out_of_their_step(tmp_path, caplog):
+    names = ["slow 1", "slow 2", "slow 3", "slow 4", "quick"]
+    dataset = [{"record": json.dumps({"id": name, "prompt": name}), "prompt_token_ids": [1]} for name in names]
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowFor) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        rewards = Rewards([f"http://127.0.0.1:{server.server_port}"], tries=1)
+        Collector(tmp_path, Prompts(dataset, 0), Asked(None), rewards, HowToSample(5, 1, {}, seed=0)).collect(1, 0, 0)
+        server.shutdown()
+    assert [record["id"] for record in rollouts_of(tmp_path, 1)] == ["quick"]
+    assert "left out, 4 of 5 prompts" in caplog.text and "took longer than 60 s" in caplog.text
 
 
 def test_a_step_in_which_all_rewards_are_equal_does_not_end_a_training_that_draws_others_for_such_prompts(tmp_path):
