@@ -29,6 +29,7 @@ from baton.online.loop import Loop
 from baton.online.models import same_tokens
 from baton.online.prompts import Prompts
 from baton.online.samples import Samples, own_rows, packed
+from baton.online.start import evaluate
 from baton.pairs import PairSettings
 from baton.parallel import DataParallel
 from baton.scorers import DEFAULT_RUBRIC
@@ -597,6 +598,39 @@ def test_a_server_that_dies_of_each_try_at_a_step_is_not_started_anew_for_ever(f
     with ThreadPoolExecutor(1) as background, pytest.raises(FailuresListed, match="no server is alive"):
         loop._collected(background, loop._collect(background, 1, 0, 0), 1, 0, 0)
     assert loop.collector.tries == 4
+
+
+def test_an_evaluation_goes_on_with_new_servers_where_one_dies(folder, tmp_path):
+    tried, sent = [], []
+
+    def evaluate(step):
+        tried.append(step)
+        if len(tried) == 1:
+            raise FailuresListed("no server is alive")
+        return {"reward": 0.5}
+
+    engines = SimpleNamespace(
+        restart_dead=lambda: True, take=lambda weights, version, last: sent.append((version, last)) or bool(list(weights))
+    )
+    loop = Loop(
+        learner=learner_of(folder, critic=False), algorithm=None, folder=None, metrics_path=None, engines=engines,
+        collector=None, total_steps=4, save_steps=1, eval_steps=2, staleness=0, shares_gpus=False, evaluate=evaluate, warn=None,
+    )  # fmt: skip
+    assert loop._evaluate(2) == {"eval/reward": 0.5}
+    assert tried == [2, 2] and sent == [(2, True)]
+
+
+def test_held_out_prompts_without_a_reward_are_counted(tmp_path, caplog):
+    class Picky(Asked):
+        def score(self, record):
+            return Scored([1.0], {}) if record["id"] == "2" else Scored(None, {}, "refused by the service, status 422")
+
+    asked = Picky(None)
+    held_out = [{"id": str(number), "prompt": "Hello", "prompt_token_ids": [1]} for number in range(3)]
+    collector = Collector(tmp_path, None, asked, asked, HowToSample(3, 1, {}, seed=0))
+    assert evaluate(collector, held_out, 4) == {"reward": 1.0, "length": 1.0, "without_reward": 2.0}
+    assert "without a reward, 2 of 3 held-out prompts: refused by the service, status 422 (prompt 0)" in caplog.text
+    assert evaluate(collector, held_out[2:], 5) == {"reward": 1.0, "length": 1.0}
 
 
 def test_servers_that_share_the_gpus_sleep_while_a_checkpoint_is_loaded(folder, tmp_path, monkeypatch):
