@@ -122,13 +122,13 @@ class Loop:
 
     @contextmanager
     def _background(self) -> Iterator[ThreadPoolExecutor]:
-        """Context of the thread that collects. What ends the training, such as Ctrl-C, does not wait for rollouts."""
+        """Context of the thread that collects. What ends the training, such as Ctrl-C, waits for no rollouts or rewards."""
         with ThreadPoolExecutor(1, "collector") as background:
             try:
                 yield background
             except BaseException:
-                if self.engines is not None:
-                    self.engines.rollouts.cancel()
+                if self.collector is not None:
+                    self.collector.cancel()
                 raise
 
     def send(self, version: int) -> float:

@@ -1,6 +1,7 @@
 """JSON over HTTP to one of several equal servers, with patience: retries, backoff with jitter, another server next."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,19 +32,25 @@ class Client:
         self.urls, self.tries = urls, tries
         self.calls = itertools.count()
         self.answers = self.failed_in_a_row = 0
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """From another thread: no call of `ask` tries again, nor waits to do so."""
+        self.cancelled.set()
 
     def ask(self, body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
         """`read(answer)` of the first usable answer; `read` raises one of UNEXPECTED for another.
 
         Raises Refused for a request that a server refuses whenever it is sent, Transient when no try gave an answer though
-        others may get one, FailuresListed when the service is away: nobody can be reached, or nobody got an answer for a while.
-        (A 408 is one: it is about its request.)
+        others may get one, FailuresListed when the service is away: nobody can be reached, or nobody got an answer for a while
+        (a 408 is one: it is about its request). So it does after `cancel`.
         Raises InputError, naming `name` where it is about the request, for a wrong key or address.
         """
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),
             stop=tenacity.stop_after_attempt(self.tries),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+            sleep=tenacity.sleep_using_event(self.cancelled),
             reraise=True,
         )
         answers_before = self.answers
@@ -67,6 +74,8 @@ class Client:
         self.failed_in_a_row = 0
 
     def _once(self, turns: Iterator[int], body: dict[str, Any], read: Callable[[Any], Any], name: str) -> Any:
+        if self.cancelled.is_set():
+            raise FailuresListed("the requests were cancelled")
         url = self.urls[next(turns) % len(self.urls)]
         try:
             answer = self.http.post(url, json=body)

@@ -36,6 +36,10 @@ class Rewards:
         """`seconds` is how long one request may take; `tries` how often it is sent, to the URLs in turn."""
         self.client = Client(urls, api_key, seconds, tries)
 
+    def cancel(self) -> None:
+        """From another thread: no request is sent any more; `score` raises FailuresListed."""
+        self.client.cancel()
+
     def score(self, record: Record, name: str = "") -> Scored:
         """The rewards of the responses of one generated record, in one request; `name` stands for the record in errors.
 

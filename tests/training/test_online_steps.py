@@ -419,15 +419,55 @@ def test_what_ends_a_training_does_not_wait_for_rollouts(folder, tmp_path):
             loop = Loop(
                 learner=learner_of(folder, critic=False), algorithm=Interrupted(), folder=tmp_path,
                 metrics_path=tmp_path / "metrics.jsonl", total_steps=2, save_steps=1, eval_steps=1, staleness=1,
-                engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights)), rollouts=rollouts),
-                collector=Collector(tmp_path / "rollouts", prompts, rollouts, None, how), shares_gpus=False, evaluate=None,
-                warn=None,
+                engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights))),
+                collector=Collector(tmp_path / "rollouts", prompts, rollouts, Rewards([]), how), shares_gpus=False,
+                evaluate=None, warn=None,
             )  # fmt: skip
             rollouts.servers.is_usable = None  # it knows no versions of weights
             begun = time.monotonic()
             with pytest.raises(KeyboardInterrupt):
                 loop.run()
             assert server.asked.is_set() and time.monotonic() - begun < 8
+        server.shutdown()
+
+
+class Hanging(Mute):
+    """A reward service that answers nobody until the test is over."""
+
+    def do_POST(self):
+        self.server.asked.set()
+        self.server.over.wait(30)
+
+
+@pytest.mark.parametrize("url", ["hanging", "http://127.0.0.1:9/nobody"])
+def test_what_ends_a_training_does_not_wait_for_rewards(folder, tmp_path, url):
+    """Neither for one that does not come, nor for the next try where nobody is there."""
+
+    class Interrupted:
+        def step(self, records, samples, step):
+            server.asked.wait(2)
+            raise KeyboardInterrupt
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hanging) as server:
+        server.asked, server.over, server.block_on_close = threading.Event(), threading.Event(), False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        rewards = Rewards([f"http://127.0.0.1:{server.server_port}" if url == "hanging" else url], tries=20)
+        asked = Asked(None)
+        asked.cancel = lambda: None
+        prompts = Prompts([{"record": '{"id": "1", "prompt": "Hello"}', "prompt_token_ids": [1]}], 0)
+        jsonl.write(tmp_path / "rollouts/step000001.jsonl", [{**rollout(random.Random(0), 0), TAKEN: 1}])
+        loop = Loop(
+            learner=learner_of(folder, critic=False), algorithm=Interrupted(), folder=tmp_path,
+            metrics_path=tmp_path / "metrics.jsonl", total_steps=2, save_steps=1, eval_steps=1, staleness=1,
+            engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights))),
+            collector=Collector(tmp_path / "rollouts", prompts, asked, rewards, HowToSample(1, 1, {}, seed=0)),
+            shares_gpus=False, evaluate=None, warn=None,
+        )  # fmt: skip
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            loop.run()
+        assert asked.seeds and time.monotonic() - begun < 10
+        server.over.set()
         server.shutdown()
 
 
