@@ -1,10 +1,12 @@
 """Rewards of a Python function, called in worker processes with a time limit: a rule, a unit test, a verifier."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -21,12 +23,17 @@ IMPORT_SECONDS = 900  # that a function's file may take to import: it may load a
 
 
 class Worker:
-    """A process that calls the function; it imports the function's file first."""
+    """A process that calls the function; it imports the function's file first.
 
-    def __init__(self, file: Path, name: str):
+    It leads a process group of its own, so that what the function starts ends with it. Ctrl-C does not reach it there.
+    `replaces`: it stands in for one that had imported the file.
+    """
+
+    def __init__(self, file: Path, name: str, replaces: bool = False):
         command = [sys.executable, str(WORKER), str(file), name, str(os.getpid())]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.imported = False
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        self.imported, self.replaces = False, replaces
         self.refusal: InputError | None = None  # why the file was not imported: each caller is told, not the first alone
 
     def wait_for_import(self, file: Path) -> None:
@@ -51,22 +58,29 @@ class FunctionReward:
 
     The function is called once for each record, with lists of equal length: the prompt (as messages), response and record of
     each missing response. A call that takes longer than `seconds` is ended with its worker; its responses have no score, but
-    may have one with more time. Where the function raises an exception, they have none for good.
+    may have one with more time. So may those that meet a new worker which cannot import the file. Where the function raises an
+    exception, they have none for good.
     """
 
     def __init__(self, target: str, workers: int, seconds: float):
         self.file, self.name = check_function(target)
         self.workers, self.seconds = workers, seconds
         self.idle: SimpleQueue[Worker] = SimpleQueue()
+        self.called: set[Worker] = set()
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[Score]:
         self.start()
         try:
-            for scores in in_parallel(self.score, tasks, self.workers):
+            for scores in in_parallel(self.score, tasks, self.workers, self.end_calls):
                 yield from scores
         finally:
             while not self.idle.empty():
                 stop(self.idle.get().process)
+
+    def end_calls(self) -> None:
+        """End the calls under way with their workers."""
+        for worker in list(self.called):
+            kill(worker.process)
 
     def start(self) -> None:
         """Start the workers. A service, which calls `score` whenever a request comes, starts them once."""
@@ -81,28 +95,53 @@ class FunctionReward:
             self.idle.put(worker)
 
     def score(self, task: Task) -> list[Score]:
-        """The scores of one record. Raises InputError, naming its id, if the function gives no list of numbers."""
+        """The scores of one record.
+
+        Raises InputError, naming its id, if the function gives no list of numbers, or the record cannot be sent to a worker.
+        """
         request = {
             "prompts": [task.prompt] * len(task.missing),
             "responses": [task.responses[index] for index in task.missing],
             "records": [task.record] * len(task.missing),
         }
+        try:
+            line = orjson.dumps(request) + b"\n"
+        except TypeError as error:  # an integer of more than 64 bits, half of a surrogate pair
+            raise InputError(harmless(f"{self.named(task)}: cannot be given this record: {error}")) from None
         worker = self.idle.get()
+        self.called.add(worker)
+        try:
+            return self.scores_by(worker, task, line)
+        finally:
+            self.called.discard(worker)
+
+    def scores_by(self, worker: Worker, task: Task, request: bytes) -> list[Score]:
+        """The scores by a worker, which is idle again after that, or else is replaced."""
         try:
             worker.wait_for_import(self.file)
-        except InputError:
-            self.idle.put(worker)
-            raise
-        line, expired = answer_within(self.seconds, worker.process, orjson.dumps(request) + b"\n")
+        except InputError as error:
+            if not worker.replaces:
+                self.idle.put(worker)
+                raise
+            self.replace(worker)  # the file may be in the middle of a change
+            return self.without_scores(task, f"a new process of {self.name} could not import the file", shown(str(error)))
+        line, expired = answer_within(self.seconds, worker.process, request)
         if line and not expired:
             self.idle.put(worker)
             return self.scores(task, line)
-        stop(worker.process)
-        self.idle.put(Worker(self.file, self.name))
+        self.replace(worker)
         if not expired:
             raise InputError(f"{self.named(task)} ended its process; see above")
-        note = f"{self.name} took longer than {self.seconds:g} s"
-        return [Score(task, index, None, note, again=True) for index in task.missing]
+        return self.without_scores(task, f"{self.name} took longer than {self.seconds:g} s")
+
+    def replace(self, worker: Worker) -> None:
+        """End a worker, and put a new one into its place."""
+        stop(worker.process)
+        self.idle.put(Worker(self.file, self.name, replaces=True))
+
+    def without_scores(self, task: Task, note: str, detail: str = "") -> list[Score]:
+        """No scores now, though another try may give some."""
+        return [Score(task, index, None, note, again=True, detail=detail) for index in task.missing]
 
     def scores(self, task: Task, line: bytes) -> list[Score]:
         """The scores in a worker's answer. Raises InputError for another number of rewards."""
@@ -132,7 +171,7 @@ def answer_within(seconds: float, worker: subprocess.Popen, request: bytes) -> t
 
     def expire() -> None:
         expired.set()
-        worker.kill()
+        kill(worker)
 
     timer = threading.Timer(seconds, expire)
     timer.start()
@@ -149,8 +188,15 @@ def answer_within(seconds: float, worker: subprocess.Popen, request: bytes) -> t
 
 
 def stop(worker: subprocess.Popen) -> None:
-    """End a worker process and wait for its end."""
-    worker.kill()
+    """End a worker process, with all that it has started, and wait for its end."""
+    kill(worker)
     worker.wait()
-    worker.stdin.close()
+    with suppress(BrokenPipeError):  # of a request that it did not read to the end
+        worker.stdin.close()
     worker.stdout.close()
+
+
+def kill(worker: subprocess.Popen) -> None:
+    """Kill a worker process and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)

@@ -31,20 +31,24 @@ def main() -> None:
     die_with_parent()
     if os.getppid() != int(sys.argv[3]):  # it died before
         return
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)  # what the function reads is no request
     os.dup2(2, 1)  # what the function prints is log, not an answer
+    # A process that the function forks neither reads requests, nor answers, nor keeps the pipes open after this one's end.
+    os.register_at_fork(after_in_child=lambda: [os.dup2(nothing, pipe.fileno(), False) for pipe in (requests, answers)])
     try:
         function = load(sys.argv[1], sys.argv[2])
     except (Exception, SystemExit) as error:
         answers.write(failure(error))
         return
     answers.write(b"{}\n")
-    for line in sys.stdin.buffer:
+    for line in requests:
         request = orjson.loads(line)
         try:
             rewards = function(request["prompts"], request["responses"], request["records"])
             answer = orjson.dumps({"rewards": [float(reward) for reward in rewards]}) + b"\n"
-        except Exception as error:
+        except BaseException as error:  # also SystemExit: a model's code may call exit()
             answer = failure(error)
         answers.write(answer)
 

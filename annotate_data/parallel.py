@@ -9,10 +9,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def in_parallel(
+    function: Callable[[T], R], items: Iterable[T], workers: int, end: Callable[[], None] = lambda: None
+) -> Iterator[R]:
     """Yield `function(item)` as each is done, in any order.
 
     After an exception nothing new is started; it is raised once the calls under way are done and their results are yielded.
+    Ctrl-C waits for those too; `end` is called to have them end at once.
     """
     items = iter(items)
     running: set[Future[R]] = set()
@@ -35,5 +38,7 @@ def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         finally:
             for future in running:
                 future.cancel()
+            if running:
+                end()
     if failure:
         raise failure

@@ -69,13 +69,13 @@ def tasks_of(body: dict[str, Any], positions: Iterator[int], from_prompts: bool,
 def answer_of(scores: dict[str, list[Score]], weights: dict[str, float]) -> dict[str, Any]:
     """The answer to a request, from the scores of its samples by each scorer.
 
-    Raises NoReward where a sample has none: 422 if a scorer refuses one for good, else 503.
+    Raises NoReward where a sample has none: 422 if a scorer refuses one for good, else 408, which says nothing of the service.
     """
     failed = [(name, score) for name, given in scores.items() for score in given if not _is_score(score)]
     for name, score in sorted(failed, key=lambda pair: pair[1].again):  # what another try cannot mend comes first
         reason = score.note if score.value is None else f"gave {score.value}, which is no score"
         _note(f"{name}: {reason}" + (f": {score.detail}" if score.detail else ""))
-        raise NoReward(f"{name}: response {score.index + 1} of {score.task.where}: {reason}", 503 if score.again else 422)
+        raise NoReward(f"{name}: response {score.index + 1} of {score.task.where}: {reason}", 408 if score.again else 422)
     for name, given in scores.items():
         for note in {score.note for score in given if score.note}:
             _note(f"{name}: responses {note}")

@@ -9,9 +9,9 @@ judge:URL[,URL…]; a name may stand before: NAME=KIND:TARGET.
 
 POST /get_reward takes one prompt's samples: {"messages": [conversation, response included]}, which the model's own chat
 template writes, or {"query": [text]}, read as it is, its beginning in "prompts"; "labels" and "records" are for functions. It
-answers {"rewards": [weighted sum], "rewards_by": {scorer: [number]}}; 422 where a response gets no score for good, 503 where
-another try may help. GET /health answers once all scorers are loaded. Requests that arrive at the same time are scored in
-common batches.
+answers {"rewards": [weighted sum], "rewards_by": {scorer: [number]}}; 422 where a response gets no score for good, 408 where
+it gets none now (a call took too long), 503 where a service that a scorer asks is away. GET /health answers once all scorers
+are loaded. Requests that arrive at the same time are scored in common batches.
 """
 
 import itertools

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ class Collector:
     def __init__(self, folder: Path, prompts: Prompts, rollouts: Rollouts, rewards: Rewards, how: HowToSample):
         self.folder, self.prompts, self.how = folder, prompts, how
         self.rollouts, self.rewards = rollouts, rewards
+        self.cancelled: Future[None] = Future()
+
+    def cancel(self) -> None:
+        """End the call of `collect` that runs, if one does, from another thread: it raises FailuresListed."""
+        self.cancelled.set_result(None)
+        self.rollouts.cancel()
+        self.rewards.cancel()
 
     def collect(self, step: int, taken: int, version: int) -> dict[str, float]:
         """Put the rollouts of a step on disk, sampled from weights of this version; returns what it took.
@@ -102,22 +109,24 @@ class Collector:
         """Yield (place, record) with samples and rewards, as they come; without `rewards` where the service refuses them."""
         # A prompt may come twice in a step, where there are fewer than it takes: its samples must not come twice.
         seeds = [seed_from(self.how.seed, step, place, record["id"]) for place, record in zip(places, records, strict=True)]
-        with ThreadPoolExecutor(SCORED_AT_ONCE) as pool:
-            scored: deque[tuple[int, Future[Record]]] = deque()
-            ids = [record["prompt_token_ids"] for record in records]
-            try:
-                for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds, version):
-                    record = with_samples(records[index], sampled, version)
-                    scored.append((places[index], pool.submit(self._with_rewards, record)))
-                    while scored and scored[0][1].done():
-                        place, future = scored.popleft()
-                        yield place, future.result()
-                while scored:
+        pool = ThreadPoolExecutor(SCORED_AT_ONCE)
+        scored: deque[tuple[int, Future[Record]]] = deque()
+        ids = [record["prompt_token_ids"] for record in records]
+        try:
+            for index, sampled in self.rollouts.sample(ids, self.how.n, self.how.sampling, seeds, version):
+                record = with_samples(records[index], sampled, version)
+                scored.append((places[index], pool.submit(self._with_rewards, record)))
+                while scored and scored[0][1].done():
                     place, future = scored.popleft()
                     yield place, future.result()
-            except BaseException:  # what ends the step does not wait for those that have not begun
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            while scored:
+                place, future = scored.popleft()
+                wait((future, self.cancelled), return_when=FIRST_COMPLETED)
+                if not future.done():
+                    raise FailuresListed("the rewards were cancelled")
+                yield place, future.result()
+        finally:  # what ends the step does not wait for rewards
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _with_rewards(self, record: Record) -> Record:
         scored = self.rewards.score(record)

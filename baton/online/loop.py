@@ -3,6 +3,7 @@
 With a staleness of 1 the rollouts of the next step are sampled, from the weights of the step before, while a step trains.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -121,13 +122,13 @@ class Loop:
 
     @contextmanager
     def _background(self) -> Iterator[ThreadPoolExecutor]:
-        """Context of the thread that collects. What ends the training, such as Ctrl-C, does not wait for rollouts."""
+        """Context of the thread that collects. What ends the training, such as Ctrl-C, waits for no rollouts or rewards."""
         with ThreadPoolExecutor(1, "collector") as background:
             try:
                 yield background
             except BaseException:
-                if self.engines is not None:
-                    self.engines.rollouts.cancel()
+                if self.collector is not None:
+                    self.collector.cancel()
                 raise
 
     def send(self, version: int) -> float:
@@ -156,22 +157,27 @@ class Loop:
     def _collected(
         self, background: ThreadPoolExecutor, ahead: Future | None, step: int, taken: int, version: int
     ) -> dict[str, float]:
-        """What it took to collect a step. Where servers of ours have died, they start anew and get the weights again.
+        """What it took to collect a step, despite deaths of servers."""
+        if ahead is None:
+            return {}
+        tries = itertools.chain([ahead], iter(lambda: self._collect(background, step, taken, version), None))
+        return self._despite_deaths(lambda: dict(next(tries).result()), version)
+
+    def _despite_deaths(self, ask: Callable[[], dict[str, float]], version: int) -> dict[str, float]:
+        """What `ask` gives. Where servers of ours have died, they start anew, get the weights again, and are asked again.
 
         Not for ever: there are prompts of which a server dies each time.
         """
         deaths = 0
-        while ahead is not None:
+        while True:
             try:
-                return dict(ahead.result())
+                return ask()
             except FailuresListed:
                 deaths += 1
                 # The weights that sample are those of this process now, and it has them whole.
                 if deaths > MOST_DEATHS or is_sharded(self.learner.models.actor) or not self.engines.restart_dead():
                     raise
                 self.engines.take(weights_for_servers(self.learner.models.actor), version, last=True)
-                ahead = self._collect(background, step, taken, version)
-        return {}
 
     def _on_disk(self, ahead: Future | None) -> Future | None:
         """Rollouts that were sampled ahead, once they are on disk; None where servers of ours have died.
@@ -212,10 +218,11 @@ class Loop:
         return self.evaluate is not None and (step % self.eval_steps == 0 or step == self.total_steps)
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Metrics of held-out prompts, logged too where no step's line has them."""
+        """Metrics of held-out prompts, despite deaths of servers; logged too where no step's line has them."""
         if self.evaluate is None or self.engines is None:
             return {}
-        metrics = {f"eval/{name}": value for name, value in self.evaluate(step).items()}
+        found = self._despite_deaths(lambda: self.evaluate(step), step)
+        metrics = {f"eval/{name}": value for name, value in found.items()}
         if step == 0:
             self.lines.add(0, metrics)
         return metrics

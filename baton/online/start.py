@@ -15,7 +15,7 @@ from baton.mixing import Selection
 from baton.models.templates import load_tokenizer, prompt_token_ids, response_token_ids
 from baton.online import setup
 from baton.online.arguments import OnlineArguments, steps_of
-from baton.online.collect import Collector, HowToSample, step_file
+from baton.online.collect import Collector, HowToSample, step_file, why_none
 from baton.online.engines import Engines, engines, shares_gpus
 from baton.online.learner import Learner
 from baton.online.loop import Algorithm, Loop
@@ -134,15 +134,24 @@ class Start:
 
 
 def evaluate(collector: Collector, records: list[jsonl.Record], step: int) -> dict[str, float]:
-    """Sample and score `records` after a step, into a file; returns the mean reward and length."""
+    """Sample and score `records` after a step, into a file; returns the mean reward and length.
+
+    And how many have no reward, where some have none.
+    """
     scored = dict(collector.annotated(records, range(len(records)), 0, step))
     path = step_file(collector.folder, step)
     jsonl.write(path, (scored[place] for place in range(len(records))))
     rewards = [reward for record in scored.values() for reward in record.get("rewards", ())]
     lengths = [len(ids) for record in scored.values() for ids in record["response_token_ids"]]
+    without = [record for record in scored.values() if "rewards" not in record]
     if not rewards:
-        raise InputError(f"{path}: no held-out response has a reward: {scored[0].get('no_rewards')}")
-    return {"reward": sum(rewards) / len(rewards), "length": sum(lengths) / len(lengths)}
+        raise InputError(f"{path}: no held-out response has a reward: {why_none(without)}")
+    if without:
+        log.warning(
+            "step %d: without a reward, %d of %d held-out prompts: %s", step, len(without), len(scored), why_none(without)
+        )
+    more = {"without_reward": float(len(without))} if without else {}
+    return {"reward": sum(rewards) / len(rewards), "length": sum(lengths) / len(lengths)} | more
 
 
 def sampling(arguments: OnlineArguments) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 A request is one prompt with its responses. `query` is prompt and response as one text, `labels` the record's `label`. Other
 services may ignore the additions: `messages` is the conversation, response included, so that the service can apply its own
-chat template; `records` is what else the record holds, once for all responses. `rewards_by` may be missing.
+chat template; `records` is what else the record holds, once for all responses. `rewards_by` may be missing or null.
 """
 
 from typing import Any, NamedTuple
@@ -36,6 +36,10 @@ class Rewards:
         """`seconds` is how long one request may take; `tries` how often it is sent, to the URLs in turn."""
         self.client = Client(urls, api_key, seconds, tries)
 
+    def cancel(self) -> None:
+        """From another thread: no request is sent any more; `score` raises FailuresListed."""
+        self.client.cancel()
+
     def score(self, record: Record, name: str = "") -> Scored:
         """The rewards of the responses of one generated record, in one request; `name` stands for the record in errors.
 
@@ -46,7 +50,8 @@ class Rewards:
         count = len(record["responses"])
 
         def read(answer: Any) -> Scored:
-            by = {str(scorer): _numbers(values, count, name) for scorer, values in answer.get("rewards_by", {}).items()}
+            by = answer.get("rewards_by") or {}
+            by = {str(scorer): _numbers(values, count, name) for scorer, values in by.items()}
             return Scored(_numbers(answer["rewards"], count, name), by)
 
         try:

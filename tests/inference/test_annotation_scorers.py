@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -484,6 +485,117 @@ def test_kill_9_of_the_program_ends_its_function_workers(tmp_path):
         signal.pidfd_send_signal(worker, signal.SIGKILL)
     os.close(worker)
     assert ended, "the worker lives on"
+
+
+def reward_of(folder, body, seconds=20):
+    """A function's reward, its one worker started; `score_of` asks it."""
+    reward = FunctionReward(function_file(folder, body).removeprefix("function:"), workers=1, seconds=seconds)
+    reward.start()
+    reward.wait_for_imports()
+    return reward
+
+
+def score_of(reward, **fields):
+    """The first score of a record with these fields."""
+    task = Task(0, "f:1", {"id": "a", **fields}, [{"role": "user", "content": "Hello"}], GOOD["responses"], [0, 1])
+    return reward.score(task)[0]
+
+
+@pytest.mark.parametrize("more", ["", "os.setsid(); "], ids=["forked", "in a session of its own"])
+def test_the_time_limit_of_a_function_holds_also_where_it_starts_processes(tmp_path, more):
+    os.mkfifo(tmp_path / "end")
+    body = f"if os.fork() == 0: {more}os.open({str(tmp_path / 'end')!r}, os.O_RDONLY); os._exit(0)\n    time.sleep(600)"
+    reward = reward_of(tmp_path, body, seconds=1)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            score = pool.submit(score_of, reward).result(20)
+        finally:
+            with suppress(OSError):  # nobody reads it where the child has ended
+                os.close(os.open(tmp_path / "end", os.O_WRONLY | os.O_NONBLOCK))
+    stop(reward.idle.get().process)
+    assert (score.value, score.note, score.again) == (None, "rule took longer than 1 s", True)
+
+
+def test_what_a_function_starts_ends_with_its_call(tmp_path):
+    os.mkfifo(tmp_path / "pid")
+    body = f"os.fork() or open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n    time.sleep(600)"
+    reward = reward_of(tmp_path, body, seconds=2)
+    with ThreadPoolExecutor(1) as pool:
+        score = pool.submit(score_of, reward)
+        child = os.pidfd_open(int((tmp_path / "pid").read_text()))
+        assert score.result(20).again
+    ended, _, _ = select.select([child], [], [], 20)
+    if not ended:
+        signal.pidfd_send_signal(child, signal.SIGKILL)
+    os.close(child)
+    stop(reward.idle.get().process)
+    assert ended, "the child lives on"
+
+
+@pytest.mark.parametrize(
+    ("body", "value", "note"),
+    [
+        ("return [len(input()), 2]", None, "rule raised EOFError"),
+        ("import subprocess; return [len(subprocess.check_output(['cat'])), 2]", 0, None),
+        ("exec('exit()')", None, "rule raised SystemExit"),
+        ("return [2 - (os.fork() > 0), 2]", 1, None),
+    ],
+    ids=["reads", "a command that reads", "exits", "a child that goes on"],
+)
+def test_what_a_function_runs_meets_neither_the_requests_nor_the_answers(tmp_path, body, value, note):
+    reward = reward_of(tmp_path, body)
+    found = [score_of(reward) for _ in range(2)]
+    stop(reward.idle.get().process)
+    assert [(score.value, score.note, score.again) for score in found] == [(value, note, False)] * 2
+
+
+def test_ctrl_c_does_not_wait_for_the_calls_of_a_function(tmp_path):
+    os.mkfifo(tmp_path / "pids")
+    body = f"open({str(tmp_path / 'pids')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    source, scorer = write(tmp_path / "in.jsonl", [GOOD] * 4), function_file(tmp_path, body)
+    values = {"dataset_name_or_path": source, "output_dir": tmp_path / "o.jsonl", "scorer": scorer, "workers": 1}
+    program = start(*command(REWARDS, timeout=300, **values)[1:], env=environment())
+    assert (tmp_path / "pids").read_text()
+    os.kill(program.pid, signal.SIGINT)
+    program.join(60)
+    ended = program.exitcode
+    program.kill()
+    assert ended == 130
+
+
+def test_a_worker_that_has_died_between_two_calls_is_replaced(tmp_path):
+    reward = reward_of(tmp_path, "return [1, 2]")
+    worker = reward.idle.get()
+    worker.process.kill()
+    worker.process.wait()
+    reward.idle.put(worker)
+    with pytest.raises(InputError, match="ended its process"):
+        score_of(reward)
+    assert score_of(reward).value == 1
+    stop(reward.idle.get().process)
+
+
+@pytest.mark.parametrize("label", [2**70, "\ud800"], ids=["a large integer", "half of a surrogate pair"])
+def test_a_record_that_a_worker_cannot_be_sent_costs_no_worker(tmp_path, label):
+    reward = reward_of(tmp_path, "return [1, 2]")
+    with pytest.raises(InputError, match=r"f:1: prompt a: .*rules\.py:rule: cannot be given this record"):
+        score_of(reward, label=label)
+    assert reward.idle.qsize() == 1 and score_of(reward, label=1).value == 1
+    stop(reward.idle.get().process)
+
+
+def test_a_file_that_cannot_be_imported_again_for_a_while_gives_scores_once_it_can(tmp_path):
+    reward = reward_of(tmp_path, "return time.sleep(600) if records[0]['id'] == 'slow' else [1, 2]", seconds=1)
+    rules = tmp_path / "rules.py"
+    good = rules.read_text()
+    rules.write_text("import no_such_module\n")
+    slow, broken = score_of(reward, id="slow"), score_of(reward)
+    rules.write_text(good)
+    found = [score_of(reward) for _ in range(2)]  # the worker that is there may have met the broken file
+    stop(reward.idle.get().process)
+    assert slow.again and slow.note == "rule took longer than 1 s"
+    assert broken.again and "could not import" in broken.note and "No module named 'no_such_module'" in broken.detail
+    assert found[1].value == 1
 
 
 def test_several_scorers_are_weighed(annotated, models, tmp_path):

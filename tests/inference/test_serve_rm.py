@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -134,7 +135,7 @@ def test_a_text_that_a_client_has_written_is_read_as_it_is(service):
     [
         ("raise", 422, "rule: response 1 of sample 1: rule raised ValueError"),
         ("nan", 422, "rule: response 1 of sample 1: gave nan, which is no score"),
-        ("sleep", 503, "rule: response 1 of sample 1: rule took longer than 1 s"),
+        ("sleep", 408, "rule: response 1 of sample 1: rule took longer than 1 s"),
     ],
 )
 def test_what_gets_no_score_says_whether_another_try_may_help(service, response, status, reason):
@@ -147,7 +148,7 @@ def test_what_gets_no_score_says_whether_another_try_may_help(service, response,
     assert good.result()[0] == 200
     record = {"prompt": "Why?", "responses": [response, "fine"]}
     scored = Rewards([service], "secret", tries=1).score(record)
-    assert scored.rewards is None and scored.again == (status == 503) and reason in scored.why + scored.detail
+    assert scored.rewards is None and scored.again == (status == 408) and reason in scored.why + scored.detail
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,7 @@ def test_what_gets_no_score_says_whether_another_try_may_help(service, response,
         ({"messages": [conversation("Why?", "a")] * 2, "labels": [1]}, "`labels` must be a list with one entry for each"),
         ({"messages": [conversation("Why?", "a")] * 2, "records": [1]}, "`records` must hold objects"),
         ({"messages": [conversation("Why?", "a"), conversation("How?", "b")]}, "a pairwise scorer needs at least 2"),
+        ({"messages": [conversation("Why?", "a")] * 2, "labels": [2**70] * 2}, "cannot be given this record"),
         ({"query": ["Why? a", "Why? b"]}, "`query` without `prompts`"),
         ({"query": ["Why? a", ""], "prompts": ["Why?", ""]}, "`query` must be a list of texts that are not empty"),
         ({"query": ["Why? a", "Why? b"], "prompts": ["Why?", "How?"]}, "query[1]: does not begin with prompts[1]"),
@@ -209,6 +211,58 @@ def test_a_service_of_another_kind_needs_to_know_rewards_alone():
         "messages": [conversation("Why? ", "a"), conversation("Why? ", "b")],
         "records": [{"id": "x", "label": 7}],
     }
+
+
+@contextmanager
+def answering(*answers):
+    """A client, tried once a request, of a service that gives these (status, bytes) in turn."""
+    left = iter(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, content = next(left)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            """Nothing is logged."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Rewards([f"http://127.0.0.1:{server.server_port}"], tries=1)
+        server.shutdown()
+
+
+TWO = {"id": "x", "prompt": "Why?", "responses": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"[1.0, 2.0]", b"null", b'"no"', b'{"rewards": [1, 2], "rewards_by": [1, 2]}', b'{"rewards": [1, 1' + b"0" * 400 + b"]}"],
+    ids=["list", "null", "text", "scorers without names", "too large"],
+)
+def test_an_answer_of_another_shape_is_no_answer(answer):
+    with answering((200, answer)) as client:
+        scored = client.score(TWO)
+    assert scored.rewards is None and scored.again and "not the expected answer" in scored.why
+
+
+def test_requests_that_take_too_long_do_not_mean_that_the_service_is_away_but_failures_do():
+    with answering(*[(408, b"slow")] * 4, (200, b'{"rewards": [1, 2]}'), *[(503, b"away")] * 3) as client:
+        slow = [client.score(TWO) for _ in range(4)]
+        assert all(scored.again and "status 408: slow" in scored.why for scored in slow)
+        assert client.score(TWO).rewards == [1.0, 2.0]
+        assert all(client.score(TWO).again for _ in range(2))
+        with pytest.raises(FailuresListed, match="status 503: away"):
+            client.score(TWO)
+
+
+def test_an_answer_without_scorers_may_say_null_of_them():
+    with answering((200, b'{"rewards": [1, 2], "rewards_by": null}')) as client:
+        assert client.score(TWO) == ([1.0, 2.0], {}, "", False, "")
 
 
 def test_a_bad_request_spoils_none_that_is_scored_with_it():

@@ -29,11 +29,12 @@ from baton.online.loop import Loop
 from baton.online.models import same_tokens
 from baton.online.prompts import Prompts
 from baton.online.samples import Samples, own_rows, packed
+from baton.online.start import evaluate
 from baton.pairs import PairSettings
 from baton.parallel import DataParallel
 from baton.scorers import DEFAULT_RUBRIC
 from baton.servers import own
-from baton.servers.rewards import Scored, request_body
+from baton.servers.rewards import Rewards, Scored, request_body
 from baton.servers.rollouts import Rollouts, Sampled
 from baton.servers.weights import Transfer
 from dpo_iteration.online import OnlineDPO
@@ -418,15 +419,55 @@ def test_what_ends_a_training_does_not_wait_for_rollouts(folder, tmp_path):
             loop = Loop(
                 learner=learner_of(folder, critic=False), algorithm=Interrupted(), folder=tmp_path,
                 metrics_path=tmp_path / "metrics.jsonl", total_steps=2, save_steps=1, eval_steps=1, staleness=1,
-                engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights)), rollouts=rollouts),
-                collector=Collector(tmp_path / "rollouts", prompts, rollouts, None, how), shares_gpus=False, evaluate=None,
-                warn=None,
+                engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights))),
+                collector=Collector(tmp_path / "rollouts", prompts, rollouts, Rewards([]), how), shares_gpus=False,
+                evaluate=None, warn=None,
             )  # fmt: skip
             rollouts.servers.is_usable = None  # it knows no versions of weights
             begun = time.monotonic()
             with pytest.raises(KeyboardInterrupt):
                 loop.run()
             assert server.asked.is_set() and time.monotonic() - begun < 8
+        server.shutdown()
+
+
+class Hanging(Mute):
+    """A reward service that answers nobody until the test is over."""
+
+    def do_POST(self):
+        self.server.asked.set()
+        self.server.over.wait(30)
+
+
+@pytest.mark.parametrize("url", ["hanging", "http://127.0.0.1:9/nobody"])
+def test_what_ends_a_training_does_not_wait_for_rewards(folder, tmp_path, url):
+    """Neither for one that does not come, nor for the next try where nobody is there."""
+
+    class Interrupted:
+        def step(self, records, samples, step):
+            server.asked.wait(2)
+            raise KeyboardInterrupt
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hanging) as server:
+        server.asked, server.over, server.block_on_close = threading.Event(), threading.Event(), False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        rewards = Rewards([f"http://127.0.0.1:{server.server_port}" if url == "hanging" else url], tries=20)
+        asked = Asked(None)
+        asked.cancel = lambda: None
+        prompts = Prompts([{"record": '{"id": "1", "prompt": "Hello"}', "prompt_token_ids": [1]}], 0)
+        jsonl.write(tmp_path / "rollouts/step000001.jsonl", [{**rollout(random.Random(0), 0), TAKEN: 1}])
+        loop = Loop(
+            learner=learner_of(folder, critic=False), algorithm=Interrupted(), folder=tmp_path,
+            metrics_path=tmp_path / "metrics.jsonl", total_steps=2, save_steps=1, eval_steps=1, staleness=1,
+            engines=SimpleNamespace(take=lambda weights, version, last: bool(list(weights))),
+            collector=Collector(tmp_path / "rollouts", prompts, asked, rewards, HowToSample(1, 1, {}, seed=0)),
+            shares_gpus=False, evaluate=None, warn=None,
+        )  # fmt: skip
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            loop.run()
+        assert asked.seeds and time.monotonic() - begun < 10
+        server.over.set()
         server.shutdown()
 
 
@@ -488,6 +529,34 @@ def test_a_prompt_that_comes_twice_in_a_step_is_sampled_with_two_seeds_and_asked
         with pytest.raises(FailuresListed, match="none can be trained on: no answer"):
             collector.collect(1, 0, 0)
         assert len(set(asked.seeds)) == 2
+
+
+class SlowFor(BaseHTTPRequestHandler):
+    """A reward service that gives up on prompts that begin with "slow"."""
+
+    def do_POST(self):
+        prompts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompts"]
+        slow = prompts[0].startswith("slow")
+        body = b'{"detail": "took longer than 60 s"}' if slow else json.dumps({"rewards": [1.0] * len(prompts)}).encode()
+        self.send_response(408 if slow else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing on the test's terminal."""
+
+
+def test_prompts_whose_rewards_take_too_long_are_left_out_of_their_step(tmp_path, caplog):
+    names = ["slow 1", "slow 2", "slow 3", "slow 4", "quick"]
+    dataset = [{"record": json.dumps({"id": name, "prompt": name}), "prompt_token_ids": [1]} for name in names]
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowFor) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        rewards = Rewards([f"http://127.0.0.1:{server.server_port}"], tries=1)
+        Collector(tmp_path, Prompts(dataset, 0), Asked(None), rewards, HowToSample(5, 1, {}, seed=0)).collect(1, 0, 0)
+        server.shutdown()
+    assert [record["id"] for record in rollouts_of(tmp_path, 1)] == ["quick"]
+    assert "left out, 4 of 5 prompts" in caplog.text and "took longer than 60 s" in caplog.text
 
 
 def test_a_step_in_which_all_rewards_are_equal_does_not_end_a_training_that_draws_others_for_such_prompts(tmp_path):
@@ -569,6 +638,39 @@ def test_a_server_that_dies_of_each_try_at_a_step_is_not_started_anew_for_ever(f
     with ThreadPoolExecutor(1) as background, pytest.raises(FailuresListed, match="no server is alive"):
         loop._collected(background, loop._collect(background, 1, 0, 0), 1, 0, 0)
     assert loop.collector.tries == 4
+
+
+def test_an_evaluation_goes_on_with_new_servers_where_one_dies(folder, tmp_path):
+    tried, sent = [], []
+
+    def evaluate(step):
+        tried.append(step)
+        if len(tried) == 1:
+            raise FailuresListed("no server is alive")
+        return {"reward": 0.5}
+
+    engines = SimpleNamespace(
+        restart_dead=lambda: True, take=lambda weights, version, last: sent.append((version, last)) or bool(list(weights))
+    )
+    loop = Loop(
+        learner=learner_of(folder, critic=False), algorithm=None, folder=None, metrics_path=None, engines=engines,
+        collector=None, total_steps=4, save_steps=1, eval_steps=2, staleness=0, shares_gpus=False, evaluate=evaluate, warn=None,
+    )  # fmt: skip
+    assert loop._evaluate(2) == {"eval/reward": 0.5}
+    assert tried == [2, 2] and sent == [(2, True)]
+
+
+def test_held_out_prompts_without_a_reward_are_counted(tmp_path, caplog):
+    class Picky(Asked):
+        def score(self, record):
+            return Scored([1.0], {}) if record["id"] == "2" else Scored(None, {}, "refused by the service, status 422")
+
+    asked = Picky(None)
+    held_out = [{"id": str(number), "prompt": "Hello", "prompt_token_ids": [1]} for number in range(3)]
+    collector = Collector(tmp_path, None, asked, asked, HowToSample(3, 1, {}, seed=0))
+    assert evaluate(collector, held_out, 4) == {"reward": 1.0, "length": 1.0, "without_reward": 2.0}
+    assert "without a reward, 2 of 3 held-out prompts: refused by the service, status 422 (prompt 0)" in caplog.text
+    assert evaluate(collector, held_out[2:], 5) == {"reward": 1.0, "length": 1.0}
 
 
 def test_servers_that_share_the_gpus_sleep_while_a_checkpoint_is_loaded(folder, tmp_path, monkeypatch):
