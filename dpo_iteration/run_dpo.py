@@ -213,7 +213,8 @@ def main() -> None:
     if arguments.use_peft and not arguments.merge_adapter:
         note_adapter(output)
     # Without an evaluation what `eval_every` would hold out is trained on.
-    deciding = settings | {"held_out_every": every} | split_that_decides(settings, arguments.forward == "packed")
+    held_out = {"held_out_every": every} if every else {}
+    deciding = settings | held_out | split_that_decides(settings, arguments.forward == "packed")
     stage = Stage.begin("dpo", arguments, output, inputs, deciding, config_class, checked)
     if stage is None:
         return
