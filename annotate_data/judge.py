@@ -61,4 +61,7 @@ def parse_score(text: str) -> float | None:
 
 
 def _content(answer: Any) -> str:
-    return answer["choices"][0]["message"]["content"] or ""
+    content = answer["choices"][0]["message"]["content"] or ""
+    if not isinstance(content, str):
+        raise TypeError("`content` is no text")
+    return content
