@@ -12,6 +12,8 @@ from baton.program import harmless
 from baton.secrets import is_secret
 
 PASSING = (408, 425, 429)  # statuses of a refusal that may pass: too slow, too early, too often
+# What reading an answer of another shape raises.
+UNEXPECTED = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
 BROKEN = (httpx.TransportError, httpx.DecodingError)  # a connection that ends early, or an answer that cannot be unpacked
 HERE = ("localhost", "127.0.0.1", "[::1]")
 

@@ -10,12 +10,9 @@ import tenacity
 
 from baton.errors import FailuresListed, InputError
 from baton.program import harmless
-from baton.servers.addresses import BROKEN, PASSING, Refused, Transient, error_text, proxy_settings
+from baton.servers.addresses import BROKEN, PASSING, UNEXPECTED, Refused, Transient, error_text, proxy_settings
 
-# What reading an answer of another shape raises.
-UNEXPECTED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 ALONE = 3  # requests in a row that fail, with no answer to any in between: then the service is away
-
 TOO_SLOW = 408
 
 

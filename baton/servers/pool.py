@@ -16,7 +16,7 @@ import orjson
 import tenacity
 
 from baton.errors import FailuresListed, InputError
-from baton.servers.addresses import BROKEN, PASSING, Refused, Transient, check_url, error_text, proxy_settings
+from baton.servers.addresses import BROKEN, PASSING, UNEXPECTED, Refused, Transient, check_url, error_text, proxy_settings
 
 log = logging.getLogger("baton")
 
@@ -90,7 +90,7 @@ class Servers:
             answer = await self._post_to(server, path, body)
             try:
                 return read(answer)
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
+            except UNEXPECTED as error:
                 raise Transient(f"{server.url}: not the expected answer ({type(error).__name__}: {error})") from None
 
         return await self.attempts(attempt)
