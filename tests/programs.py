@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,31 @@ def run_program(*words, env=None, timeout=500):
             raise AssertionError(f"not done after {timeout} s: {Path(output, 'stderr').read_text()}")
         texts = [Path(output, name).read_text() for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(words, process.exitcode, *texts)
+
+
+def begin(count, folder, script, *words, **environment):
+    """Start `script` in `count` processes on CPU, as a launcher starts them; their stderr goes to a file in `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = count == 1 and "ACCELERATE_USE_DEEPSPEED" not in environment
+    processes = []
+    for rank in range(count):
+        own = {} if alone else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        env = {**os.environ, **{name: str(value) for name, value in {**shared, **own, **environment}.items()}}
+        processes.append(start(script, *words, env=env, output=str(folder)))
+    return processes
+
+
+def launch(count, folder, script, *words, **environment):
+    """`begin`, and wait for the end; returns the exit codes and what is in `folder`'s stderr."""
+    processes = begin(count, folder, script, *words, **environment)
+    for process in processes:
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+    return [process.exitcode for process in processes], (folder / "stderr").read_text()
 
 
 def _become(words, env, output):

@@ -2,10 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-from tests.programs import ROOT, run_program
+from tests.programs import ROOT, launch
 
 PROGRAMS = ROOT / "annotate_data"
 
@@ -87,21 +88,17 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OPENAI_API_KEY": ""}
 
 
-def command(program, processes=1, **values):
-    """The command line of a program of annotation, under torchrun if there are several processes."""
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    words = [sys.executable, *launcher, str(PROGRAMS / program)]
+def command(program, **values):
+    """The command line of a program of annotation."""
+    words = [sys.executable, str(PROGRAMS / program)]
     for name, value in values.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
 def run(program, processes=1, code=0, **values):
-    """Run a program to its end, which must be with exit code `code`; returns its log."""
-    words = command(program, processes, **values)
-    if processes == 1:
-        done = run_program(*words[1:], env=environment())
-    else:
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == code, done.stderr
-    return done.stderr
+    """Run a program to its end, in all processes with exit code `code`; returns its log."""
+    with tempfile.TemporaryDirectory() as folder:
+        codes, log = launch(processes, Path(folder), *command(program, **values)[1:], **environment())
+    assert set(codes) == {code}, log
+    return log

@@ -4,10 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from annotate_data.work import Responses, Scores
@@ -24,7 +22,7 @@ from tests.inference.annotation_task import (
     run,
     write,
 )
-from tests.programs import ROOT, run_program
+from tests.programs import ROOT, begin, run_program
 
 REWARDS, LOGPS = "get_rewards.py", "get_logps.py"
 
@@ -145,7 +143,8 @@ def test_killed_and_gone_on_with_other_processes_finished_scores_stay_as_they_ar
     model = {"reward_name_or_path": models / "rm"} if program == REWARDS else {"models": f"policy={models / 'lm'}"}
     values = {"dataset_name_or_path": source, "output_dir": output, "tokens_per_batch": 1, **model}
     parts = [tmp_path / f"out.jsonl.partial{process or ''}" for process in range(first)]
-    kill_when(command(program, first, **values), lambda: all(part.exists() and part.stat().st_size > 2000 for part in parts))
+    processes = begin(first, tmp_path, *command(program, **values)[1:], **environment())
+    kill_when(processes, lambda: all(part.exists() and part.stat().st_size > 2000 for part in parts))
     assert not output.exists()
     finished = {place: kept["score"] for part in parts for place, kept in whole_lines(part)}
     assert 0 < len(finished) < 300
@@ -165,17 +164,15 @@ def test_killed_and_gone_on_with_other_processes_finished_scores_stay_as_they_ar
     assert not list(tmp_path.glob("*.partial*"))
 
 
-def kill_when(words, ready):
-    """Start a program and kill it, with all its processes, once `ready()`."""
-    started = subprocess.Popen(words, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+def kill_when(processes, ready):
+    """Kill processes once `ready()`."""
     while not ready():
-        with suppress(subprocess.TimeoutExpired):
-            pytest.fail(f"the first run ended before it could be killed, with exit code {started.wait(0.02)}")
-    processes = [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]
+        for process in processes:
+            process.join(0.02)
+            assert process.exitcode is None, f"the first run ended before it could be killed, with exit code {process.exitcode}"
     for process in processes:
         process.kill()
-    psutil.wait_procs(processes)
-    started.wait()
+        process.join()
 
 
 def whole_lines(part):

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_dpo_core.py: the packed forward pass in several processes against one, on CPU.
+"""Run in several processes by test_dpo_core.py: the packed forward pass in several processes against one, on CPU.
 
     torchrun --nproc_per_node N dpo_processes.py {ddp,fully_shard,agreement} FOLDER
 
@@ -38,7 +38,7 @@ PAIRS_PER_STEP = 4
 
 
 def ddp(folder: Path, model, rows: list[dict], losses: list[str], prefix: str) -> None:
-    processes = int(os.environ["WORLD_SIZE"])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = DPOConfig(
         output_dir=str(folder / f"out-{processes}"),
         loss_type=losses,

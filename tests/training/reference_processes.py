@@ -1,4 +1,4 @@
-"""Run under torchrun by test_resume_layouts.py: reference log-probabilities on CPU, with a death in the middle.
+"""Run in several processes by test_resume_layouts.py: reference log-probabilities on CPU, with a death in the middle.
 
     torchrun --nproc_per_node N reference_processes.py FOLDER RUN [BATCHES]
 

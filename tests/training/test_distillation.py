@@ -39,9 +39,8 @@ from distillation.run_kd import Arguments, check
 from distillation.teacher import CHUNK, check_tokenizers, chunks_of, kept_teacher
 from distillation.trainer import PackedKDTrainer
 from tests.models.tiny_models import FAMILIES, VOCABULARY, model_of, one_thread
-from tests.programs import ROOT, read_jsonl, run_program, start, write_jsonl
+from tests.programs import ROOT, launch, read_jsonl, run_program, start, write_jsonl
 from tests.training.test_dpo_core import tokenizer
-from tests.training.test_resume_layouts import launch
 from tests.training.test_training_programs import SHORT, logged
 
 __all__ = ["one_thread", "tokenizer"]  # fixtures

@@ -4,15 +4,11 @@ import copy
 import json
 import logging
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -36,6 +32,7 @@ from baton.training.reference import _assemble, kept_reference_logps, reference_
 from dpo_iteration.losses import LOSS_TYPES
 from dpo_iteration.trainer import PackedDPOTrainer
 from tests.models.tiny_models import SHAPE, VOCABULARY, model_of, one_thread, pairs_of, random_pairs
+from tests.programs import launch
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -373,24 +370,8 @@ def test_reference_logps_are_not_assembled_where_batches_are_missing(tmp_path):
 
 
 def run_processes(mode: str, count: int, folder: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    program = Path(__file__).with_name("dpo_processes.py")
-    with subprocess.Popen(
-        [*command, program, mode, folder],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            _, errors = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
-            raise
-    assert process.returncode == 0, errors[-3000:]
+    codes, errors = launch(count, folder, Path(__file__).with_name("dpo_processes.py"), mode, folder)
+    assert set(codes) == {0}, errors[-3000:]
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from baton.training import export
 from baton.training.export import Checkpoint, Rounding, copies_without_zero, layer_of, tensors_of, write_model
 from baton.training.float32_copy import layer_in_files
 from tests.models.tiny_models import SHAPE, model_of, one_thread, pairs_of, random_pairs
+from tests.programs import launch
 from tests.training.test_dpo_core import tokenizer
-from tests.training.test_resume_layouts import GLOO, launch, material, training_run, zero
+from tests.training.test_resume_layouts import GLOO, material, training_run, zero
 
 __all__ = ["material", "one_thread", "tokenizer"]  # fixtures
 

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from baton.training.memory import Sharding, estimate_reference
 from baton.training.reference import reference_logps
+from tests.programs import launch
 from tests.training.test_dpo_core import bloom, model_of, pairs_of, random_pairs, tokenizer
-from tests.training.test_resume_layouts import GLOO, launch, zero
+from tests.training.test_resume_layouts import GLOO, zero
 from tests.training.test_training_programs import SMALL
 from tests.training.test_what_a_run_says import config_of
 

@@ -32,7 +32,10 @@ def test_servers_of_their_own_gpus_take_none_that_training_has_and_the_reward_se
 
 
 class Slow(BaseHTTPRequestHandler):
-    """A server that takes its time for each request for responses, and notes how many it has at once, and on which ports."""
+    """A server that takes its time for each request for responses, and notes how many it has at once, and on which ports.
+
+    It answers none before it has had `wanted` at once, as long as 5 seconds.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -45,6 +48,9 @@ class Slow(BaseHTTPRequestHandler):
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)
             self.server.ports.append(self.client_address[1])
+        until = time.monotonic() + 5
+        while self.server.most < self.server.wanted and time.monotonic() < until:
+            time.sleep(0.01)
         time.sleep(0.05 * bool(body))
         with self.server.lock:
             self.server.now -= 1
@@ -65,7 +71,8 @@ class Slow(BaseHTTPRequestHandler):
 @pytest.fixture
 def slow():
     with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
-        server.daemon_threads, server.lock, server.now, server.most, server.ports = True, threading.Lock(), 0, 0, []
+        server.daemon_threads, server.lock, server.ports = True, threading.Lock(), []
+        server.now = server.most = server.wanted = 0
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -73,6 +80,7 @@ def slow():
 
 @pytest.mark.parametrize(("n", "most"), [(1, 8), (4, 2), (8, 2)])
 def test_so_many_responses_are_in_flight_at_a_server_and_two_requests_at_least(slow, n, most):
+    slow.wanted = most
     with Rollouts([f"http://127.0.0.1:{slow.server_port}"], None, per_server=8) as rollouts:
         found = dict(rollouts.sample([[1]] * 20, n, {"max_tokens": 8}, range(20)))
     assert len(found) == 20 and slow.most == most

@@ -42,10 +42,10 @@ from ppo import losses
 from ppo.openrlhf import own_names
 from ppo.run_ppo import Arguments, check, critic_of
 from tests.models.tiny_models import FAMILIES, VOCABULARY, one_thread
-from tests.programs import read_jsonl
+from tests.programs import launch, read_jsonl
 from tests.training import online_processes
 from tests.training.online_processes import algorithm_of, learner_of, settings
-from tests.training.test_resume_layouts import launch, zero
+from tests.training.test_resume_layouts import zero
 
 __all__ = ["one_thread"]  # a fixture
 

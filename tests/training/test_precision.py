@@ -20,8 +20,7 @@ from baton.prompts import read_records
 from baton.stage import Stage
 from baton.training.adapters import LoraArguments, merge_adapter
 from baton.training.config import trainer_config
-from tests.programs import ROOT, read_jsonl, run_program
-from tests.training.test_resume_layouts import launch
+from tests.programs import ROOT, launch, read_jsonl, run_program
 
 SMALL = ["--use_cpu", "true", "--max_length", 128, "--gradient_checkpointing", "false", "--logging_steps", 1]
 BATCH = ["--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1]

@@ -1,46 +1,19 @@
 """After a death, training and reference log-probabilities go on with another number of processes and another batch split."""
 
 import json
-import os
 import re
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.programs import start
+from tests.programs import begin, launch
 from tests.training.test_dpo_core import model_of, pairs_of, random_pairs, tokenizer, with_reference
 from tests.training.test_training_programs import dpo_words, logged
 
 __all__ = ["tokenizer"]  # a fixture
-
-
-def begin(count, folder, script, *words, **environment):
-    """Start `script` in `count` processes on CPU, as a launcher starts them; their stderr goes to a file in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    alone = count == 1 and "ACCELERATE_USE_DEEPSPEED" not in environment
-    processes = []
-    for rank in range(count):
-        own = {} if alone else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        env = {**os.environ, **{name: str(value) for name, value in {**shared, **own, **environment}.items()}}
-        processes.append(start(script, *words, env=env, output=str(folder)))
-    return processes
-
-
-def launch(count, folder, script, *words, **environment):
-    """`begin`, and wait for the end; returns the exit codes and what is in `folder`'s stderr."""
-    processes = begin(count, folder, script, *words, **environment)
-    for process in processes:
-        process.join(300)
-        if process.exitcode is None:
-            process.kill()
-    return [process.exitcode for process in processes], (folder / "stderr").read_text()
 
 
 # Reference log-probabilities
