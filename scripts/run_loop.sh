@@ -188,11 +188,10 @@ sample_heldout() {
     "$run_dir/heldout/round$1/gen_data" --seed "$((SEED + 1000))" --response_logps "${HELDOUT_ARGS[@]}"
 }
 
-# Scores the held-out responses, by the scorers of the training too, and names the last file: score_heldout ROUND
+# Scores the held-out responses, by the scorers of the training too: score_heldout ROUND
 score_heldout() {
-  local folder=$run_dir/heldout/round$1 last=data_with_logps.jsonl
+  local folder=$run_dir/heldout/round$1
   [[ -n $HELDOUT_PROMPTS ]] || return 0
-  [[ -z $GOLD_SCORER ]] || last=data_with_gold.jsonl
   score "evaluate$1-rewards" annotate_data/get_rewards.py --dataset_name_or_path "$folder/gen_data.jsonl" \
     --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" "${EVAL_SCORERS[@]}" \
     --weights "${weights[@]}" "${EVAL_SCORERS[@]/*/0}" "${REWARD_ARGS[@]}"
@@ -200,9 +199,18 @@ score_heldout() {
     --models "initial=$INITIAL_POLICY" --output_dir "$folder/data_with_logps.jsonl" "${template_args[@]}"
   [[ -z $GOLD_SCORER ]] || step "evaluate$1-gold" inference --group scoring "$GOLD_SCORER" \
     --dataset_name_or_path "$folder/data_with_logps.jsonl" --output_dir "$folder/data_with_gold.jsonl"
+}
+
+# Runs what was added of a round and of the evaluation of its starting policy, whose last file gets a name: run_round EVALUATED
+run_round() {
+  local last=data_with_logps.jsonl
+  [[ -z $GOLD_SCORER ]] || last=data_with_gold.jsonl
   [[ -z $planning ]] || return 0
-  mkdir -p "$folder"
-  ln -sfn "$last" "$folder/evaluated.jsonl"  # before that file is there: it can be read as soon as it is
+  if [[ -n $HELDOUT_PROMPTS ]]; then  # first: what is evaluated can then be read while the round trains
+    mkdir -p "$run_dir/heldout/round$1"
+    ln -sfn "$last" "$run_dir/heldout/round$1/evaluated.jsonl"
+  fi
+  run_stages || exit
 }
 
 # Samples, scores and trains in stages that hand each other files: round_of_stages ROUND POLICY PROMPTS REFERENCE
@@ -285,10 +293,12 @@ relay() {
     else
       round_of_stages "$round" "$policy" "$prompts" "$reference"
     fi
+    run_round "$((round - 1))"
     policy=$run_dir/round$round/policy
   done
   sample_heldout "$ROUNDS" "$policy"
   score_heldout "$ROUNDS"
+  run_round "$ROUNDS"
 }
 
 # All stages see one chat template.
@@ -326,7 +336,6 @@ done
   resolved_recipe >"$run_dir/recipe.env.partial" || die "$run_dir/recipe.env: cannot be written; is the disk full?"
   mv "$run_dir/recipe.env.partial" "$run_dir/recipe.env"
   relay
-  run_stages || exit
   in_env training python report/summarize.py --run_dir "$run_dir" --samples "$SAMPLES"
   say "done: the last policy is $policy"
   exit

@@ -35,7 +35,7 @@ def run_chains(chains: Sequence[Sequence[Unit]]) -> None:
 
 
 def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
-    """Run chains of units one after another; while one runs, the next two's processes import their libraries.
+    """Run chains of units one after another; while one runs, the next one's process imports its libraries.
 
     Raises what `run` raises.
     """

@@ -21,7 +21,6 @@ from baton.launch.unit import DONE, GO, READY, Unit
 log = logging.getLogger("baton")
 
 CHILD = Path(__file__).with_name("child.py")
-AHEAD = 2  # processes that wait for their turn, their libraries imported, while one runs
 
 
 @dataclass
@@ -81,7 +80,7 @@ def run(chains: Sequence[Sequence[Unit]]) -> None:
 
 
 def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
-    """Run chains of units one after another. While one runs, the next two's processes import their libraries, and then wait.
+    """Run chains of units one after another. While one runs, the next one's process imports its libraries, and then waits.
 
     As `run` in everything else.
     """
@@ -102,10 +101,9 @@ def run_in_turn(chains: Sequence[Sequence[Unit]]) -> None:
                 entry.began = time.monotonic()
                 _say_start(entry.unit, entry.slot)
                 (entry.folder / GO).touch()
-                most = min(index + 1 + AHEAD, len(chains))
                 while entry.process.poll() is None:
                     _report_done(entry)
-                    if len(started) < most and (started[-1] is entry or (started[-1].folder / READY).exists()):
+                    if len(started) < len(chains) and (started[-1] is entry or (started[-1].folder / READY).exists()):
                         started.append(begin(chains[len(started)]))
                     time.sleep(processes.POLL_SECONDS)
                 _report_done(entry)

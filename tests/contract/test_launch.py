@@ -216,7 +216,7 @@ def test_kill_9_of_a_chain_counts_as_the_stage_that_ran(tmp_path):
     assert done.returncode == 137 and "own: failed with exit code 137" in done.stderr, done.stderr
 
 
-OTHERS = """
+KILLS_WHO_WAITS = """
     import os, signal, time
     from pathlib import Path
 
@@ -226,32 +226,14 @@ OTHERS = """
         except OSError:  # it has ended since
             return None
 
-    def others():
+    own = os.getppid()
+    launcher, others = parent(own), []
+    while not others:
+        time.sleep(0.05)
         pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-        return [pid for pid in pids if parent(pid) == parent(os.getppid()) and pid != os.getppid()]
+        others = [pid for pid in pids if parent(pid) == launcher and pid != own]
+    os.kill(others[0], signal.SIGKILL)
 """
-KILLS_WHO_WAITS = f"""{OTHERS}
-    while not (found := others()):
-        time.sleep(0.05)
-    os.kill(found[0], signal.SIGKILL)
-"""
-COUNTS_WHO_WAITS = f"""{OTHERS}
-    while len(others()) < 2:
-        time.sleep(0.05)
-    end, most = time.monotonic() + 3, 0
-    while time.monotonic() < end:
-        most = max(most, len(others()))
-    print(most, "wait")
-"""
-
-
-def test_two_processes_wait_for_their_turn_whatever_the_number_of_stages(tmp_path):
-    (tmp_path / "first.jsonl").write_text('{"prompt": "The film", "responses": ["is good"]}\n')
-    later = [(str(number), ["--group", number, *gold(tmp_path, str(number), "first")[1]]) for number in range(4)]
-    done = stages(tmp_path, ("counts", [program(tmp_path, COUNTS_WHO_WAITS)]), *later)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "counts.log").read_text() == "2 wait\n"
-    assert len(list(tmp_path.glob("[0-3].jsonl"))) == 4
 
 
 def test_a_process_that_dies_while_it_waits_for_its_turn_is_started_anew(tmp_path):
