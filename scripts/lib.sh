@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Functions that every script shares. Source this file: it defines names and runs nothing.
 
-BATON_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# With CDPATH set, `cd` may go to another folder, and prints it.
+BATON_ROOT="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # The folder that holds the environments inference/ and training/.
 BATON_ENVS="${BATON_ENVS:-$BATON_ROOT/.envs}"
 [[ $BATON_ENVS == /* ]] || BATON_ENVS=$PWD/$BATON_ENVS

@@ -100,6 +100,27 @@ def test_a_folder_without_locks_is_said_with_its_path_and_what_to_do(tmp_path):
     assert "choose a --prefix on a file system that has locks" in done.stderr
 
 
+@pytest.mark.parametrize("lock", [None, "# no pin\n"])
+def test_environments_stay_as_they_are_where_a_lock_cannot_be_read_or_is_empty(tmp_path, lock):
+    envs = made_for("cpu", tmp_path / "envs", python=Path("/bin/false"))
+    shutil.copytree(ROOT / "scripts", tmp_path / "clone/scripts")
+    shutil.copytree(ROOT / "configs/envs", tmp_path / "clone/configs/envs")
+    broken = tmp_path / "clone/configs/envs/training-cpu.txt"
+    broken.unlink() if lock is None else broken.write_text(lock)
+    done = run("bash", tmp_path / "clone/scripts/setup_envs.sh", "--device", "cpu", "--prefix", envs)
+    assert done.returncode == 2 and f"{broken}: cannot be read, or pins no package" in done.stderr
+    assert sorted(path.name for path in envs.iterdir()) == ["inference", "training"]
+
+
+def test_scripts_find_their_folders_where_cdpath_is_set(tmp_path):
+    envs = made_for("cpu", tmp_path / "envs", python=Path("/bin/false"))
+    (tmp_path / "elsewhere/envs").mkdir(parents=True)
+    assert shell("CDPATH=$PWD; source scripts/lib.sh; echo $BATON_ROOT").stdout == f"{ROOT}\n"
+    command = f"cd '{tmp_path}' && CDPATH='{tmp_path}/elsewhere' bash '{ROOT}/scripts/setup_envs.sh' --prefix envs"
+    done = run("bash", "-c", f"{command} --device cpu")
+    assert f"both environments are up to date in {envs} (cpu)" in done.stderr, done.stderr
+
+
 # Writes down what `baton.launch chain` would run: of each unit on stdin the GPUs and the words.
 RECORDER = """
 import os, sys
