@@ -165,13 +165,21 @@ def test_a_recipe_that_an_editor_on_windows_wrote_is_refused_with_the_command_th
     assert recipe.read_bytes() == text
 
 
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("rule.py/run", "because {folder}/rule.py is no folder that you may write to"),
+        ("lr=1e-6,beta=0.1", "{folder}/lr=1e-6,beta=0.1: a comma stands between the files that a program reads"),
+    ],
+)
 @pytest.mark.parametrize("script", ["run_loop.sh", "quickstart.sh", "smollm2.sh"])
-def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is(folder, script):
+def test_a_run_folder_that_cannot_be_made_or_has_a_comma_is_refused_before_anything_is(folder, script, run, message):
     recipe = written_recipe(folder, "REWARD_MODEL=reward\n")
     flag = () if script == "run_loop.sh" else ("--recipe",)
-    command = ["bash", f"scripts/{script}", *flag, recipe, f"--run_dir={folder}/rule.py/run"]
+    command = ["bash", f"scripts/{script}", *flag, recipe, f"--run_dir={folder}/{run}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and f"because {folder}/rule.py is no folder that you may write to" in done.stderr
+    assert done.returncode == 2 and message.format(folder=folder) in done.stderr
+    assert not (folder / run).exists()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("configs/recipes/*.env")))
