@@ -285,9 +285,20 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
     asks = [name for name, words in lines.items() if "--prompt_prefix 'very good '" in words]
     assert asks == (["round2-generate"] if trainer == "conditional_sft" else [])
     assert ("round2-rewards" in lines) == (trainer != "distillation")
+    assert ("--export_dtype float32 " in line) == (trainer != "kto")  # configs/kto.yaml says it
     if trainer in ("raft", "conditional_sft"):
         processor = "rs" if trainer == "raft" else "ca --levels poor fair 'very good'"
         assert f"--post_processor {processor}" in lines["round2-demonstrations"]
+
+
+def test_the_recipe_says_in_which_dtype_a_round_of_sft_is_written(folder):
+    (folder / "sft.yaml").write_text("learning_rate: 1.0e-6\nexport_dtype: checkpoint\n")
+    for config, arguments in ((f"{folder}/sft.yaml", ""), ("configs/sft.yaml", "--export_dtype checkpoint")):
+        text = f"TRAINER=raft\nTRAIN_CONFIG={config}\nTRAIN_ARGS=({arguments})\nREWARD_MODEL={folder}/reward\nROUNDS=1\n"
+        done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
+        assert done.returncode == 0, done.stderr
+        line = commands(done.stdout)["round1-train"]
+        assert line.rpartition("--export_dtype ")[2].split()[0] == "checkpoint" if arguments else "float32" not in line
 
 
 @pytest.mark.parametrize(
