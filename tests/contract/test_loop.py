@@ -271,7 +271,9 @@ HELDOUT_PROMPTS={folder}/heldout.jsonl
     ],
 )
 def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data):
-    config = {"kto": "configs/kto.yaml", "distillation": "configs/kd.yaml"}.get(trainer, "configs/sft.yaml")
+    (folder / "own.yaml").write_text("export_dtype: checkpoint\n")
+    configs = {"kto": "configs/kto.yaml", "distillation": "configs/kd.yaml", "conditional_sft": folder / "own.yaml"}
+    config = configs.get(trainer, "configs/sft.yaml")
     teacher = f"--teacher_model {folder}/policy " if trainer == "distillation" else ""
     settings = f"TRAIN_CONFIG={config}\nTRAIN_ARGS=({teacher}--learning_rate 1e-6)\nREWARD_MODEL={folder}/reward\nROUNDS=2\n"
     levels = "LEVELS=(poor fair 'very good')\n" if trainer == "conditional_sft" else ""
@@ -285,20 +287,10 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
     asks = [name for name, words in lines.items() if "--prompt_prefix 'very good '" in words]
     assert asks == (["round2-generate"] if trainer == "conditional_sft" else [])
     assert ("round2-rewards" in lines) == (trainer != "distillation")
-    assert ("--export_dtype float32 " in line) == (trainer != "kto")  # configs/kto.yaml says it
+    assert ("--export_dtype float32 " in line) == (trainer in ("raft", "distillation"))  # unless the configuration has one
     if trainer in ("raft", "conditional_sft"):
         processor = "rs" if trainer == "raft" else "ca --levels poor fair 'very good'"
         assert f"--post_processor {processor}" in lines["round2-demonstrations"]
-
-
-def test_the_recipe_says_in_which_dtype_a_round_of_sft_is_written(folder):
-    (folder / "sft.yaml").write_text("learning_rate: 1.0e-6\nexport_dtype: checkpoint\n")
-    for config, arguments in ((f"{folder}/sft.yaml", ""), ("configs/sft.yaml", "--export_dtype checkpoint")):
-        text = f"TRAINER=raft\nTRAIN_CONFIG={config}\nTRAIN_ARGS=({arguments})\nREWARD_MODEL={folder}/reward\nROUNDS=1\n"
-        done = run_loop(written_recipe(folder, text), "--plan", "--run_dir", folder / "run")
-        assert done.returncode == 0, done.stderr
-        line = commands(done.stdout)["round1-train"]
-        assert line.rpartition("--export_dtype ")[2].split()[0] == "checkpoint" if arguments else "float32" not in line
 
 
 @pytest.mark.parametrize(
