@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -209,6 +210,7 @@ def run_side(args: argparse.Namespace) -> dict:
     rows = json.loads((args.folder / "rows.json").read_text())[: args.pairs]
     side, batch_size = args.run_side.split(":")
     train = with_trainer if trl_is_there() else without_trl
+    import_module("baton.training.reference" if train is without_trl else "dpo_iteration.trainer")  # before the clock starts
     before = peak_memory(args.device)
     model = make_model(args)
     products = [product_flops(args)]

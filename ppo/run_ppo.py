@@ -2,7 +2,7 @@
 
     bash scripts/run_ppo.sh configs/ppo.yaml          # sets up what it needs, and runs this
     python ppo/run_ppo.py configs/ppo.yaml            # one process
-    accelerate launch --config_file configs/zero2.yaml --num_processes 4 ppo/run_ppo.py configs/ppo.yaml --server_gpus 4,5,6,7
+    accelerate launch --config_file configs/zero3.yaml --num_processes 6 ppo/run_ppo.py configs/ppo.yaml --server_gpus 6,7
 
 Each step samples `K` responses to `rollout_batch_size` prompts from the servers, has them scored, trains actor and critic, and
 sends the new weights to the servers. Servers and reward server are started and ended by this program, or named by

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Functions that every script shares. Source this file: it defines names and runs nothing.
 
-BATON_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# With CDPATH set, `cd` may go to another folder, and prints it.
+BATON_ROOT="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # The folder that holds the environments inference/ and training/.
 BATON_ENVS="${BATON_ENVS:-$BATON_ROOT/.envs}"
 [[ $BATON_ENVS == /* ]] || BATON_ENVS=$PWD/$BATON_ENVS
@@ -34,9 +35,10 @@ recipe_stopped() {
     "VARIABLE=value, without blanks around ="
 }
 
-# Ends the script unless folder $1 is there or can be made, and can be written to.
+# Ends the script unless folder $1 is there or can be made, and can be written to, and programs take a file in it for one.
 check_folder() {
   local place=$1
+  [[ $1 != *,* ]] || die "$1: a comma stands between the files that a program reads: give another --run_dir, without one"
   until [[ -e $place ]]; do place=$(dirname "$place"); done
   [[ -d $place && -w $place ]] ||
     die "$1: cannot be written, because $place is no folder that you may write to: give another --run_dir"

@@ -215,7 +215,7 @@ run_round() {
 
 # Samples, scores and trains in stages that hand each other files: round_of_stages ROUND POLICY PROMPTS REFERENCE
 round_of_stages() {
-  local folder=$run_dir/round$1 window how=(rs)
+  local folder=$run_dir/round$1 window how=(rs) exact=(--export_dtype float32)
   # Windows of one prompt set follow each other in one shuffle of it, so its seed is the same in all rounds.
   window=(--data_seed "$SEED" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --iter "$(($1 - 1))")
   [[ -n $ROLLOUT_BATCH_SIZE ]] || window=()
@@ -226,6 +226,9 @@ round_of_stages() {
       --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
   score_heldout "$(($1 - 1))"
 
+  # The next round starts from all bits, as configs/training.yaml and kto.yaml say themselves: bfloat16 would round most of a
+  # small update away.
+  ! grep -Eqs "^[\"']?export_dtype" "$TRAIN_CONFIG" || exact=()
   case $TRAINER in
     dpo)
       train_on "$1" "$2" dpo_iteration/run_dpo.py "$DPO_CONFIG" "$folder/data_with_rewards.jsonl" --ref_model "$4" \
@@ -237,9 +240,9 @@ round_of_stages() {
       [[ $TRAINER == raft ]] || how=(ca --levels "${LEVELS[@]}")
       step "round$1-demonstrations" inference --group scoring annotate_data/post_process.py --post_processor "${how[@]}" \
         --dataset_name_or_path "$folder/data_with_rewards.jsonl" --output_dir "$folder/demonstrations.jsonl"
-      train_on "$1" "$2" sft/run_sft.py "$TRAIN_CONFIG" "$folder/demonstrations.jsonl" "${TRAIN_ARGS[@]}" ;;
+      train_on "$1" "$2" sft/run_sft.py "$TRAIN_CONFIG" "$folder/demonstrations.jsonl" "${exact[@]}" "${TRAIN_ARGS[@]}" ;;
     distillation)  # on what the student itself says, of which the teacher has an opinion
-      train_on "$1" "$2" distillation/run_kd.py "$TRAIN_CONFIG" "$folder/gen_data.jsonl" "${TRAIN_ARGS[@]}" ;;
+      train_on "$1" "$2" distillation/run_kd.py "$TRAIN_CONFIG" "$folder/gen_data.jsonl" "${exact[@]}" "${TRAIN_ARGS[@]}" ;;
   esac
 }
 

@@ -45,7 +45,7 @@ done
 [[ $manager =~ ^(conda|venv)?$ ]] || die "--manager is conda or venv, not '$manager'"
 [[ $manager != conda ]] || command -v conda >/dev/null || die "--manager conda: no conda on PATH"
 mkdir -p "$BATON_ENVS" || die "--prefix: cannot make the folder $BATON_ENVS"
-BATON_ENVS="$(cd "$BATON_ENVS" && pwd)"
+BATON_ENVS="$(CDPATH='' cd -- "$BATON_ENVS" && pwd)"
 export PYTHONNOUSERSITE=1   # pip of a conda environment would else see, and remove, the user's own packages in ~/.local
 
 # What the environments were made for stays: the login node of a cluster has no GPU, and they are in use on other machines.
@@ -75,6 +75,12 @@ say_what_may_lack() {
 pins() {
   sed -E 's/[[:space:]]*#.*//; /^$/d' "$BATON_ROOT/configs/envs/$1-$device.txt"
 }
+
+# Before any work: without pins every package would count as one too many, and be removed.
+for name in "${wanted[@]}"; do
+  [[ $(pins "$name" 2>/dev/null) == *==* ]] ||
+    die "$BATON_ROOT/configs/envs/$name-$device.txt: cannot be read, or pins no package: take this lock from the project anew"
+done
 
 # Prints what is installed in environment $1 in the same form, without pip and wheel, which no lock pins.
 installed() {

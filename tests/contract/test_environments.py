@@ -100,6 +100,27 @@ def test_a_folder_without_locks_is_said_with_its_path_and_what_to_do(tmp_path):
     assert "choose a --prefix on a file system that has locks" in done.stderr
 
 
+@pytest.mark.parametrize("lock", [None, "# no pin\n"])
+def test_environments_stay_as_they_are_where_a_lock_cannot_be_read_or_is_empty(tmp_path, lock):
+    envs = made_for("cpu", tmp_path / "envs", python=Path("/bin/false"))
+    shutil.copytree(ROOT / "scripts", tmp_path / "clone/scripts")
+    shutil.copytree(ROOT / "configs/envs", tmp_path / "clone/configs/envs")
+    broken = tmp_path / "clone/configs/envs/training-cpu.txt"
+    broken.unlink() if lock is None else broken.write_text(lock)
+    done = run("bash", tmp_path / "clone/scripts/setup_envs.sh", "--device", "cpu", "--prefix", envs)
+    assert done.returncode == 2 and f"{broken}: cannot be read, or pins no package" in done.stderr
+    assert sorted(path.name for path in envs.iterdir()) == ["inference", "training"]
+
+
+def test_scripts_find_their_folders_where_cdpath_is_set(tmp_path):
+    envs = made_for("cpu", tmp_path / "envs", python=Path("/bin/false"))
+    (tmp_path / "elsewhere/envs").mkdir(parents=True)
+    assert shell("CDPATH=$PWD; source scripts/lib.sh; echo $BATON_ROOT").stdout == f"{ROOT}\n"
+    command = f"cd '{tmp_path}' && CDPATH='{tmp_path}/elsewhere' bash '{ROOT}/scripts/setup_envs.sh' --prefix envs"
+    done = run("bash", "-c", f"{command} --device cpu")
+    assert f"both environments are up to date in {envs} (cpu)" in done.stderr, done.stderr
+
+
 # Writes down what `baton.launch chain` would run: of each unit on stdin the GPUs and the words.
 RECORDER = """
 import os, sys
@@ -159,6 +180,38 @@ def test_the_quickstart_runs_on_what_its_environments_are_made_for(tmp_path, dev
             assert "--use_cpu" not in words
         if "generate" in name:
             assert words[words.index("--dtype") + 1] == dtype
+
+
+def ppo(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What `run_ppo.sh` starts from `folder` on a machine of two GPUs, as FOLDER|WORDS: nothing runs."""
+    starts = 'case "$*" in *run_ppo.py*) echo "$PWD|$*" ;; *) exec "$REAL" "$@" ;; esac'
+    path = on_path(folder / "commands", **ANSWERS["gpu"], starts=starts)
+    envs = made_for("cuda", folder / "envs", python=folder / "commands/starts")
+    variables |= {"PATH": path, "REAL": sys.executable, "BATON_ENVS": str(envs), "CUDA_VISIBLE_DEVICES": ""}
+    return run("bash", "-c", f"cd '{folder}' && bash '{ROOT}/scripts/run_ppo.sh' own.yaml --output_dir runs/ppo", **variables)
+
+
+def test_run_ppo_takes_all_paths_relative_to_where_it_is_called(tmp_path):
+    done = ppo(tmp_path, SERVER_GPUS="1")
+    assert done.returncode == 0, done.stderr
+    where, words = done.stdout.strip().split("|")
+    assert where == str(tmp_path) and f"--gpus 1 --accelerate_config {ROOT}/configs/zero2.yaml {ROOT}/ppo/run_ppo.py" in words
+    assert words.endswith("run_ppo.py own.yaml --server_gpus 1 --output_dir runs/ppo")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"GPUS": "two"}, "run_ppo.sh: GPUS is a whole number, not 'two'"),
+        ({"SERVER_GPUS": "-1"}, "run_ppo.sh: SERVER_GPUS is a whole number, not '-1'"),
+        ({"GPUS": "3"}, "run_ppo.sh: GPUS=3, but there are 2 to use"),
+        ({"SERVER_GPUS": "2"}, "run_ppo.sh: SERVER_GPUS=2 of GPUS=2: none is left to train"),
+        ({"ACCELERATE_CONFIG": "zero3.yaml"}, "run_ppo.sh: ACCELERATE_CONFIG=zero3.yaml: no such file"),
+    ],
+)
+def test_run_ppo_refuses_gpus_and_a_file_that_there_are_not(tmp_path, variables, message):
+    done = ppo(tmp_path, **variables)
+    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr, done.stderr
 
 
 def test_one_gpu_without_a_file_for_accelerate_is_one_plain_process():

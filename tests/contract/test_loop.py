@@ -165,13 +165,21 @@ def test_a_recipe_that_an_editor_on_windows_wrote_is_refused_with_the_command_th
     assert recipe.read_bytes() == text
 
 
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("rule.py/run", "because {folder}/rule.py is no folder that you may write to"),
+        ("lr=1e-6,beta=0.1", "{folder}/lr=1e-6,beta=0.1: a comma stands between the files that a program reads"),
+    ],
+)
 @pytest.mark.parametrize("script", ["run_loop.sh", "quickstart.sh", "smollm2.sh"])
-def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_is(folder, script):
+def test_a_run_folder_that_cannot_be_made_or_has_a_comma_is_refused_before_anything_is(folder, script, run, message):
     recipe = written_recipe(folder, "REWARD_MODEL=reward\n")
     flag = () if script == "run_loop.sh" else ("--recipe",)
-    command = ["bash", f"scripts/{script}", *flag, recipe, f"--run_dir={folder}/rule.py/run"]
+    command = ["bash", f"scripts/{script}", *flag, recipe, f"--run_dir={folder}/{run}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and f"because {folder}/rule.py is no folder that you may write to" in done.stderr
+    assert done.returncode == 2 and message.format(folder=folder) in done.stderr
+    assert not (folder / run).exists()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("configs/recipes/*.env")))
@@ -263,7 +271,9 @@ HELDOUT_PROMPTS={folder}/heldout.jsonl
     ],
 )
 def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data):
-    config = {"kto": "configs/kto.yaml", "distillation": "configs/kd.yaml"}.get(trainer, "configs/sft.yaml")
+    (folder / "own.yaml").write_text("export_dtype: checkpoint\n")
+    configs = {"kto": "configs/kto.yaml", "distillation": "configs/kd.yaml", "conditional_sft": folder / "own.yaml"}
+    config = configs.get(trainer, "configs/sft.yaml")
     teacher = f"--teacher_model {folder}/policy " if trainer == "distillation" else ""
     settings = f"TRAIN_CONFIG={config}\nTRAIN_ARGS=({teacher}--learning_rate 1e-6)\nREWARD_MODEL={folder}/reward\nROUNDS=2\n"
     levels = "LEVELS=(poor fair 'very good')\n" if trainer == "conditional_sft" else ""
@@ -277,6 +287,7 @@ def test_other_trainers_take_the_rounds_responses(folder, trainer, program, data
     asks = [name for name, words in lines.items() if "--prompt_prefix 'very good '" in words]
     assert asks == (["round2-generate"] if trainer == "conditional_sft" else [])
     assert ("round2-rewards" in lines) == (trainer != "distillation")
+    assert ("--export_dtype float32 " in line) == (trainer in ("raft", "distillation"))  # unless the configuration has one
     if trainer in ("raft", "conditional_sft"):
         processor = "rs" if trainer == "raft" else "ca --levels poor fair 'very good'"
         assert f"--post_processor {processor}" in lines["round2-demonstrations"]

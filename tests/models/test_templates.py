@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -20,6 +21,7 @@ from baton.models.templates import (
     response_token_ids,
     sampled_or_tokenised,
 )
+from tests.programs import ROOT
 
 TEXT = [
     "A warm film, and a lovely story at sea.",
@@ -197,6 +199,21 @@ def test_a_response_is_tokenised_as_it_stands_after_its_prompt(tokenizer):
 
 
 CHATML_TEXT = "<|im_start|>user\nA film?<|im_end|>\n<|im_start|>assistant\nA warm film.<|im_end|>"
+
+
+def test_the_template_that_sft_yaml_names_writes_the_format_of_llama_3():
+    path = ROOT / yaml.safe_load((ROOT / "configs/sft.yaml").read_text())["chat_template"]
+    own = chat(Tokenizer.from_str(KINDS["tiktoken"].backend_tokenizer.to_str()), path.read_text(), "<|eot_id|>")
+    turns = [{"role": "system", "content": "Be brief."}, *PROMPT, {"role": "assistant", "content": " A sea.\n"}]
+    answered = (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nA film?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA sea.<|eot_id|>"
+    )
+    assert own.apply_chat_template(turns, tokenize=False) == answered
+    asked = answered.removesuffix("A sea.<|eot_id|>")
+    assert own.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True) == asked
+    assert end_token_id(own, turns, "here") == id_of(own, "<|eot_id|>")
 
 
 def test_a_template_that_hides_the_response_is_refused():

@@ -3,9 +3,11 @@
 import copy
 import logging
 import math
+import re
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, TrainerState
@@ -15,7 +17,7 @@ from baton.errors import InputError
 from baton.models.trees import distinct_tokens
 from baton.training.adapters import LoraArguments, adapter_config
 from baton.training.checks import check_precision
-from baton.training.memory import Sharding, check_memory, estimate, gib, largest_batch, outline, sharding_of
+from baton.training.memory import Sharding, check_memory, count_weights, estimate, gib, largest_batch, outline, sharding_of
 from baton.training.metrics import WarnOfTrouble, forward_flops, peak_flops_of, weights_of
 from baton.training.progress import ProgressLines
 from baton.training.reference import reference_logps
@@ -23,6 +25,7 @@ from dpo_iteration import run_kto
 from dpo_iteration.checks import check_count, check_training
 from dpo_iteration.kto import check_memory_of
 from dpo_iteration.run_dpo import Arguments
+from tests.programs import ROOT
 from tests.training.test_dpo_core import model_of, pairs_of, random_pairs, tokenizer, trainer_of, with_reference
 
 __all__ = ["tokenizer"]  # a fixture
@@ -175,6 +178,20 @@ def test_a_reward_model_has_outputs_in_place_of_a_vocabulary(llama_8b):
     config = config_of(bf16=True, model_init_kwargs={"dtype": "bfloat16"})
     needs = estimate(outline(llama_8b, adapter, 1), config, Sharding(), 4096, in_4_bit=True)
     assert needs["weights"] / 1e9 == pytest.approx(6.0 - 1.05, abs=0.1)  # without the head's 0.53 billion in bfloat16
+
+
+def test_the_layout_that_ppo_yaml_names_fits_on_gpus_of_80_gb(llama_8b):
+    """By the same sum as `learner_of`'s, with a tenth to spare for what no estimate counts."""
+    text = (ROOT / "configs/ppo.yaml").read_text()
+    servers, launcher = re.search(r"SERVER_GPUS=(\d) ACCELERATE_CONFIG=(\S+) ", text).groups()
+    stage = yaml.safe_load((ROOT / launcher).read_text())["deepspeed_config"]["zero_stage"]
+    settings = yaml.safe_load(text)
+    assert settings["num_servers"] == int(servers)
+    sharding, config = Sharding(8 - int(servers), stage, deepspeed=True), config_of(bf16=True)
+    actor = estimate(outline(llama_8b), config, sharding, settings["tokens_per_row"], reference=True)
+    critic = estimate(outline(llama_8b, None, 1), config, sharding, tokens=1)
+    reward_server = 2 * count_weights(outline(llama_8b, None, 1), trained=True)
+    assert sum(actor.values()) + sum(critic.values()) + reward_server < 0.9 * 80e9
 
 
 def test_the_largest_batch_is_that_of_the_longest_pair():
