@@ -215,7 +215,7 @@ run_round() {
 
 # Samples, scores and trains in stages that hand each other files: round_of_stages ROUND POLICY PROMPTS REFERENCE
 round_of_stages() {
-  local folder=$run_dir/round$1 window how=(rs) exact=(--export_dtype float32)
+  local folder=$run_dir/round$1 window how=(rs)
   # Windows of one prompt set follow each other in one shuffle of it, so its seed is the same in all rounds.
   window=(--data_seed "$SEED" --rollout_batch_size "$ROLLOUT_BATCH_SIZE" --iter "$(($1 - 1))")
   [[ -n $ROLLOUT_BATCH_SIZE ]] || window=()
@@ -226,9 +226,6 @@ round_of_stages() {
       --output_dir "$folder/data_with_rewards.jsonl" --scorer "${scorers[@]}" --weights "${weights[@]}" "${REWARD_ARGS[@]}"
   score_heldout "$(($1 - 1))"
 
-  # The next round starts from all bits, as configs/training.yaml and kto.yaml say themselves: bfloat16 would round most of a
-  # small update away.
-  ! grep -Eqs "^[\"']?export_dtype" "$TRAIN_CONFIG" || exact=()
   case $TRAINER in
     dpo)
       train_on "$1" "$2" dpo_iteration/run_dpo.py "$DPO_CONFIG" "$folder/data_with_rewards.jsonl" --ref_model "$4" \
@@ -264,7 +261,7 @@ online_round() {
     --scorer "${scorers[@]}" --weights "${weights[@]}" --reward_args="${reward_words% }" \
     ${DATASET_KEY:+--dataset_key "$DATASET_KEY"} ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} \
     --metrics_path "$folder/metrics.jsonl" --output_dir "$folder/policy" --seed "$((SEED + $1))" \
-    "${of_servers[@]}" "${template_args[@]}" "${TRAIN_ARGS[@]}"
+    "${of_servers[@]}" "${template_args[@]}" "${exact[@]}" "${TRAIN_ARGS[@]}"
 }
 
 # Mixes the reference of round $1: ALPHA of its starting policy $2 and the rest of the reference before it, $3.
@@ -307,6 +304,10 @@ relay() {
 # All stages see one chat template.
 template_args=()
 [[ -z $CHAT_TEMPLATE ]] || template_args=(--chat_template "$CHAT_TEMPLATE")
+# The next round starts from all bits, as configs/training.yaml and kto.yaml say themselves: bfloat16 would round most of a
+# small update away.
+exact=(--export_dtype float32)
+! grep -Eqs "^[\"']?export_dtype" "$TRAIN_CONFIG" || exact=()
 # The reward is the weighted sum of the scorers'. In evaluation the EVAL_SCORERS score too, with weight 0: `rewards_by` has them.
 scorers=("${SCORERS[@]}")
 ((${#scorers[@]})) || scorers=("bt:$REWARD_MODEL")

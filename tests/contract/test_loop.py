@@ -255,7 +255,7 @@ HELDOUT_PROMPTS={folder}/heldout.jsonl
     assert len([name for name in lines if name.startswith("evaluate")]) == 9
     line = lines["round2-train"]
     assert f"{program} {folder}/online.yaml --model_name_or_path {folder}/run/round1/policy" in line
-    assert f"--scorer bt:{folder}/reward --weights 1 " in line
+    assert f"--scorer bt:{folder}/reward --weights 1 " in line and "--export_dtype float32 " in line
     (text,) = (word for word in shlex.split(line) if word.startswith("--reward_args="))
     assert shlex.split(text.partition("=")[2]) == ["--dtype", "float32", "--rubric", f"{folder}/my rubric.txt"]
     assert "--K 4" in line and line.endswith("--learning_rate 1e-6")
