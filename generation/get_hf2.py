@@ -90,7 +90,9 @@ def main() -> None:
 
 
 def named_shard(words: list[str]) -> tuple[Path, int]:
-    """Prefix and index of the shard that a command line names, even if its other words are refused."""
+    """Prefix and index of the shard that a command line would make, even if its other words are refused; none for `--check`."""
+    if "--check" in words:
+        return Path(), 0
     parser = new_parser("get_hf2.py", "")
     parser.add_argument("--output_dir", default="")
     parser.add_argument("--local_index", default="0")

@@ -21,6 +21,7 @@ from baton.errors import InputError, UnitFailed
 from baton.launch import chain, gpus, plan
 from baton.launch.unit import Unit
 from baton.launch.words import new_parser, parse_known, positive
+from baton.shards import forget_refusals
 from generation import merge_data
 
 log = logging.getLogger("baton")
@@ -35,6 +36,7 @@ class Sampling:
     shards: list[Unit]
     merge: list[str]  # the words of merge_data.py
     merged: str  # the file that it makes
+    prefix: Path  # the beginning of the shards' names
 
 
 def main() -> None:
@@ -53,6 +55,7 @@ def main() -> None:
             if not all(plan.is_complete(unit.program) for unit in own.shards):
                 raise
             log.warning("what follows is tried again in its own turn: %s", failure)
+    forget_refusals(own.prefix)  # of earlier calls: the shards are those of this one
     with ahead.command_line(own.merge):
         merge_data.main()
 
@@ -101,7 +104,7 @@ def sampling_of(words: list[str]) -> Sampling:
     ]
     merge = ["--base_path", output, "--output_dir", f"{output}.jsonl", "--num_datasets", str(shards)]
     merge += ["--overwrite", arguments.overwrite] if arguments.overwrite else []
-    return Sampling(units, [str(FOLDER / "merge_data.py"), *merge], f"{output}.jsonl")
+    return Sampling(units, [str(FOLDER / "merge_data.py"), *merge], f"{output}.jsonl", Path(output))
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:

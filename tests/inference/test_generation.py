@@ -260,6 +260,36 @@ def test_a_second_iteration_with_the_same_paths_is_not_merged_into_the_first_one
     assert read(tmp_path / "gen_data.json")[0]["prompt"][0]["content"] == PROMPTS[4]
 
 
+def finished_sampling(policy: Path, folder: Path) -> list[object]:
+    """The call of a sampling that is finished but not merged, made without an engine: a response to each of two prompts."""
+    from baton import shards
+    from generation.arguments import prompt_inputs
+    from generation.get_hf2 import Arguments
+
+    prompts, prefix = write(folder / "prompts.jsonl", PROMPTS[:2]), folder / "gen_data"
+    flags = {"model_name_or_path": str(policy), "dataset_name_or_path": str(prompts), "output_dir": str(prefix)}
+    flags |= {"K": 1, "backend": "hf", "min_new_tokens": 8, "max_new_tokens": 8}
+    arguments = Arguments(**flags)
+    stage = shards.begin("generate", arguments, prefix, 0, 1, {**prompt_inputs(arguments), "model": policy})
+    write_jsonl(stage.assembled, [{"prompt": prompt, "responses": ["a joy"]} for prompt in PROMPTS[:2]])
+    stage.finish(records_in=2, records_out=2, prompts=2, tokens=4)
+    return ["generation/run_shards.py", *(word for flag, value in flags.items() for word in (f"--{flag}", value))]
+
+
+def test_a_mistyped_call_or_check_does_not_lock_a_finished_sampling(policy, tmp_path):
+    call, refused = finished_sampling(policy, tmp_path), tmp_path / "gen_data0.jsonl.refused"
+    mistyped = [*call, "--temperatur", "0.5"]
+    assert run_program(*mistyped, "--check").returncode == 2
+    assert not refused.exists()
+    assert run_program(*mistyped).returncode == 2
+    assert refused.exists()
+    assert "up to date" in succeed(*call, "--check").stderr
+    assert refused.exists()  # looking changes nothing
+    succeed(*call)
+    assert [record["responses"] for record in read(tmp_path / "gen_data.jsonl")] == [["a joy"]] * 2
+    assert not refused.exists()
+
+
 def test_a_forked_engine_process_dies_with_its_program(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(
