@@ -290,6 +290,13 @@ def test_a_mistyped_call_or_check_does_not_lock_a_finished_sampling(policy, tmp_
     assert not refused.exists()
 
 
+def test_overwriting_samples_and_merges_what_is_finished_afresh(policy, tmp_path):
+    call = finished_sampling(policy, tmp_path)
+    succeed(*call)
+    succeed(*call, "--overwrite")
+    assert [len(ids) for record in read(tmp_path / "gen_data.jsonl") for ids in record["response_token_ids"]] == [8, 8]
+
+
 def test_a_forked_engine_process_dies_with_its_program(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(
