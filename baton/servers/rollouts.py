@@ -13,11 +13,12 @@ import httpx
 import xxhash
 
 from baton.errors import FailuresListed, InputError
+from baton.sampling import SWITCHED_OFF
 from baton.servers.addresses import Refused, Transient
 from baton.servers.answers import choices, sampled_logps
 from baton.servers.pool import PER_SERVER, Servers, base_url
 
-DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, **SWITCHED_OFF}
 
 
 class Sampled(NamedTuple):

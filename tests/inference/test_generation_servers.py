@@ -7,13 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
+from baton.errors import InputError
 from baton.launch.processes import identify, is_alive
 from tests.environments import made_for
 from tests.inference.misbehaving_server import MisbehavingServer
@@ -359,6 +362,55 @@ def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
     result = run(command, env=os.environ | environment | {"BATON_SERVERS": str(tmp_path)})
     assert result.returncode == 2
     assert "2 servers of 2 GPUs each, but there are 3 GPUs" in result.stderr
+
+
+class Recording(BaseHTTPRequestHandler):
+    """A server that says it is vLLM, notes the path and body of each request, and refuses it."""
+
+    def do_GET(self):
+        self.say(200, {"data": [{"id": "model", "owned_by": "vllm", "max_model_len": 99}]})
+
+    def do_POST(self):
+        self.server.requests.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.say(400, {"error": {"message": "noted"}})
+
+    def say(self, status, content):
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        """Say nothing on the test's terminal."""
+
+
+def test_no_sampling_setting_of_the_models_own_acts_on_any_request(tmp_path):
+    """What vLLM itself makes of the requests of all three clients, with a model's settings and without."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    from baton.servers.rollouts import Rollouts
+    from generation.arguments import SamplingArguments
+    from generation.chat_models import ServedModel
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recording) as server:
+        server.daemon_threads, server.requests = True, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert run_program(*gen_hf(write(tmp_path, 1), "--url", url, "--K", 1)).returncode == 3
+        with pytest.raises(InputError, match="noted"):
+            list(ServedModel(f"{url}/v1", None, SamplingArguments(), None).answer([{"role": "user", "content": "a"}], 0))
+        with Rollouts([url], None) as rollouts, pytest.raises(InputError, match="noted"):
+            list(rollouts.sample([[1]], 1, {"max_tokens": 8}, [0]))
+        server.shutdown()
+    assert len(server.requests) == 3
+    own = {"temperature": 0.1, "top_p": 0.1, "top_k": 1, "min_p": 0.9}
+    own |= {f"{name}_penalty": 1.5 for name in ("repetition", "presence", "frequency")}
+    for path, body in server.requests:
+        request = (ChatCompletionRequest if "chat" in path else CompletionRequest)(**body)
+        assert own.keys() == request._DEFAULT_SAMPLING_PARAMS.keys()
+        assert request.to_sampling_params(8, own) == request.to_sampling_params(8, {})
 
 
 @pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "odd", "hang"])
