@@ -78,6 +78,8 @@ def main() -> None:
         raise InputError("which servers? give --ports 8000 8001 … or --url http://host:8000/v1 …")
     if not all(0 < port < 65536 for port in arguments.ports):
         raise InputError(f"--ports {arguments.ports}: a port is a number from 1 to 65535")
+    if arguments.chat_template and not arguments.tokenizer:
+        raise InputError("--chat_template: without --tokenizer a server applies its own; give both, or start it with this one")
     processes.check_not_refused(arguments.ports)
     if not arguments.tokenizer and not arguments.model:
         log.warning("give --tokenizer or --model: without both, the answers of another model count as the same task")

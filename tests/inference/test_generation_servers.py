@@ -490,6 +490,7 @@ def test_an_api_key_is_sent_and_its_refusal_is_an_error_that_keeps_it_secret(tmp
         (["--url", "ftp://host"], "--url ftp://host: expected an address"),
         (["--ports", "1"], "no server answers at http://127.0.0.1:1/v1"),
         (["--ports", "1", "--tokenizer", "./nowhere"], "./nowhere: no such folder"),
+        (["--ports", "1", "--chat_template", __file__], "--chat_template: without --tokenizer a server applies its own"),
         (["--ports", "1", "--max_workers", "0"], "`max_workers`"),
         (["--ports", "1", "--timeout", "0"], "`timeout`"),
     ],
