@@ -413,7 +413,7 @@ def test_no_sampling_setting_of_the_models_own_acts_on_any_request(tmp_path):
         assert request.to_sampling_params(8, own) == request.to_sampling_params(8, {})
 
 
-@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "odd", "hang"])
+@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "odd", "abort", "hang"])
 def test_trouble_that_passes_is_tried_again_until_every_prompt_is_there(tmp_path, trouble):
     times = 1 if trouble == "hang" else 3
     with MisbehavingServer(script=(trouble,) * times) as server:
