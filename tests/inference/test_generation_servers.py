@@ -18,6 +18,7 @@ import pytest
 
 from baton.errors import InputError
 from baton.launch.processes import identify, is_alive
+from baton.servers import processes
 from tests.environments import made_for
 from tests.inference.misbehaving_server import MisbehavingServer
 from tests.inference.tiny_policy import make_tiny_policy
@@ -354,6 +355,44 @@ def test_where_one_port_is_taken_no_server_is_started(tmp_path):
     assert result.returncode == 2
     assert f"port {port} is taken by a server that was not started here" in result.stderr
     assert started == "stopped: none\n"
+
+
+HEALTHY = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+BaseHTTPRequestHandler.do_GET = lambda self: (self.send_response(200), self.end_headers())
+HTTPServer(("127.0.0.1", int(sys.argv[-1])), BaseHTTPRequestHandler).serve_forever()
+"""
+
+
+def test_a_server_with_other_options_or_of_files_that_have_changed_is_not_taken_for_the_wanted_one(tmp_path, monkeypatch):
+    (tmp_path / "serves.py").write_text(HEALTHY)
+    monkeypatch.setattr(processes, "VLLM", (str(tmp_path / "serves.py"),))
+    monkeypatch.setenv("BATON_SERVERS", str(tmp_path / "servers"))
+    model, place = tmp_path / "model", processes.Place("127.0.0.1", two_free_ports()[0])
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+
+    def started(*options: str) -> list[int]:
+        return processes.start_missing([place], str(model), options, 0, {})
+
+    try:
+        assert started("--dtype", "float32") == [place.port]
+        list(processes.wait_until_ready([place.port], [place.port], 60))
+        assert started("--dtype", "float32") == []
+        refused = f"already serves {model} with the options --dtype float32, not --dtype float16; `register_server.sh --stop`"
+        with pytest.raises(InputError, match=refused):
+            started("--dtype", "float16")
+        with pytest.raises(InputError, match=refused):  # of a client
+            processes.check_not_refused([place.port])
+        assert started("--dtype", "float32") == []
+        (model / "model.safetensors").write_text("trained anew")
+        with pytest.raises(InputError, match=f"already serves {model} as it was before its files changed"):
+            started("--dtype", "float32")
+    finally:
+        processes.stop(processes.known())
+    assert started("--dtype", "float32") == [place.port]
+    processes.stop(processes.known())
 
 
 def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
