@@ -20,6 +20,7 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.words import new_parser, parse_known
+from baton.models.templates import load_tokenizer
 from baton.openrlhf import own_names
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
@@ -113,8 +114,9 @@ def checked_inputs(arguments: Arguments) -> dict[str, str | Path]:
 def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, drops: Drops) -> int:
     """Sample responses to the unfinished prompts, each on disk once it is finished; returns the tokens."""
     shard = arguments.local_index, arguments.my_world_size
-    check_hub(arguments.model_name_or_path)
-    tokenizer = sampling.tokenizer_of(arguments.model_name_or_path, arguments.chat_template)
+    model, trusts = arguments.model_name_or_path, arguments.trust_remote_code
+    check_hub(model)
+    tokenizer = load_tokenizer(model, arguments.chat_template, trust_remote_code=trusts)
     sampling.check_tokenizer(tokenizer, arguments, prompts, shard)
     if arguments.backend == "hf":
         from generation import transformers_engine

@@ -689,7 +689,7 @@ def test_with_transformers_a_long_prompt_does_not_cut_off_the_responses_to_its_n
 
 
 def test_what_a_model_needs_beyond_the_defaults_is_refused_unless_it_is_requested(policy, tmp_path):
-    model, ran = tmp_path / "model", tmp_path / "ran"
+    model, ran, tokenized = tmp_path / "model", tmp_path / "ran", tmp_path / "tokenized"
     shutil.copytree(policy, model)
     config = json.loads((model / "config.json").read_text())
     config |= {
@@ -705,6 +705,15 @@ def test_what_a_model_needs_beyond_the_defaults_is_refused_unless_it_is_requeste
         "class C(LlamaConfig):\n    model_type = 'own'\n"
         "class Own(LlamaForCausalLM):\n    config_class = C\n"
     )
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [None, "words.Words"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "words.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(tokenized)!r}).touch()\n"
+        "class Words(PreTrainedTokenizerFast):\n    pass\n"
+    )
     flags = {"dataset_name_or_path": write(tmp_path / "prompts.jsonl", PROMPTS[:2]), "output_dir": tmp_path / "gen", "K": 1}
     flags |= {"max_new_tokens": 4, "dtype": "float32"}
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -718,11 +727,17 @@ def test_what_a_model_needs_beyond_the_defaults_is_refused_unless_it_is_requeste
         refused = run_program(*program("get_hf2.py", *words, model_name_or_path=model_, **flags), env=env)
         assert refused.returncode == 2
         assert message in refused.stderr and "Traceback" not in refused.stderr
-    assert not ran.exists()
+    chat = ["generation/chat.py", model, "--backend", "hf", "--dtype", "float32"]
+    assert "its tokenizer cannot be loaded" in run_program(*chat, env=env).stderr
+    assert not ran.exists() and not tokenized.exists()
     words = ["--backend", "hf", "--trust_remote_code"]
     done = run_program(*program("get_hf2.py", *words, model_name_or_path=model, **flags), env=env)
     assert done.returncode == 0, done.stderr
-    assert ran.exists()
+    assert ran.exists() and tokenized.exists()
+    tokenized.unlink()
+    done = run_program(*chat, "--trust_remote_code", env=env)  # with nothing asked
+    assert done.returncode == 0, done.stderr
+    assert tokenized.exists()
 
 
 def test_the_best_of_n_responses_is_written_and_the_others_are_counted(policy, tmp_path):
