@@ -21,7 +21,7 @@ class CustomModel:
     def __init__(self, path: str, device: torch.device, settings: loading.Settings):
         from transformers import AutoModelForSequenceClassification
 
-        self.tokenizer = load_tokenizer(path, settings.chat_template)
+        self.tokenizer = load_tokenizer(path, settings.chat_template, trust_remote_code=True)
         model = loading.load(AutoModelForSequenceClassification, path, settings.dtype, trust_remote_code=True)
         self.model = loading.moved(model, device, settings.dtype)
         self.limits = limits(self.model, device, settings)

@@ -54,6 +54,11 @@ def will_be_made(source: str | Path) -> bool:
     return _is_in(OUTLOOK.to_make, source)
 
 
+def is_up_to_date(source: str | Path) -> bool:
+    """Whether a program that was looked at would find `source` made already."""
+    return OUTLOOK.planned.get(Path(source).resolve(), "").startswith(UP_TO_DATE)
+
+
 def is_refused(source: str | Path) -> bool:
     """Whether the program that would make `source`, or the folder that it is in, refuses to, or waits for one that does."""
     return _is_in(OUTLOOK.refused, source)

@@ -98,6 +98,7 @@ class PromptSet:
         for position, (where, record) in zip(span, records, strict=True):
             messages, _ = self._messages(record, where)
             numbered_record = {**record, "id": self.id(position), "prompt": messages}
+            numbered_record.pop("prompt_prefix", None)  # of an earlier sampling
             if self.prefix:
                 numbered_record["prompt_prefix"] = self.prefix
             yield position, where, numbered_record, with_prefix(messages, self.prefix, where)

@@ -13,6 +13,10 @@ NEUTRAL = (
     ("min_new_tokens", "min-new-tokens", lambda value: value <= 0),
 )
 
+# What else changes the distribution, switched off. Where a request leaves one out, vLLM takes the model's own, of its
+# generation_config.json.
+SWITCHED_OFF = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
 
 def changes(settings: Mapping[str, Any]) -> list[str]:
     """The settings that change the distribution, such as `temperature 0.7`; none where the policy itself was sampled."""

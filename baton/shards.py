@@ -239,6 +239,12 @@ def refused_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".refused")
 
 
+def forget_refusals(prefix: Path) -> None:
+    """Delete the word of refusals beside the finished shards at `prefix`: for a program that found them to be its task's."""
+    for index in shard_manifests(prefix):
+        refused_path(shard_path(prefix, index)).unlink(missing_ok=True)
+
+
 @contextmanager
 def noting_refusal(prefix: Path, index: int) -> Iterator[None]:
     """Context in which an InputError leaves word of it beside a finished shard, so that this is not merged as the new one."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from baton.errors import FailuresListed, InputError
 from baton.records import with_prefix
-from baton.sampling import words
+from baton.sampling import SWITCHED_OFF, words
 from baton.servers.addresses import Refused, Transient
 from baton.servers.answers import choices, sampled_logps
 from baton.servers.pool import Servers
@@ -60,8 +60,7 @@ def _sampling(service: Service, task: Task, arguments: GenerationArguments) -> d
     if (seed := prompt_seed(arguments, task.record)) is not None:
         body["seed"] = seed
     if service.engine == "vllm":
-        # The defaults in a model's generation_config.json are not those of this run.
-        body |= {"top_k": arguments.top_k, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+        body |= {"top_k": arguments.top_k, **SWITCHED_OFF, "return_token_ids": True}
         if service.context and task.token_ids:
             body["max_tokens"] = min(arguments.max_new_tokens, service.context - len(task.token_ids))
         if arguments.eos_ids:

@@ -9,14 +9,15 @@ from collections.abc import Generator
 from typing import Any
 
 from baton.errors import InputError
-from baton.models.templates import prompt_token_ids, template_hash
+from baton.models.templates import load_tokenizer, prompt_token_ids, template_hash
 from baton.program import harmless
 from baton.records import Messages
+from baton.sampling import SWITCHED_OFF
 from baton.servers.addresses import error_text, proxy_settings
 from baton.sources import check_hub, check_model_path
 from generation import engine, get_hf2
 from generation.arguments import SamplingArguments
-from generation.sampling import Completion, Task, tokenizer_of
+from generation.sampling import Completion, Task
 
 Pieces = Generator[str | Completion]
 
@@ -38,7 +39,7 @@ class LocalModel:
         self.name, self.arguments, self.sampler = arguments.model_name_or_path, arguments, None
         check_model_path(self.name)
         check_hub(self.name)
-        self.tokenizer = tokenizer_of(self.name, arguments.chat_template)
+        self.tokenizer = load_tokenizer(self.name, arguments.chat_template, trust_remote_code=arguments.trust_remote_code)
         self.template = template_hash(self.tokenizer)
         if strange := [id_ for id_ in arguments.eos_ids if not 0 <= id_ < len(self.tokenizer)]:
             raise InputError(f"--eos_ids {strange[0]}: no token of {self.name}, which has {len(self.tokenizer)}")
@@ -113,8 +114,7 @@ class ServedModel:
         body |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "max_tokens": arguments.max_new_tokens}
         body |= {"stop": arguments.stop} if arguments.stop else {}
         if self.is_vllm:
-            # The defaults in a model's generation_config.json are not those that were asked for.
-            body |= {"top_k": arguments.top_k, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+            body |= {"top_k": arguments.top_k, **SWITCHED_OFF, "return_token_ids": True}
             body |= {"stop_token_ids": arguments.eos_ids} if arguments.eos_ids else {}
             body |= {"min_tokens": arguments.min_new_tokens} if arguments.min_new_tokens else {}
         return body

@@ -218,6 +218,9 @@ def _new_engine(settings: dict[str, Any]) -> Any:
     try:
         if current_platform.is_cpu():
             options["kv_cache_memory_bytes"] = _cache_bytes_on_cpu(settings)
+            if "max_num_batched_tokens" not in settings:  # which may be too few for a whole prompt
+                # vLLM 0.32 dies on a CPU of a prompt that is computed in parts whose request has a seed.
+                options["enable_chunked_prefill"] = False
         return LLM(worker_extension_cls=f"{__name__}.{Seeding.__name__}", **options)
     except ValueError as error:
         raise InputError(f"{settings['model']}: vLLM refuses these settings: {error}") from None

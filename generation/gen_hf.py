@@ -24,6 +24,7 @@ from baton import program
 from baton.arguments import option, parse
 from baton.drops import Drops
 from baton.errors import FailuresListed, InputError
+from baton.models.templates import load_tokenizer
 from baton.partial import PartialRecords
 from baton.progress import Progress
 from baton.prompts import PromptSet
@@ -78,6 +79,8 @@ def main() -> None:
         raise InputError("which servers? give --ports 8000 8001 … or --url http://host:8000/v1 …")
     if not all(0 < port < 65536 for port in arguments.ports):
         raise InputError(f"--ports {arguments.ports}: a port is a number from 1 to 65535")
+    if arguments.chat_template and not arguments.tokenizer:
+        raise InputError("--chat_template: without --tokenizer a server applies its own; give both, or start it with this one")
     processes.check_not_refused(arguments.ports)
     if not arguments.tokenizer and not arguments.model:
         log.warning("give --tokenizer or --model: without both, the answers of another model count as the same task")
@@ -92,11 +95,12 @@ def sample(
     servers: AbstractContextManager[list[str]],
     model: str | None = None,
     key: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """The stage: responses of the servers, whose URLs the context gives, to all prompts.
 
-    `policy` is the model whose tokenizer makes the prompts' token ids; None sends messages. The context is entered only where
-    there is something to sample.
+    `policy` is the model whose tokenizer makes the prompts' token ids, by code of its own with `trust_remote_code`; None sends
+    messages. The context is entered only where there is something to sample.
     """
     check(arguments)
     inputs = prompt_inputs(arguments)
@@ -114,10 +118,10 @@ def sample(
     tokens = sum(sampling.count_tokens(record) for _, record in partial.records())
     facts: dict[str, Any] = {}
     if partial.done < len(prompts):
+        tokenizer = None
         if policy:
             check_hub(policy, weights=False)
-        tokenizer = sampling.tokenizer_of(policy, arguments.chat_template) if policy else None
-        if tokenizer:
+            tokenizer = load_tokenizer(policy, arguments.chat_template, trust_remote_code=trust_remote_code)
             sampling.check_tokenizer(tokenizer, arguments, prompts, (0, 1))
         with servers as urls:
             pool = Servers(urls, key, arguments.timeout, arguments.max_retries, arguments.patience)

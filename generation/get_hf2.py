@@ -20,6 +20,7 @@ from baton.drops import Drops
 from baton.errors import InputError
 from baton.launch import gpus
 from baton.launch.words import new_parser, parse_known
+from baton.models.templates import load_tokenizer
 from baton.openrlhf import own_names
 from baton.partial import PartialRecords, shard_range
 from baton.prompts import PromptSet
@@ -90,7 +91,9 @@ def main() -> None:
 
 
 def named_shard(words: list[str]) -> tuple[Path, int]:
-    """Prefix and index of the shard that a command line names, even if its other words are refused."""
+    """Prefix and index of the shard that a command line would make, even if its other words are refused; none for `--check`."""
+    if "--check" in words:
+        return Path(), 0
     parser = new_parser("get_hf2.py", "")
     parser.add_argument("--output_dir", default="")
     parser.add_argument("--local_index", default="0")
@@ -111,8 +114,9 @@ def checked_inputs(arguments: Arguments) -> dict[str, str | Path]:
 def generate(arguments: Arguments, prompts: PromptSet, partial: PartialRecords, drops: Drops) -> int:
     """Sample responses to the unfinished prompts, each on disk once it is finished; returns the tokens."""
     shard = arguments.local_index, arguments.my_world_size
-    check_hub(arguments.model_name_or_path)
-    tokenizer = sampling.tokenizer_of(arguments.model_name_or_path, arguments.chat_template)
+    model, trusts = arguments.model_name_or_path, arguments.trust_remote_code
+    check_hub(model)
+    tokenizer = load_tokenizer(model, arguments.chat_template, trust_remote_code=trusts)
     sampling.check_tokenizer(tokenizer, arguments, prompts, shard)
     if arguments.backend == "hf":
         from generation import transformers_engine

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from baton import program
-from baton.ahead import will_be_made
+from baton.ahead import is_up_to_date, will_be_made
 from baton.arguments import StageArguments, option, parse
 from baton.drops import Drops
 from baton.errors import InputError
@@ -67,7 +67,7 @@ def number_of_shards(base: str, requested: int) -> int:
 def check_there(base: str, shard: Path) -> None:
     """Raise InputError if a shard is missing or unfinished, or if the last program that was to make it refused to."""
     refused = refused_path(shard)
-    if refused.exists():
+    if refused.exists() and not is_up_to_date(shard):  # else its program would delete the word of an earlier one
         raise InputError(
             f"{shard}: is of an earlier task: the last program for this shard refused to replace it: "
             f"{refused.read_text(encoding='utf-8').strip()}"

@@ -3,7 +3,8 @@
     bash generation/register_server.sh MODEL [options] [-- options of vLLM]
     bash generation/register_server.sh --status | --stop
 
-A second call with the same model finds the servers running. Logs and pid files are in .servers/HOST/, or $BATON_SERVERS.
+A second call with the same model and options finds the servers running. Logs and pid files are in .servers/HOST/, or
+$BATON_SERVERS.
 """
 
 import argparse

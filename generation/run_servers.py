@@ -58,8 +58,9 @@ def main() -> None:
 
 def sample_set(arguments: Arguments, servers: Running) -> None:
     """The stage for one prompt set."""
-    check_model_path(arguments.model_name_or_path)
-    sample(arguments, Path(f"{arguments.output_dir}.jsonl"), arguments.model_name_or_path, servers)
+    policy, trusts = arguments.model_name_or_path, arguments.trust_remote_code
+    check_model_path(policy)
+    sample(arguments, Path(f"{arguments.output_dir}.jsonl"), policy, servers, trust_remote_code=trusts)
 
 
 @dataclass(frozen=True)

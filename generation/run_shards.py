@@ -21,6 +21,7 @@ from baton.errors import InputError, UnitFailed
 from baton.launch import chain, gpus, plan
 from baton.launch.unit import Unit
 from baton.launch.words import new_parser, parse_known, positive
+from baton.shards import forget_refusals
 from generation import merge_data
 
 log = logging.getLogger("baton")
@@ -35,6 +36,8 @@ class Sampling:
     shards: list[Unit]
     merge: list[str]  # the words of merge_data.py
     merged: str  # the file that it makes
+    prefix: Path  # the beginning of the shards' names
+    overwrites: bool
 
 
 def main() -> None:
@@ -44,15 +47,16 @@ def main() -> None:
             ahead.look(unit.program)
         ahead.look(own.merge)
         return
-    if not all(plan.is_complete(unit.program) for unit in own.shards):
+    if own.overwrites or not all(plan.is_complete(unit.program) for unit in own.shards):
         # What follows in the same process is sampled now too: of the same model, one engine then serves both.
         following = following_sets(own)
         try:
             launch.run_chains(list(zip(own.shards, *(each.shards for each in following), strict=True)))
         except UnitFailed as failure:
-            if not all(plan.is_complete(unit.program) for unit in own.shards):
+            if own.overwrites or not all(plan.is_complete(unit.program) for unit in own.shards):
                 raise
             log.warning("what follows is tried again in its own turn: %s", failure)
+    forget_refusals(own.prefix)  # of earlier calls: the shards are those of this one
     with ahead.command_line(own.merge):
         merge_data.main()
 
@@ -101,7 +105,8 @@ def sampling_of(words: list[str]) -> Sampling:
     ]
     merge = ["--base_path", output, "--output_dir", f"{output}.jsonl", "--num_datasets", str(shards)]
     merge += ["--overwrite", arguments.overwrite] if arguments.overwrite else []
-    return Sampling(units, [str(FOLDER / "merge_data.py"), *merge], f"{output}.jsonl")
+    merge = [str(FOLDER / "merge_data.py"), *merge]
+    return Sampling(units, merge, f"{output}.jsonl", Path(output), overwrites=arguments.overwrite is not None)
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from baton.drops import Drops
 from baton.errors import InputError
 from baton.jsonl import Record
-from baton.models.templates import load_tokenizer, prompt_text, prompt_token_ids, template_hash
+from baton.models.templates import prompt_text, prompt_token_ids, template_hash
 from baton.pairs import PER_RESPONSE_KEYS
 from baton.partial import PartialRecords
 from baton.progress import Progress
@@ -39,14 +39,6 @@ class Completion(NamedTuple):
 def prompt_seed(arguments: GenerationArguments, record: Record) -> int | None:
     """With --reproducible the prompt's own seed, from run seed, round and prompt id; else None."""
     return seed_from(arguments.seed, arguments.iter, record["id"]) if arguments.reproducible else None
-
-
-def tokenizer_of(model: str, chat_template: str | None) -> Any:
-    """A model's tokenizer: see `load_tokenizer`. Nobody is asked whether to run a model's code: --trust_remote_code says it."""
-    from transformers import dynamic_module_utils
-
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-    return load_tokenizer(model, chat_template)
 
 
 def check_tokenizer(tokenizer: Any, arguments: GenerationArguments, prompts: PromptSet, shard: tuple[int, int]) -> None:

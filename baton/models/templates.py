@@ -22,16 +22,18 @@ PLACEHOLDER = "Response0"  # stands for a response; a template leaves letters an
 LINE_BREAK = "\n"
 
 
-def load_tokenizer(model: str, chat_template: str | None = None, of_texts: bool = False) -> Any:
+def load_tokenizer(
+    model: str, chat_template: str | None = None, of_texts: bool = False, *, trust_remote_code: bool = False
+) -> Any:
     """A model's tokenizer, with its chat template replaced by the file `chat_template` where one is given.
 
-    Raises InputError if the tokenizer cannot be loaded, or if there is no chat template, which plain texts alone (`of_texts`)
-    do not need.
+    Code beside the model runs with `trust_remote_code` alone. Raises InputError if the tokenizer cannot be loaded, or if there
+    is no chat template, which plain texts alone (`of_texts`) do not need.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{model}: its tokenizer cannot be loaded: {error}") from None
     if chat_template is not None:

@@ -1,12 +1,15 @@
 """vLLM servers that run on this machine, as processes with a state on disk: start, find, wait for and stop them.
 
-Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model) and PORT.log. A fourth,
-PORT.refused, is there where the last call wanted another model on the port: clients, whose caller may not know, refuse too.
+Each has three files in `folder()`: PORT.pid (pid and start time), PORT.what (host and model; options and the state of the
+model's files) and PORT.log. A fourth, PORT.refused, is there where the last call wanted something else on the port: clients,
+whose caller may not know, refuse too.
 """
 
 import errno
 import http.client
+import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 
 from baton import launch
 from baton.errors import InputError, UnitFailed
+from baton.fingerprint import state
 from baton.launch import Process, Unit, processes
 from baton.launch.unit import ROOT, end_of_log
 from baton.locks import Lock
@@ -40,11 +44,16 @@ class Place(NamedTuple):
 
 
 class Server(NamedTuple):
-    """A server that was started here: it may run, or have ended."""
+    """A server that was started here: it may run, or have ended.
+
+    `options` are words for vLLM, `state` is what the model's files were when it was started (None: not known).
+    """
 
     place: Place
     model: str
     process: Process
+    options: list[str]
+    state: str | None
 
     @property
     def port(self) -> int:
@@ -70,10 +79,12 @@ def find(port: int) -> Server | None:
     """The server that was started on a port; None if none was."""
     try:
         pid, started = _file(port, "pid").read_text().split()
-        host, model = _file(port, "what").read_text().rstrip("\n").split(" ", 1)
+        what, made_of = _file(port, "what").read_text().splitlines()
+        host, model = what.split(" ", 1)
+        options, files = json.loads(made_of)
     except (FileNotFoundError, ValueError):  # or one that was stopped or started by half
         return None
-    return Server(Place(host, port), model, Process(int(pid), int(started)))
+    return Server(Place(host, port), model, Process(int(pid), int(started)), options, files)
 
 
 def is_alive(server: Server) -> bool:
@@ -115,22 +126,24 @@ def describe(server: Server) -> str:
 
 
 def check_not_refused(ports: Iterable[int]) -> None:
-    """Raise InputError if the last call that was to start a server on one of these ports wanted another model there."""
+    """Raise InputError if the last call that was to start a server on one of these ports wanted something else there."""
     for port in ports:
         server, refusal = find(port), _file(port, "refused")
         if server and is_alive(server) and refusal.exists():
             raise InputError(f"{refusal.read_text()}; then start the servers again")
 
 
-def runs_already(place: Place, model: str) -> bool:
-    """Whether a server that was started here runs on the port, with this model; what is left of a dead one is removed.
+def runs_already(place: Place, model: str, options: Sequence[str]) -> bool:
+    """Whether a server that was started here runs on the port, with this model and these options; what is left of a dead one is
+    removed.
 
-    Raises InputError if the port serves another model, or is taken by another program.
+    Raises InputError if the port serves another model, this one as it was before its files changed or with other options, or is
+    taken by another program.
     """
     server = find(place.port)
     if server and is_alive(server):
-        if server.model != model:
-            refusal = f"port {place.port} already serves {server.model}, not {model}; `register_server.sh --stop` ends it"
+        if differs := _difference(server, model, options):
+            refusal = f"port {place.port} already serves {differs}; `register_server.sh --stop` ends it"
             _file(place.port, "refused").write_text(refusal)
             raise InputError(refusal)
         _file(place.port, "refused").unlink(missing_ok=True)
@@ -142,17 +155,30 @@ def runs_already(place: Place, model: str) -> bool:
     return False
 
 
+def _difference(server: Server, model: str, options: Sequence[str]) -> str | None:
+    """What a server serves, and that it is not what is wanted; None if it is."""
+    if server.model != model:
+        return f"{server.model}, not {model}"
+    if server.options != list(options):
+        return f"{model} with the options {shlex.join(server.options)}, not {shlex.join(options)}"
+    now = state(model)
+    # Of a model of the hub nothing was known before it was loaded here for the first time.
+    if server.state and now and server.state != now:
+        return f"{model} as it was before its files changed"
+    return None
+
+
 def start_missing(
     places: Sequence[Place], model: str, options: Sequence[str], gpus: int, variables: Mapping[str, str]
 ) -> list[int]:
     """Start a server at each place where none runs yet, each on so many GPUs; returns the ports of those that were started.
 
     All places are checked before the first server starts. Calls at the same time, which wait for each other, start one once.
-    Raises InputError if a port serves another model, or is taken by another program.
+    Raises InputError as `runs_already` does.
     """
     folder().mkdir(parents=True, exist_ok=True)
     with Lock(folder() / "lock"):
-        missing = [(slot, place) for slot, place in enumerate(places) if not runs_already(place, model)]
+        missing = [(slot, place) for slot, place in enumerate(places) if not runs_already(place, model, options)]
         for slot, place in missing:
             start(place, model, options, gpus, slot, variables)
     return [place.port for _, place in missing]
@@ -161,13 +187,23 @@ def start_missing(
 def start(place: Place, model: str, options: Sequence[str], gpus: int, slot: int, variables: Mapping[str, str]) -> Server:
     """Start a server, which outlives this process, on the `slot`-th group of so many GPUs; it is not ready yet."""
     # Without a seed vLLM's servers all draw the same random numbers.
-    return start_words(place, model, (*VLLM, "--model", model, "--seed", str(slot), *options), variables, gpus, slot)
+    words = (*VLLM, "--model", model, "--seed", str(slot), *options)
+    return start_words(place, model, words, variables, gpus, slot, (list(options), state(model)))
 
 
 def start_words(
-    place: Place, what: str, words: Sequence[str], variables: Mapping[str, str], gpus: int = 0, slot: int = 0
+    place: Place,
+    what: str,
+    words: Sequence[str],
+    variables: Mapping[str, str],
+    gpus: int = 0,
+    slot: int = 0,
+    made_of: tuple[list[str], str | None] = ([], None),
 ) -> Server:
-    """Start the server that these words after `python` start, with --host and --port added, and note `what` it serves."""
+    """Start the server that these words after `python` start, with --host and --port added, and note `what` it serves.
+
+    `made_of` are `options` and `state` of the `Server`, where a later call is to compare them.
+    """
     unit = Unit(
         name=f"the server on port {place.port}",
         environment="inference",
@@ -177,9 +213,9 @@ def start_words(
         variables=variables,
     )
     process = launch.start(unit, slot)
-    _file(place.port, "what").write_text(f"{place.host} {what}\n")
+    _file(place.port, "what").write_text(f"{place.host} {what}\n{json.dumps(made_of)}\n")
     _file(place.port, "pid").write_text(f"{process.pid} {process.started}\n")
-    return Server(place, what, process)
+    return Server(place, what, process, *made_of)
 
 
 def engine_options(settings: Mapping[str, Any], gpus: int, servers: int) -> tuple[list[str], dict[str, str]]:

@@ -13,11 +13,12 @@ import httpx
 import xxhash
 
 from baton.errors import FailuresListed, InputError
+from baton.sampling import SWITCHED_OFF
 from baton.servers.addresses import Refused, Transient
 from baton.servers.answers import choices, sampled_logps
 from baton.servers.pool import PER_SERVER, Servers, base_url
 
-DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, **SWITCHED_OFF}
 
 
 class Sampled(NamedTuple):
@@ -187,10 +188,10 @@ def common_model(models: list[dict[str, Any]]) -> tuple[str, int]:
 
 
 def sampled(answer: dict[str, Any], n: int) -> Sampled:
-    """The n responses in an answer of vLLM. Raises Transient for those that a pause has cut off, Refused as answers.py does."""
+    """The n responses in an answer of vLLM. Raises what answers.py does, and Transient where one has no end."""
     found = choices(answer, n)
-    if any(choice.get("finish_reason") in (None, "abort") for choice in found):
-        raise Transient("responses were cut off by a change of weights")
+    if any(choice.get("finish_reason") is None for choice in found):
+        raise Transient("a response without its end")
     ids = [choice.get("token_ids") for choice in found]
     logps = [sampled_logps(choice, of) for choice, of in zip(found, ids, strict=True)]
     return Sampled(ids, [choice["finish_reason"] for choice in found], logps, [choice.get("text") or "" for choice in found])

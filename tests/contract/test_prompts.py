@@ -313,6 +313,9 @@ def test_a_prefix_is_read_before_the_last_user_turn_and_the_record_stays_as_it_i
     ((_, _, record, messages),) = PromptSet(str(path), prefix="<reward_5> ").shard(0, 1)
     assert record == {**plain, "prompt_prefix": "<reward_5> "}
     assert messages == [*turns[:2], {"role": "user", "content": "<reward_5> A film, please."}]
+    again = write_lines(tmp_path / "again.jsonl", [record])  # as the prompts of a next sampling, which gives no prefix
+    ((_, _, unprefixed, messages),) = PromptSet(str(again)).shard(0, 1)
+    assert unprefixed == plain and messages == turns
     alone = write_lines(tmp_path / "alone.jsonl", [{"prompt": [{"role": "system", "content": "x"}]}])
     with pytest.raises(InputError, match="no user turn"):
         list(PromptSet(str(alone), prefix="<reward_5> ").shard(0, 1))

@@ -13,7 +13,8 @@ class MisbehavingServer(ThreadingHTTPServer):
 
     "500", "400" and other numbers are answered with that status, "hang" with nothing until the server is closed,
     "half" with half of the JSON, "lie" with fewer bytes than announced, "close" by closing the connection, "odd" with
-    responses that hold none, "few" with one response too few; `api_key` is asked of every request.
+    responses that hold none, "few" with one response too few, "abort" with responses cut off as by a pause of vLLM;
+    `api_key` is asked of every request.
     """
 
     daemon_threads = True
@@ -64,7 +65,8 @@ class Handler(BaseHTTPRequestHandler):
     def act(self, action: str, body: dict) -> None:
         said = body["messages"][-1]["content"]
         count = body["n"] - (action == "few")
-        choices = [{"index": i, "message": {"content": f"{said}, {i}"}, "finish_reason": "stop"} for i in range(count)]
+        reason = "abort" if action == "abort" else "stop"
+        choices = [{"index": i, "message": {"content": f"{said}, {i}"}, "finish_reason": reason} for i in range(count)]
         if action.isdigit():
             self.answer(int(action), {"error": {"message": f"the server says {action}"}})
         elif action == "odd":

@@ -664,6 +664,12 @@ def test_a_model_with_its_own_code_runs_only_when_allowed(annotated, models, tmp
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForSequenceClassification": "own_model.OwnModel"}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own_words.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\nclass OwnWords(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "OwnWords", "auto_map": {"AutoTokenizer": [None, "own_words.OwnWords"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     source, plain = annotated
     out = tmp_path / "o.jsonl"
     values = {"dataset_name_or_path": source, "output_dir": out, "scorer": f"custom:{folder}"}

@@ -260,6 +260,43 @@ def test_a_second_iteration_with_the_same_paths_is_not_merged_into_the_first_one
     assert read(tmp_path / "gen_data.json")[0]["prompt"][0]["content"] == PROMPTS[4]
 
 
+def finished_sampling(policy: Path, folder: Path) -> list[object]:
+    """The call of a sampling that is finished but not merged, made without an engine: a response to each of two prompts."""
+    from baton import shards
+    from generation.arguments import prompt_inputs
+    from generation.get_hf2 import Arguments
+
+    prompts, prefix = write(folder / "prompts.jsonl", PROMPTS[:2]), folder / "gen_data"
+    flags = {"model_name_or_path": str(policy), "dataset_name_or_path": str(prompts), "output_dir": str(prefix)}
+    flags |= {"K": 1, "backend": "hf", "min_new_tokens": 8, "max_new_tokens": 8}
+    arguments = Arguments(**flags)
+    stage = shards.begin("generate", arguments, prefix, 0, 1, {**prompt_inputs(arguments), "model": policy})
+    write_jsonl(stage.assembled, [{"prompt": prompt, "responses": ["a joy"]} for prompt in PROMPTS[:2]])
+    stage.finish(records_in=2, records_out=2, prompts=2, tokens=4)
+    return ["generation/run_shards.py", *(word for flag, value in flags.items() for word in (f"--{flag}", value))]
+
+
+def test_a_mistyped_call_or_check_does_not_lock_a_finished_sampling(policy, tmp_path):
+    call, refused = finished_sampling(policy, tmp_path), tmp_path / "gen_data0.jsonl.refused"
+    mistyped = [*call, "--temperatur", "0.5"]
+    assert run_program(*mistyped, "--check").returncode == 2
+    assert not refused.exists()
+    assert run_program(*mistyped).returncode == 2
+    assert refused.exists()
+    assert "up to date" in succeed(*call, "--check").stderr
+    assert refused.exists()  # looking changes nothing
+    succeed(*call)
+    assert [record["responses"] for record in read(tmp_path / "gen_data.jsonl")] == [["a joy"]] * 2
+    assert not refused.exists()
+
+
+def test_overwriting_samples_and_merges_what_is_finished_afresh(policy, tmp_path):
+    call = finished_sampling(policy, tmp_path)
+    succeed(*call)
+    succeed(*call, "--overwrite")
+    assert [len(ids) for record in read(tmp_path / "gen_data.jsonl") for ids in record["response_token_ids"]] == [8, 8]
+
+
 def test_a_forked_engine_process_dies_with_its_program(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(
@@ -652,7 +689,7 @@ def test_with_transformers_a_long_prompt_does_not_cut_off_the_responses_to_its_n
 
 
 def test_what_a_model_needs_beyond_the_defaults_is_refused_unless_it_is_requested(policy, tmp_path):
-    model, ran = tmp_path / "model", tmp_path / "ran"
+    model, ran, tokenized = tmp_path / "model", tmp_path / "ran", tmp_path / "tokenized"
     shutil.copytree(policy, model)
     config = json.loads((model / "config.json").read_text())
     config |= {
@@ -668,6 +705,15 @@ def test_what_a_model_needs_beyond_the_defaults_is_refused_unless_it_is_requeste
         "class C(LlamaConfig):\n    model_type = 'own'\n"
         "class Own(LlamaForCausalLM):\n    config_class = C\n"
     )
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": [None, "words.Words"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "words.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(tokenized)!r}).touch()\n"
+        "class Words(PreTrainedTokenizerFast):\n    pass\n"
+    )
     flags = {"dataset_name_or_path": write(tmp_path / "prompts.jsonl", PROMPTS[:2]), "output_dir": tmp_path / "gen", "K": 1}
     flags |= {"max_new_tokens": 4, "dtype": "float32"}
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -681,11 +727,17 @@ def test_what_a_model_needs_beyond_the_defaults_is_refused_unless_it_is_requeste
         refused = run_program(*program("get_hf2.py", *words, model_name_or_path=model_, **flags), env=env)
         assert refused.returncode == 2
         assert message in refused.stderr and "Traceback" not in refused.stderr
-    assert not ran.exists()
+    chat = ["generation/chat.py", model, "--backend", "hf", "--dtype", "float32"]
+    assert "its tokenizer cannot be loaded" in run_program(*chat, env=env).stderr
+    assert not ran.exists() and not tokenized.exists()
     words = ["--backend", "hf", "--trust_remote_code"]
     done = run_program(*program("get_hf2.py", *words, model_name_or_path=model, **flags), env=env)
     assert done.returncode == 0, done.stderr
-    assert ran.exists()
+    assert ran.exists() and tokenized.exists()
+    tokenized.unlink()
+    done = run_program(*chat, "--trust_remote_code", env=env)  # with nothing asked
+    assert done.returncode == 0, done.stderr
+    assert tokenized.exists()
 
 
 def test_the_best_of_n_responses_is_written_and_the_others_are_counted(policy, tmp_path):

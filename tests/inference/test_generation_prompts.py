@@ -13,7 +13,7 @@ from baton.errors import InputError
 from baton.mixing import Selection, parse_probs, select_rows
 from baton.prompts import PromptSet
 from tests.inference.tiny_policy import make_tiny_policy
-from tests.programs import run_program
+from tests.programs import run_program, write_jsonl
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -140,6 +140,14 @@ def test_reproducible_responses_do_not_depend_on_shards_resumes_or_neighbours(po
     assert again.returncode == 0, again.stderr
     assert "going on where it stopped" in again.stderr
     assert responses(tmp_path / "again0.jsonl") == wanted
+
+
+def test_more_prompt_tokens_than_a_step_takes_are_sampled_reproducibly(policy, tmp_path):
+    """On a CPU vLLM takes 4,096 tokens a step; a prompt that it computed in two parts ended it where requests have seeds."""
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{n} " + "film " * 200} for n in range(24)])
+    done = generate(policy, prompts, tmp_path / "gen", "--K", 1, "--max_new_tokens", 2, "--reproducible")
+    assert done.returncode == 0, done.stderr
+    assert len(responses(tmp_path / "gen0.jsonl")) == 24
 
 
 def test_transformers_samples_where_vllm_does_not(policy, tmp_path):

@@ -7,14 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
+from baton.errors import InputError
 from baton.launch.processes import identify, is_alive
+from baton.servers import processes
 from tests.environments import made_for
 from tests.inference.misbehaving_server import MisbehavingServer
 from tests.inference.tiny_policy import make_tiny_policy
@@ -353,6 +357,44 @@ def test_where_one_port_is_taken_no_server_is_started(tmp_path):
     assert started == "stopped: none\n"
 
 
+HEALTHY = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+BaseHTTPRequestHandler.do_GET = lambda self: (self.send_response(200), self.end_headers())
+HTTPServer(("127.0.0.1", int(sys.argv[-1])), BaseHTTPRequestHandler).serve_forever()
+"""
+
+
+def test_a_server_with_other_options_or_of_files_that_have_changed_is_not_taken_for_the_wanted_one(tmp_path, monkeypatch):
+    (tmp_path / "serves.py").write_text(HEALTHY)
+    monkeypatch.setattr(processes, "VLLM", (str(tmp_path / "serves.py"),))
+    monkeypatch.setenv("BATON_SERVERS", str(tmp_path / "servers"))
+    model, place = tmp_path / "model", processes.Place("127.0.0.1", two_free_ports()[0])
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+
+    def started(*options: str) -> list[int]:
+        return processes.start_missing([place], str(model), options, 0, {})
+
+    try:
+        assert started("--dtype", "float32") == [place.port]
+        list(processes.wait_until_ready([place.port], [place.port], 60))
+        assert started("--dtype", "float32") == []
+        refused = f"already serves {model} with the options --dtype float32, not --dtype float16; `register_server.sh --stop`"
+        with pytest.raises(InputError, match=refused):
+            started("--dtype", "float16")
+        with pytest.raises(InputError, match=refused):  # of a client
+            processes.check_not_refused([place.port])
+        assert started("--dtype", "float32") == []
+        (model / "model.safetensors").write_text("trained anew")
+        with pytest.raises(InputError, match=f"already serves {model} as it was before its files changed"):
+            started("--dtype", "float32")
+    finally:
+        processes.stop(processes.known())
+    assert started("--dtype", "float32") == [place.port]
+    processes.stop(processes.known())
+
+
 def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
     command = [*REGISTER, "some/model", "--num_servers", "2", "--tensor_parallel_size", "2"]
     environment = {"BATON_ENVS": str(made_for("cuda", tmp_path / "envs")), "CUDA_VISIBLE_DEVICES": "4,5,6"}
@@ -361,7 +403,56 @@ def test_servers_that_need_more_gpus_than_are_visible_are_refused(tmp_path):
     assert "2 servers of 2 GPUs each, but there are 3 GPUs" in result.stderr
 
 
-@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "odd", "hang"])
+class Recording(BaseHTTPRequestHandler):
+    """A server that says it is vLLM, notes the path and body of each request, and refuses it."""
+
+    def do_GET(self):
+        self.say(200, {"data": [{"id": "model", "owned_by": "vllm", "max_model_len": 99}]})
+
+    def do_POST(self):
+        self.server.requests.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.say(400, {"error": {"message": "noted"}})
+
+    def say(self, status, content):
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        """Say nothing on the test's terminal."""
+
+
+def test_no_sampling_setting_of_the_models_own_acts_on_any_request(tmp_path):
+    """What vLLM itself makes of the requests of all three clients, with a model's settings and without."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    from baton.servers.rollouts import Rollouts
+    from generation.arguments import SamplingArguments
+    from generation.chat_models import ServedModel
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recording) as server:
+        server.daemon_threads, server.requests = True, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert run_program(*gen_hf(write(tmp_path, 1), "--url", url, "--K", 1)).returncode == 3
+        with pytest.raises(InputError, match="noted"):
+            list(ServedModel(f"{url}/v1", None, SamplingArguments(), None).answer([{"role": "user", "content": "a"}], 0))
+        with Rollouts([url], None) as rollouts, pytest.raises(InputError, match="noted"):
+            list(rollouts.sample([[1]], 1, {"max_tokens": 8}, [0]))
+        server.shutdown()
+    assert len(server.requests) == 3
+    own = {"temperature": 0.1, "top_p": 0.1, "top_k": 1, "min_p": 0.9}
+    own |= {f"{name}_penalty": 1.5 for name in ("repetition", "presence", "frequency")}
+    for path, body in server.requests:
+        request = (ChatCompletionRequest if "chat" in path else CompletionRequest)(**body)
+        assert own.keys() == request._DEFAULT_SAMPLING_PARAMS.keys()
+        assert request.to_sampling_params(8, own) == request.to_sampling_params(8, {})
+
+
+@pytest.mark.parametrize("trouble", ["500", "503", "429", "408", "half", "lie", "close", "odd", "abort", "hang"])
 def test_trouble_that_passes_is_tried_again_until_every_prompt_is_there(tmp_path, trouble):
     times = 1 if trouble == "hang" else 3
     with MisbehavingServer(script=(trouble,) * times) as server:
@@ -438,6 +529,7 @@ def test_an_api_key_is_sent_and_its_refusal_is_an_error_that_keeps_it_secret(tmp
         (["--url", "ftp://host"], "--url ftp://host: expected an address"),
         (["--ports", "1"], "no server answers at http://127.0.0.1:1/v1"),
         (["--ports", "1", "--tokenizer", "./nowhere"], "./nowhere: no such folder"),
+        (["--ports", "1", "--chat_template", __file__], "--chat_template: without --tokenizer a server applies its own"),
         (["--ports", "1", "--max_workers", "0"], "`max_workers`"),
         (["--ports", "1", "--timeout", "0"], "`timeout`"),
     ],
