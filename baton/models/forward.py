@@ -217,10 +217,11 @@ def _padding(row: Row, device: torch.device) -> int:
 
 
 def _logit_scale(config) -> float:
-    """Factor on the logits: Cohere multiplies them, Granite divides them."""
+    """Factor on the logits: Cohere and HyperCLOVA X multiply them, Granite divides them."""
     if getattr(config, "logit_scale", None) is not None:
         return config.logit_scale
-    return 1 / config.logits_scaling if getattr(config, "logits_scaling", None) else 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
 def sequences_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[tuple[list[int], list[int]]]:

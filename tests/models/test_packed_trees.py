@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.utils import _apply_to_tensors
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, HyperCLOVAXConfig
 
 from baton.models.attention import NAME
-from baton.models.forward import attention, score, share_prefixes
+from baton.models.forward import attention, obstacle, score, share_prefixes
 from baton.models.trees import pack, with_prompts
-from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, VOCABULARY, model_of, random_pairs
+from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, SHAPE, VOCABULARY, model_of, random_pairs
 
 tokens = st.integers(3, VOCABULARY - 1)
 prompts = st.lists(tokens, min_size=1, max_size=LENGTH_LIMIT // 2)
@@ -115,6 +116,24 @@ def test_packed_logps_are_those_of_each_sequence_alone(model, data):
         packed = logps_packed(model, sequences, tokens_per_row)
         for (prompt, response), logps in zip(sequences, packed, strict=True):
             torch.testing.assert_close(logps, logps_alone(model, prompt, response), atol=2e-5, rtol=1e-4)
+
+
+TAKEN = {
+    "cohere": CohereConfig(**SHAPE, logit_scale=0.5),
+    "granite": GraniteConfig(**SHAPE, logits_scaling=2.0),
+    "hyperclovax": HyperCLOVAXConfig(**SHAPE, logits_scaling=2.0),
+}
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_a_family_that_differs_from_llama_has_its_own_logps(family):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TAKEN[family]).eval()
+    assert obstacle(model) is None
+    sequences = [(row["prompt_ids"], row[side]) for row in random_pairs(4) for side in ("chosen_ids", "rejected_ids")]
+    with torch.no_grad():
+        for sequence, logps in zip(sequences, logps_packed(model, sequences), strict=True):
+            torch.testing.assert_close(logps, logps_alone(model, *sequence), atol=2e-5, rtol=1e-4)
 
 
 def test_gradients_are_those_of_the_sequences_alone(model):
