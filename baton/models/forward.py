@@ -121,6 +121,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
         return f"it has layers other than full and sliding-window attention: {', '.join(sorted(others))}"
+    if _limited_by_mask(config):
+        return "its attention is limited by its mask alone, which packed rows do without"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked"
     if getattr(config, "kv_lora_rank", None):
@@ -130,6 +132,14 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if any(getattr(config, name, None) is not None for name in ("output_multiplier", "lm_head_multiplier")):
         return "it scales its logits in a way of its own"
     return None
+
+
+def _limited_by_mask(config) -> bool:
+    """Whether transformers says what tokens see in a mask alone: Doge learns it, two families do not pass on their window."""
+    if config.model_type == "doge":
+        return True
+    window = config.sliding_window if config.model_type in ("phimoe", "qwen2_moe") else None
+    return bool(window) and window < config.max_position_embeddings
 
 
 def score(

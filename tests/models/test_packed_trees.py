@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.utils import _apply_to_tensors
-from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, HyperCLOVAXConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DogeConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+)
 
 from baton.models.attention import NAME
 from baton.models.forward import attention, obstacle, score, share_prefixes
@@ -122,6 +130,13 @@ TAKEN = {
     "cohere": CohereConfig(**SHAPE, logit_scale=0.5),
     "granite": GraniteConfig(**SHAPE, logits_scaling=2.0),
     "hyperclovax": HyperCLOVAXConfig(**SHAPE, logits_scaling=2.0),
+    "phimoe": PhimoeConfig(**SHAPE, sliding_window=LENGTH_LIMIT),
+    "qwen2_moe": Qwen2MoeConfig(**SHAPE, moe_intermediate_size=16, num_experts=4, sliding_window=5),
+}
+WINDOW_IN_MASK = {
+    "doge": DogeConfig(**SHAPE),
+    "phimoe": PhimoeConfig(**SHAPE, sliding_window=5),
+    "qwen2_moe": Qwen2MoeConfig(**SHAPE, moe_intermediate_size=16, num_experts=4, sliding_window=5, use_sliding_window=True),
 }
 
 
@@ -134,6 +149,13 @@ def test_a_family_that_differs_from_llama_has_its_own_logps(family):
     with torch.no_grad():
         for sequence, logps in zip(sequences, logps_packed(model, sequences), strict=True):
             torch.testing.assert_close(logps, logps_alone(model, *sequence), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", WINDOW_IN_MASK)
+def test_a_family_whose_attention_is_limited_by_the_mask_alone_is_refused(family):
+    model = AutoModelForCausalLM.from_config(WINDOW_IN_MASK[family])
+    with pytest.raises(ValueError, match="its attention is limited by its mask alone"):
+        share_prefixes(model)
 
 
 def test_gradients_are_those_of_the_sequences_alone(model):
