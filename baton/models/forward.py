@@ -83,7 +83,8 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
             if balanced:
                 count_sequences(rows, places)
             counts.needed = distinct_tokens(sequences)
-            counts.computed = sum(row.layout.length + _padding(row, self.device) for row in rows)
+            device = computes_on(self)
+            counts.computed = sum(row.layout.length + _padding(row, device) for row in rows)
             scored = _unpack(kwargs["labels"], *_score_rows(self, rows, places))
             if balanced:
                 scored["aux_loss"] = balance_loss(balance, rows)
@@ -208,7 +209,7 @@ def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
 
 def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
     """Last hidden states (N, H) at the tokens `at` of the row, int64 (N,); the attention must be `attention.NAME`."""
-    device = model.device
+    device = computes_on(model)
     padding = _padding(row, device)
     input_ids, position_ids = (
         torch.nn.functional.pad(ids, (0, padding)).to(device, non_blocking=True)[None]
@@ -220,6 +221,14 @@ def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
         row.left.router_logits = outputs.router_logits
     states = outputs.last_hidden_state[0]  # (T, H)
     return states[at.to(states.device, non_blocking=True)]
+
+
+def computes_on(model: PreTrainedModel) -> torch.device:
+    """The device that a model computes on; FSDP may keep its weights in the machine's memory meanwhile."""
+    weight = next(model.parameters())
+    if isinstance(weight, DTensor) and weight.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return weight.device
 
 
 def _padding(row: Row, device: torch.device) -> int:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.utils import _apply_to_tensors
 from transformers import (
     AutoModelForCausalLM,
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from baton.models.attention import NAME
-from baton.models.forward import attention, obstacle, score, share_prefixes
+from baton.models.forward import attention, computes_on, obstacle, score, share_prefixes
 from baton.models.trees import pack, with_prompts
 from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, SHAPE, VOCABULARY, model_of, random_pairs
 
@@ -40,6 +42,21 @@ def logps_packed(model, sequences, tokens_per_row=None) -> list[torch.Tensor]:
     with attention(model, NAME):
         scores, slices = score(model, sequences, tokens_per_row)
     return [scores.log_probs[part] for part in slices]
+
+
+def test_a_model_whose_weights_fsdp_keeps_in_memory_computes_on_the_gpu_of_its_process(monkeypatch):
+    model = torch.nn.Linear(2, 2, bias=False)
+    assert computes_on(model).type == "cpu"
+    torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, backend="gloo")
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), mesh))
+        assert computes_on(model).type == "cpu"
+        monkeypatch.setattr(mesh, "_device_type", "cuda")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        assert model.weight.device.type == "cpu" and computes_on(model) == torch.device("cuda:3")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # Packing
