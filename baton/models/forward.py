@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from baton.errors import InputError
 from baton.models.attention import NAME, padded_length
 from baton.models.logps import TokenScores, token_logps, token_scores
 from baton.models.router import balance_loss, balance_of, count_sequences
@@ -208,7 +209,16 @@ def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
 
 
 def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
-    """Last hidden states (N, H) at the tokens `at` of the row, int64 (N,); the attention must be `attention.NAME`."""
+    """Last hidden states (N, H) at the tokens `at` of the row, int64 (N,); the attention must be `attention.NAME`.
+
+    Raises InputError where a sequence is so long that the other sequences of its row would be computed otherwise.
+    """
+    limit = longest_alike(model.config)
+    if limit is not None and (longest := max(prompt + max(parts, default=0) for prompt, parts in row.layout.trees)) > limit:
+        raise InputError(
+            f"a sequence of {longest} tokens: where one has more than {limit}, {type(model).__name__} turns the positions of "
+            f"all sequences in its row otherwise (its `rope_type`); cut texts to {limit} tokens (`max_length`)"
+        )
     device = computes_on(model)
     padding = _padding(row, device)
     input_ids, position_ids = (
@@ -221,6 +231,21 @@ def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
         row.left.router_logits = outputs.router_logits
     states = outputs.last_hidden_state[0]  # (T, H)
     return states[at.to(states.device, non_blocking=True)]
+
+
+def longest_alike(config) -> int | None:
+    """The tokens of the longest sequence whose row computes all its positions as any shorter one; None: there is no longest.
+
+    The rotary embeddings `longrope` and `dynamic` choose their frequencies by the last position of a forward pass.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for of_layers in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
+        if of_layers.get("rope_type") == "longrope":
+            limits.append(of_layers["original_max_position_embeddings"])
+        elif of_layers.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
 
 
 def computes_on(model: PreTrainedModel) -> torch.device:

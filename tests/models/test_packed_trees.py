@@ -13,12 +13,16 @@ from transformers import (
     DogeConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
+    LlamaConfig,
+    Phi3Config,
     PhimoeConfig,
     Qwen2MoeConfig,
 )
 
+from baton.errors import InputError
 from baton.models.attention import NAME
 from baton.models.forward import attention, computes_on, obstacle, score, share_prefixes
+from baton.models.scoring import Packing
 from baton.models.trees import pack, with_prompts
 from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, SHAPE, VOCABULARY, model_of, random_pairs
 
@@ -173,6 +177,32 @@ def test_a_family_whose_attention_is_limited_by_the_mask_alone_is_refused(family
     model = AutoModelForCausalLM.from_config(WINDOW_IN_MASK[family])
     with pytest.raises(ValueError, match="its attention is limited by its mask alone"):
         share_prefixes(model)
+
+
+FREQUENCIES = {"rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings"),
+    [
+        (Phi3Config, {"rope_type": "longrope", "original_max_position_embeddings": 16}),
+        (LlamaConfig, {"rope_type": "dynamic"}),
+    ],
+)
+def test_sequences_of_a_length_that_changes_all_positions_of_their_row_are_refused(config_class, settings):
+    original = settings.get("original_max_position_embeddings", LENGTH_LIMIT)
+    more = {"original_max_position_embeddings": original} if config_class is Phi3Config else {}
+    config = config_class(**SHAPE, **more, rope_parameters=FREQUENCIES | settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    short, longest = ([3, 4], [5, 6, 7]), ([3, 4], [5] * (original - 1))  # a response's last token is no input
+    with torch.no_grad():
+        for sequence, logps in zip((short, longest), logps_packed(model, [short, longest]), strict=True):
+            alone = logps_alone(model, sequence[0], sequence[1][:-1])
+            torch.testing.assert_close(logps[:-1], alone, atol=2e-5, rtol=1e-4)
+        with pytest.raises(InputError, match=f"a sequence of {original + 1} tokens: .*; cut texts to {original} tokens"):
+            logps_packed(model, [short, ([3, 4], [5] * original)])
+    assert not Packing(model).holds
 
 
 def test_gradients_are_those_of_the_sequences_alone(model):
