@@ -1,6 +1,7 @@
 """A checkpoint made loadable by another number of processes than wrote it, or refused where it does not suit the run."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from baton import program
 from baton.errors import InputError
+from baton.training.waiting import in_process_0
 
 log = logging.getLogger("baton")
 
@@ -56,7 +58,7 @@ def _loads_universal(trainer: Any, checkpoint: Path) -> bool:
     (before, processes), now = _layout_of(checkpoint), _sharding(trainer)
     if before == now and (processes is None or processes == program.world_size()):
         return False
-    if before == now and before in (ZERO_1_2, ZERO_3) and _has_universal(trainer, checkpoint):
+    if before == now and before in (ZERO_1_2, ZERO_3) and _has_universal(checkpoint):
         return True
     again = f"{before} in {processes} processes" if processes else before
     raise InputError(
@@ -100,20 +102,26 @@ def _layout_of(checkpoint: Path) -> tuple[str, int | None]:
     return FSDP if any(checkpoint.glob("pytorch_model_fsdp*")) else UNSHARDED, None
 
 
-def _has_universal(trainer: Any, checkpoint: Path) -> bool:
-    """Whether a ZeRO checkpoint is there in DeepSpeed's universal form; process 0 converts it first.
+def _has_universal(checkpoint: Path) -> bool:
+    """Whether a ZeRO checkpoint is there in DeepSpeed's universal form; process 0 converts it first, for as long as it takes.
 
     DeepSpeed writes `latest_universal` last.
     """
-    states, done = (checkpoint / "latest").read_text().strip(), checkpoint / "latest_universal"
-    if program.rank() == 0 and not done.exists():
-        log.info("%s: converting to a universal checkpoint, for %d processes", checkpoint, program.world_size())
-        target = checkpoint / f"{states}_universal"
-        shutil.rmtree(target, ignore_errors=True)
-        folders = ["--input_folder", str(checkpoint / states), "--output_folder", str(target)]
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
-        converted = subprocess.run(command, capture_output=True, text=True)
-        if converted.returncode:
-            log.error("DeepSpeed could not convert the checkpoint: %s", converted.stderr[-2000:])
-    trainer.accelerator.wait_for_everyone()
-    return done.exists()
+    in_process_0(partial(convert, checkpoint))
+    return (checkpoint / "latest_universal").exists()
+
+
+def convert(checkpoint: Path) -> None:
+    """Convert a ZeRO checkpoint into a universal one beside it, once; where that fails the log says why."""
+    if (checkpoint / "latest_universal").exists():
+        return
+    log.info("%s: converting to a universal checkpoint, for %d processes", checkpoint, program.world_size())
+    states = checkpoint / (checkpoint / "latest").read_text().strip()
+    target = states.with_name(f"{states.name}_universal")
+    shutil.rmtree(target, ignore_errors=True)
+    folders = ["--input_folder", str(states), "--output_folder", str(target)]
+    command = [sys.executable, "-m", "baton.training.universal", *folders, "--inject_missing_state"]
+    environment = os.environ | {program.PARENT: str(os.getpid())}
+    converted = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if converted.returncode:
+        log.error("DeepSpeed could not convert the checkpoint: %s", converted.stderr[-2000:])

@@ -1,17 +1,21 @@
 """After a death, training and reference log-probabilities go on with another number of processes and another batch split."""
 
 import json
+import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.programs import begin, launch
+from baton.training.layouts import convert
+from tests.programs import FORKS, begin, launch
 from tests.training.test_dpo_core import model_of, pairs_of, random_pairs, tokenizer, with_reference
 from tests.training.test_training_programs import dpo_words, logged
 
@@ -239,3 +243,23 @@ def test_a_checkpoint_that_this_run_cannot_load_is_refused_by_name(material, tmp
     codes, errors = training_run(*under_zero, **zero(2))
     assert codes == [2] and "DeepSpeed could not convert the checkpoint" in errors
     assert "go on with ZeRO-1 or ZeRO-2 in 3 processes again" in errors
+
+
+def test_kill_9_of_a_training_ends_the_conversion_of_its_checkpoint(tmp_path):
+    states = tmp_path / "checkpoint-4" / "global_step4"
+    states.mkdir(parents=True)
+    (states.parent / "latest").write_text(states.name)
+    os.mkfifo(states / "zero_pp_rank_0_mp_rank_00_optim_states.pt")  # what reads it waits for ever
+    training = FORKS.Process(target=convert, args=(states.parent,))
+    training.start()
+    used, before = 0.0, None  # seconds of the processor; the conversion waits once it uses no more
+    while not used or used != before:
+        assert training.exitcode is None
+        time.sleep(0.5)
+        children = psutil.Process(training.pid).children()
+        used, before = sum(child.cpu_times().user for child in children), used
+    training.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    for child in alive:
+        child.kill()
+    assert not alive
