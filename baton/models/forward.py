@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from baton.errors import InputError
 from baton.models.attention import NAME, padded_length
 from baton.models.logps import TokenScores, token_logps, token_scores
 from baton.models.router import balance_loss, balance_of, count_sequences
@@ -83,7 +84,8 @@ def share_prefixes(model: PreTrainedModel, tokens_per_row: int | None = TOKENS_P
             if balanced:
                 count_sequences(rows, places)
             counts.needed = distinct_tokens(sequences)
-            counts.computed = sum(row.layout.length + _padding(row, self.device) for row in rows)
+            device = computes_on(self)
+            counts.computed = sum(row.layout.length + _padding(row, device) for row in rows)
             scored = _unpack(kwargs["labels"], *_score_rows(self, rows, places))
             if balanced:
                 scored["aux_loss"] = balance_loss(balance, rows)
@@ -121,6 +123,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if others:
         return f"it has layers other than full and sliding-window attention: {', '.join(sorted(others))}"
+    if _limited_by_mask(config):
+        return "its attention is limited by its mask alone, which packed rows do without"
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked"
     if getattr(config, "kv_lora_rank", None):
@@ -130,6 +134,14 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if any(getattr(config, name, None) is not None for name in ("output_multiplier", "lm_head_multiplier")):
         return "it scales its logits in a way of its own"
     return None
+
+
+def _limited_by_mask(config) -> bool:
+    """Whether transformers says what tokens see in a mask alone: Doge learns it, two families do not pass on their window."""
+    if config.model_type == "doge":
+        return True
+    window = config.sliding_window if config.model_type in ("phimoe", "qwen2_moe") else None
+    return bool(window) and window < config.max_position_embeddings
 
 
 def score(
@@ -197,8 +209,17 @@ def _hidden(model: PreTrainedModel, row: Row) -> Tensor:
 
 
 def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
-    """Last hidden states (N, H) at the tokens `at` of the row, int64 (N,); the attention must be `attention.NAME`."""
-    device = model.device
+    """Last hidden states (N, H) at the tokens `at` of the row, int64 (N,); the attention must be `attention.NAME`.
+
+    Raises InputError where a sequence is so long that the other sequences of its row would be computed otherwise.
+    """
+    limit = longest_alike(model.config)
+    if limit is not None and (longest := max(prompt + max(parts, default=0) for prompt, parts in row.layout.trees)) > limit:
+        raise InputError(
+            f"a sequence of {longest} tokens: where one has more than {limit}, {type(model).__name__} turns the positions of "
+            f"all sequences in its row otherwise (its `rope_type`); cut texts to {limit} tokens (`max_length`)"
+        )
+    device = computes_on(model)
     padding = _padding(row, device)
     input_ids, position_ids = (
         torch.nn.functional.pad(ids, (0, padding)).to(device, non_blocking=True)[None]
@@ -212,15 +233,39 @@ def hidden_states(model: PreTrainedModel, row: Row, at: Tensor) -> Tensor:
     return states[at.to(states.device, non_blocking=True)]
 
 
+def longest_alike(config) -> int | None:
+    """The tokens of the longest sequence whose row computes all its positions as any shorter one; None: there is no longest.
+
+    The rotary embeddings `longrope` and `dynamic` choose their frequencies by the last position of a forward pass.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for of_layers in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
+        if of_layers.get("rope_type") == "longrope":
+            limits.append(of_layers["original_max_position_embeddings"])
+        elif of_layers.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def computes_on(model: PreTrainedModel) -> torch.device:
+    """The device that a model computes on; FSDP may keep its weights in the machine's memory meanwhile."""
+    weight = next(model.parameters())
+    if isinstance(weight, DTensor) and weight.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return weight.device
+
+
 def _padding(row: Row, device: torch.device) -> int:
     return padded_length(row.layout.length) - row.layout.length if device.type == "cuda" else 0
 
 
 def _logit_scale(config) -> float:
-    """Factor on the logits: Cohere multiplies them, Granite divides them."""
+    """Factor on the logits: Cohere and HyperCLOVA X multiply them, Granite divides them."""
     if getattr(config, "logit_scale", None) is not None:
         return config.logit_scale
-    return 1 / config.logits_scaling if getattr(config, "logits_scaling", None) else 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
 def sequences_of(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> list[tuple[list[int], list[int]]]:

@@ -29,7 +29,8 @@ STATE_LIMIT = 0.15
 
 
 class Packing:
-    """Whether a model's sequences are scored in packed rows: where its architecture can take them, and its head is `known`.
+    """Whether a model's sequences are scored in packed rows: where its architecture takes them at any length, and its head is
+    `known`.
 
     On a GPU, whose kernels no test has seen, the first row must also agree with the model's own forward pass; else sequences
     are padded from then on, and the log says so. While it holds, the model's attention is `attention.NAME`.
@@ -37,7 +38,7 @@ class Packing:
 
     def __init__(self, model: PreTrainedModel, known: bool = True):
         self.model, self.own = model, model.config._attn_implementation
-        self.holds = known and forward.obstacle(model) is None
+        self.holds = known and forward.obstacle(model) is None and forward.longest_alike(model.config) is None
         self.checked = model.device.type != "cuda"
         if self.holds:
             model.config._attn_implementation = NAME

@@ -62,14 +62,19 @@ def layer_in_files(model: PreTrainedModel, layer: Mapping[str, Tensor], checkpoi
     if outline.keys() == shapes.keys():
         return dict(held)
     ends = list(accumulate(map(prod, shapes.values())))
-    places = torch.arange(ends[-1], dtype=torch.int32).tensor_split(ends[:-1])
+    places = torch.arange(ends[-1]).tensor_split(ends[:-1])  # int64: a layer may have more weights than int32 counts
     places = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), places, strict=True)}
     places = revert_weight_conversion(model, places)
-    values = torch.full((ends[-1],), torch.nan)
+    values, read = torch.full((ends[-1],), torch.nan), 0
     for name, tensor in held:
-        values[places[name].flatten().long()] = tensor.flatten().float()
+        values[places[name].flatten()] = tensor.flatten().float()
+        read += tensor.numel()
     parts = zip(shapes.items(), values.tensor_split(ends[:-1]), strict=True)
-    return {name: part.view(shape) for (name, shape), part in parts if not part.isnan().any()}
+    found = {name: part.view(shape) for (name, shape), part in parts if not part.isnan().any()}
+    if sum(value.numel() for value in found.values()) < read:
+        names = ", ".join(sorted(shapes.keys() - found.keys()))
+        log.warning("%s: its files hold a part of %s, whose float32 copy starts rounded", model.name_or_path, names)
+    return found
 
 
 def set_copy(weight: nn.Parameter, value: Tensor, copies: Mapping[int, Tensor]) -> None:

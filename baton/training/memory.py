@@ -70,7 +70,8 @@ def outline(model: str, adapter: Any = None, outputs: int | None = None) -> nn.M
 
     With `outputs` it is a sequence classifier with so many of them, whatever the model is.
 
-    Raises InputError for an unknown architecture, or an adapter of modules that the model does not have.
+    Raises InputError for an unknown architecture, and for an adapter of modules that the model does not have or of its output
+    embeddings: log-probabilities come of their weights alone, here and in TRL, so that their adapter would never be trained.
     """
     configuration = AutoConfig.from_pretrained(model)
     name = (configuration.architectures or [""])[0]
@@ -88,9 +89,17 @@ def outline(model: str, adapter: Any = None, outputs: int | None = None) -> nn.M
         from peft import get_peft_model
 
         try:
-            return get_peft_model(outlined, adapter)
+            adapted = get_peft_model(outlined, adapter)
         except ValueError as error:
             raise InputError(f"`lora_target_modules`: {error}") from None
+    head = outlined.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        name = next(name for name, module in outlined.named_modules() if module is head)
+        raise InputError(
+            f"`lora_target_modules`: an adapter of the output embeddings ({name}) would never be trained: leave them out, or "
+            "give `all-linear`, which does"
+        )
+    return adapted
 
 
 def largest_batch(

@@ -28,7 +28,7 @@ from baton import program
 from baton.fingerprint import fingerprint
 from baton.models.agreement import check_packed
 from baton.models.attention import NAME
-from baton.models.forward import TOKENS_PER_ROW, attention, obstacle, score
+from baton.models.forward import TOKENS_PER_ROW, attention, computes_on, obstacle, score
 from baton.models.trees import Tokens
 from baton.parallel import data_parallel, model_parallel_size
 from baton.partial import PartialRecords, part_files
@@ -416,7 +416,7 @@ def _one_by_one(
 ) -> list[Tensor]:
     logps = []
     for prompt, response in [*sequences, *[sequences[0]] * (passes - len(sequences))]:
-        ids = torch.tensor([[*prompt, *response]], device=causal.device)
+        ids = torch.tensor([[*prompt, *response]], device=computes_on(causal))
         logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         logps.append(logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1))
     return logps[: len(sequences)]

@@ -1,20 +1,14 @@
 """Training rows on disk: written once, mapped into memory by every process."""
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 
-from baton import program
-
-POLL_SECONDS = 0.2
-
-NUMBERS = count()  # numbers the datasets of this process; every process writes or awaits them in one order
+from baton.training.waiting import in_process_0
 
 
 def rows_on_disk(
@@ -22,20 +16,11 @@ def rows_on_disk(
 ) -> datasets.Dataset:
     """Training rows as a memory-mapped dataset: process 0 writes them once, every process maps the same file.
 
-    The others wait as long as it takes: they ask for a key of the process group's store. A collective would end them after
-    `ddp_timeout`. `rows` must yield at least one. What it raises, an interrupt among it, is raised here as it is.
-    `features` are the columns' types, where the first rows may not show them.
+    The others wait as long as it takes. `rows` must yield at least one. What it raises, an interrupt among it, is raised here
+    as it is. `features` are the columns' types, where the first rows may not show them.
     """
     folder = Path(config.output_dir, "rows", name)
-    key = f"baton/rows/{next(NUMBERS)}"
-    store = torch.distributed.distributed_c10d._get_default_store() if program.world_size() > 1 else None
-    if program.rank() == 0:
-        _write(rows, folder, name, features)
-        if store:
-            store.set(key, name)
-    else:
-        while not store.check([key]):
-            time.sleep(POLL_SECONDS)
+    in_process_0(partial(_write, rows, folder, name, features))
     return datasets.load_from_disk(str(folder / "rows"))
 
 

@@ -4,12 +4,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.utils import _apply_to_tensors
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DogeConfig,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    Phi3Config,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+)
 
+from baton.errors import InputError
 from baton.models.attention import NAME
-from baton.models.forward import attention, score, share_prefixes
+from baton.models.forward import attention, computes_on, obstacle, score, share_prefixes
+from baton.models.scoring import Packing
 from baton.models.trees import pack, with_prompts
-from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, VOCABULARY, model_of, random_pairs
+from tests.models.tiny_models import FAMILIES, LENGTH_LIMIT, SHAPE, VOCABULARY, model_of, random_pairs
 
 tokens = st.integers(3, VOCABULARY - 1)
 prompts = st.lists(tokens, min_size=1, max_size=LENGTH_LIMIT // 2)
@@ -31,6 +46,21 @@ def logps_packed(model, sequences, tokens_per_row=None) -> list[torch.Tensor]:
     with attention(model, NAME):
         scores, slices = score(model, sequences, tokens_per_row)
     return [scores.log_probs[part] for part in slices]
+
+
+def test_a_model_whose_weights_fsdp_keeps_in_memory_computes_on_the_gpu_of_its_process(monkeypatch):
+    model = torch.nn.Linear(2, 2, bias=False)
+    assert computes_on(model).type == "cpu"
+    torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, backend="gloo")
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), mesh))
+        assert computes_on(model).type == "cpu"
+        monkeypatch.setattr(mesh, "_device_type", "cuda")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        assert model.weight.device.type == "cpu" and computes_on(model) == torch.device("cuda:3")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # Packing
@@ -115,6 +145,64 @@ def test_packed_logps_are_those_of_each_sequence_alone(model, data):
         packed = logps_packed(model, sequences, tokens_per_row)
         for (prompt, response), logps in zip(sequences, packed, strict=True):
             torch.testing.assert_close(logps, logps_alone(model, prompt, response), atol=2e-5, rtol=1e-4)
+
+
+TAKEN = {
+    "cohere": CohereConfig(**SHAPE, logit_scale=0.5),
+    "granite": GraniteConfig(**SHAPE, logits_scaling=2.0),
+    "hyperclovax": HyperCLOVAXConfig(**SHAPE, logits_scaling=2.0),
+    "phimoe": PhimoeConfig(**SHAPE, sliding_window=LENGTH_LIMIT),
+    "qwen2_moe": Qwen2MoeConfig(**SHAPE, moe_intermediate_size=16, num_experts=4, sliding_window=5),
+}
+WINDOW_IN_MASK = {
+    "doge": DogeConfig(**SHAPE),
+    "phimoe": PhimoeConfig(**SHAPE, sliding_window=5),
+    "qwen2_moe": Qwen2MoeConfig(**SHAPE, moe_intermediate_size=16, num_experts=4, sliding_window=5, use_sliding_window=True),
+}
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_a_family_that_differs_from_llama_has_its_own_logps(family):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TAKEN[family]).eval()
+    assert obstacle(model) is None
+    sequences = [(row["prompt_ids"], row[side]) for row in random_pairs(4) for side in ("chosen_ids", "rejected_ids")]
+    with torch.no_grad():
+        for sequence, logps in zip(sequences, logps_packed(model, sequences), strict=True):
+            torch.testing.assert_close(logps, logps_alone(model, *sequence), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", WINDOW_IN_MASK)
+def test_a_family_whose_attention_is_limited_by_the_mask_alone_is_refused(family):
+    model = AutoModelForCausalLM.from_config(WINDOW_IN_MASK[family])
+    with pytest.raises(ValueError, match="its attention is limited by its mask alone"):
+        share_prefixes(model)
+
+
+FREQUENCIES = {"rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings"),
+    [
+        (Phi3Config, {"rope_type": "longrope", "original_max_position_embeddings": 16}),
+        (LlamaConfig, {"rope_type": "dynamic"}),
+    ],
+)
+def test_sequences_of_a_length_that_changes_all_positions_of_their_row_are_refused(config_class, settings):
+    original = settings.get("original_max_position_embeddings", LENGTH_LIMIT)
+    more = {"original_max_position_embeddings": original} if config_class is Phi3Config else {}
+    config = config_class(**SHAPE, **more, rope_parameters=FREQUENCIES | settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    short, longest = ([3, 4], [5, 6, 7]), ([3, 4], [5] * (original - 1))  # a response's last token is no input
+    with torch.no_grad():
+        for sequence, logps in zip((short, longest), logps_packed(model, [short, longest]), strict=True):
+            alone = logps_alone(model, sequence[0], sequence[1][:-1])
+            torch.testing.assert_close(logps[:-1], alone, atol=2e-5, rtol=1e-4)
+        with pytest.raises(InputError, match=f"a sequence of {original + 1} tokens: .*; cut texts to {original} tokens"):
+            logps_packed(model, [short, ([3, 4], [5] * original)])
+    assert not Packing(model).holds
 
 
 def test_gradients_are_those_of_the_sequences_alone(model):

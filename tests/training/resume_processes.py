@@ -67,10 +67,12 @@ def main() -> None:
     }  # fmt: skip
     stage = Stage(output, {})
     config = trainer_config(DPOConfig, settings | fields, [], stage)
+    rows = Dataset.from_list(json.loads((folder / "rows.json").read_text()))
     trainer = PackedDPOTrainer(
         str(folder / "model"),
         args=config,
-        train_dataset=Dataset.from_list(json.loads((folder / "rows.json").read_text())),
+        train_dataset=rows,
+        eval_dataset=None if config.eval_strategy == "no" else rows,
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         packed=packed,
     )

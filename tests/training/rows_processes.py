@@ -1,4 +1,4 @@
-"""Run under torchrun by test_tokenising.py: process 0 makes rows for longer than the other may wait in a collective.
+"""Run under torchrun by test_tokenising.py: process 0 works for longer than the other may wait in a collective.
 
 torchrun --nproc_per_node 2 rows_processes.py FOLDER
 """
@@ -6,10 +6,12 @@ torchrun --nproc_per_node 2 rows_processes.py FOLDER
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
 
+from baton.training import layouts
 from baton.training.rows import rows_on_disk
 
 WAITS = timedelta(seconds=1)
@@ -29,6 +31,13 @@ def main() -> None:
             yield {"number": number}
 
     sys.stdout.write(f"{len(rows_on_disk(rows, config, 'numbers'))} rows\n")
+
+    def convert(checkpoint):
+        time.sleep(3 * WAITS.total_seconds())
+        (checkpoint / "latest_universal").touch()
+
+    layouts.convert = convert
+    sys.stdout.write(f"converted: {layouts._has_universal(Path(sys.argv[1]))}\n")
 
 
 if __name__ == "__main__":

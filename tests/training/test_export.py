@@ -5,10 +5,11 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.core_model_loading import revert_weight_conversion
 
-from baton.training import export
+from baton.training import export, float32_copy
 from baton.training.export import Checkpoint, Rounding, copies_without_zero, layer_of, tensors_of, write_model
 from baton.training.float32_copy import layer_in_files
 from tests.models.tiny_models import SHAPE, model_of, one_thread, pairs_of, random_pairs
@@ -141,6 +142,26 @@ def test_the_files_values_are_those_that_transformers_loads_and_none_where_they_
         values = layer_in_files(model, {**weights, "score.weight": new}, checkpoint)
     assert values.keys() == weights.keys()
     assert all(torch.equal(values[name], weights[name]) for name in weights)
+
+
+def test_weights_of_which_the_files_hold_a_part_are_named_and_places_are_counted_in_64_bits(tmp_path, monkeypatch, caplog):
+    model = saved(AutoModelForCausalLM.from_config(MIXTRAL), tmp_path / "start")
+    tensors = load_file(tmp_path / "start/model.safetensors")
+    del tensors[next(name for name in tensors if ".layers.1." in name and ".experts.0." in name)]
+    save_file(tensors, tmp_path / "start/model.safetensors", {"format": "pt"})
+    dtypes = set()
+
+    def revert(model, tensors):
+        dtypes.update(tensor.dtype for tensor in tensors.values())
+        return revert_weight_conversion(model, tensors)
+
+    monkeypatch.setattr(float32_copy, "revert_weight_conversion", revert)
+    weights = {name: weight for name, weight in model.named_parameters() if ".layers.1." in name}
+    with torch.no_grad(), Checkpoint(str(tmp_path / "start")) as checkpoint:
+        values = layer_in_files(model, weights, checkpoint)
+    (missed,) = weights.keys() - values.keys()
+    assert f"its files hold a part of {missed}, whose float32 copy starts rounded" in caplog.text
+    assert dtypes == {torch.float32, torch.int64}  # the shapes alone, and the places
 
 
 def test_without_zero_the_float32_copies_are_those_of_deepspeeds_fused_adam_too():

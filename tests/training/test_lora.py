@@ -172,6 +172,14 @@ def test_modules_that_the_model_does_not_have_are_refused_before_it_is_loaded(ta
         outline(str(task / "base"), adapter)
 
 
+@pytest.mark.parametrize("modules", [["q_proj", "lm_head"], ".*(q_proj|lm_head)"])
+def test_an_adapter_of_the_output_embeddings_which_would_not_be_trained_is_refused(modules, task):
+    adapter = adapter_config(LoraArguments(use_peft=True, lora_target_modules=modules))
+    with pytest.raises(InputError, match=r"`lora_target_modules`: an adapter of the output embeddings \(lm_head\) would never"):
+        outline(str(task / "base"), adapter)
+    outline(str(task / "base"), adapter_config(LoraArguments(use_peft=True, lora_target_modules="all-linear")))
+
+
 def test_a_model_that_is_merged_is_not_sharded_in_a_run_under_zero_3(task, base):
     launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     with pytest.MonkeyPatch.context() as patch:

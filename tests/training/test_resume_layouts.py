@@ -1,15 +1,21 @@
 """After a death, training and reference log-probabilities go on with another number of processes and another batch split."""
 
 import json
+import os
 import re
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tests.programs import begin, launch
+from baton.training.layouts import convert
+from tests.programs import FORKS, begin, launch
 from tests.training.test_dpo_core import model_of, pairs_of, random_pairs, tokenizer, with_reference
 from tests.training.test_training_programs import dpo_words, logged
 
@@ -199,11 +205,28 @@ def test_a_zero_checkpoint_of_two_processes_goes_on_in_one(stage, material, tmp_
     assert f"go on {wanted} again" in errors
 
     codes, errors = training_run(material, tmp_path / "policy", (1, 4, 1), *GLOO, *fields, **zero(stage))
-    assert codes == [0] and "converting to a universal checkpoint" in errors, errors[-3000:]
+    assert codes == [0] and "checkpoint-4: converting to a universal checkpoint" in errors, errors[-3000:]
     whole, resumed = steps_of(tmp_path / "whole"), steps_of(tmp_path / "policy")
     assert list(resumed) == [5, 6, 7, 8]
     for step, (loss, rows) in resumed.items():
         assert rows == whole[step][1] and loss == pytest.approx(whole[step][0], abs=1e-4), step
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_best_checkpoint_of_two_processes_is_loaded_at_the_end_in_one(stage, material, tmp_path):
+    output, partial = tmp_path / "policy", tmp_path / "policy.partial"
+    # The best is the one with the highest loss, that of step 2
+    fields = (*GLOO, "eval_strategy", "steps", "eval_steps", 2, "load_best_model_at_end", "true", "greater_is_better", "true",
+              "save_total_limit", 4)  # fmt: skip
+    killed(material, output, (2, 2, 1), *fields, **zero(stage))
+    best = load_file(partial / "checkpoint-2" / "model.safetensors")
+
+    for last in (4, 6):  # of two processes, and of one
+        codes, errors = training_run(material, output, (1, 4, 1), *fields, **zero(stage))
+        assert codes == [0] and f"checkpoint-{last} (step" in errors, errors[-3000:]
+        exported = load_file(partial / "model.safetensors")
+        assert all(torch.allclose(exported[name], best[name], atol=1e-6) for name in exported)
+        shutil.rmtree(partial / "checkpoint-8")
 
 
 def test_a_checkpoint_that_this_run_cannot_load_is_refused_by_name(material, tmp_path):
@@ -220,3 +243,23 @@ def test_a_checkpoint_that_this_run_cannot_load_is_refused_by_name(material, tmp
     codes, errors = training_run(*under_zero, **zero(2))
     assert codes == [2] and "DeepSpeed could not convert the checkpoint" in errors
     assert "go on with ZeRO-1 or ZeRO-2 in 3 processes again" in errors
+
+
+def test_kill_9_of_a_training_ends_the_conversion_of_its_checkpoint(tmp_path):
+    states = tmp_path / "checkpoint-4" / "global_step4"
+    states.mkdir(parents=True)
+    (states.parent / "latest").write_text(states.name)
+    os.mkfifo(states / "zero_pp_rank_0_mp_rank_00_optim_states.pt")  # what reads it waits for ever
+    training = FORKS.Process(target=convert, args=(states.parent,))
+    training.start()
+    used, before = 0.0, None  # seconds of the processor; the conversion waits once it uses no more
+    while not used or used != before:
+        assert training.exitcode is None
+        time.sleep(0.5)
+        children = psutil.Process(training.pid).children()
+        used, before = sum(child.cpu_times().user for child in children), used
+    training.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    for child in alive:
+        child.kill()
+    assert not alive
