@@ -23,7 +23,7 @@ from baton.online.models import Models, load_actor, load_critic, plain
 from baton.stage import Stage
 from baton.training.adapters import adapter_config
 from baton.training.config import loaded_dtype
-from baton.training.memory import check_memory, estimate, outline, sharding_of
+from baton.training.memory import check_memory, estimate, outline, sharding_of, with_critic
 from baton.training.reference import load_as_policy
 from baton.training.sharding import unsharded
 
@@ -97,7 +97,7 @@ def learner_of(
     if critic is not None:
         with unsharded(config):
             outlined = outline(critic)
-        needs["critic"] = sum(estimate(outlined, config, sharding_of(config), 1).values())
+        needs = with_critic(needs, estimate(outlined, config, sharding_of(config), 1))
     check_memory(needs, config)
     dtype = getattr(torch, config.model_init_kwargs["dtype"])
     actor: nn.Module = load_actor(arguments.model_name_or_path, dtype)

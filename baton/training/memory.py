@@ -243,6 +243,12 @@ def offload(needs: dict[str, float], sharding: Sharding) -> dict[str, float]:
     return on_device | {"offloaded": sum(needs[name] for name in parts)}
 
 
+def with_critic(actor: dict[str, float], critic: dict[str, float]) -> dict[str, float]:
+    """An `estimate` of an actor with that of its critic: as one number, but for what of it is in RAM."""
+    on_device = sum(critic.values()) - critic["offloaded"]
+    return actor | {"critic": on_device, "offloaded": actor["offloaded"] + critic["offloaded"]}
+
+
 def activations(model: nn.Module, config: Any, tokens: int, element: int) -> float:
     """Bytes that the forward pass keeps for the backward pass, of elements of so many bytes.
 

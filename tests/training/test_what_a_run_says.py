@@ -17,7 +17,17 @@ from baton.errors import InputError
 from baton.models.trees import distinct_tokens
 from baton.training.adapters import LoraArguments, adapter_config
 from baton.training.checks import check_precision
-from baton.training.memory import Sharding, check_memory, count_weights, estimate, gib, largest_batch, outline, sharding_of
+from baton.training.memory import (
+    Sharding,
+    check_memory,
+    count_weights,
+    estimate,
+    gib,
+    largest_batch,
+    outline,
+    sharding_of,
+    with_critic,
+)
 from baton.training.metrics import WarnOfTrouble, forward_flops, peak_flops_of, weights_of
 from baton.training.progress import ProgressLines
 from baton.training.reference import reference_logps
@@ -165,6 +175,8 @@ def test_offloading_and_4_bits_take_memory_off_the_device(llama_8b):
     needs = estimate(outline(llama_8b), config_of(bf16=True), offload, tokens=4096)
     assert needs.keys() == {"gradients", "activations", "offloaded"}
     assert needs["offloaded"] / 1e9 == pytest.approx(14.1, abs=0.1)
+    both = with_critic(needs, needs)
+    assert both["offloaded"] == 2 * needs["offloaded"] and both["critic"] == needs["gradients"] + needs["activations"]
     adapter = adapter_config(LoraArguments(use_peft=True))
     config = config_of(bf16=True, model_init_kwargs={"dtype": "bfloat16"})
     needs = estimate(outline(llama_8b, adapter), config, Sharding(), tokens=4096, in_4_bit=True)
@@ -181,7 +193,7 @@ def test_a_reward_model_has_outputs_in_place_of_a_vocabulary(llama_8b):
 
 
 def test_the_layout_that_ppo_yaml_names_fits_on_gpus_of_80_gb(llama_8b):
-    """By the same sum as `learner_of`'s, with a tenth to spare for what no estimate counts."""
+    """With a tenth to spare for what no estimate counts."""
     text = (ROOT / "configs/ppo.yaml").read_text()
     servers, launcher = re.search(r"SERVER_GPUS=(\d) ACCELERATE_CONFIG=(\S+) ", text).groups()
     stage = yaml.safe_load((ROOT / launcher).read_text())["deepspeed_config"]["zero_stage"]
@@ -191,7 +203,7 @@ def test_the_layout_that_ppo_yaml_names_fits_on_gpus_of_80_gb(llama_8b):
     actor = estimate(outline(llama_8b), config, sharding, settings["tokens_per_row"], reference=True)
     critic = estimate(outline(llama_8b, None, 1), config, sharding, tokens=1)
     reward_server = 2 * count_weights(outline(llama_8b, None, 1), trained=True)
-    assert sum(actor.values()) + sum(critic.values()) + reward_server < 0.9 * 80e9
+    assert sum(with_critic(actor, critic).values()) + reward_server < 0.9 * 80e9
 
 
 def test_the_largest_batch_is_that_of_the_longest_pair():
