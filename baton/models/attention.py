@@ -78,7 +78,7 @@ def shared_prefix_attention(
         output = by_blocks(query, key, value, layout, scaling, sliding_window, softcap)
     else:
         output = by_trees(query, key, value, layout, scaling, dropout, sliding_window, softcap)
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None  # which some models take a view of
 
 
 def by_trees(

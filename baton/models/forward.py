@@ -116,7 +116,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
     config = model.config
     if config.get_text_config() is not config:
         return "it is multimodal"
-    if config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", False):
+    # A configuration file may hold an `is_decoder` that its class knows nothing of.
+    encoder = hasattr(type(config), "is_decoder") and not config.is_decoder
+    if config.is_encoder_decoder or encoder or getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
     if not model._supports_attention_backend:
         return "its attention does not go through transformers' attention interface"
@@ -133,6 +135,10 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return "it has attention sinks"
     if any(getattr(config, name, None) is not None for name in ("output_multiplier", "lm_head_multiplier")):
         return "it scales its logits in a way of its own"
+    if config.model_type == "nemotron":
+        return "its layers do not pass on to their attention where the trees lie"
+    if between := _between_body_and_head(model):
+        return f"it has weights between its body and its head: {between}"
     return None
 
 
@@ -142,6 +148,15 @@ def _limited_by_mask(config) -> bool:
         return True
     window = config.sliding_window if config.model_type in ("phimoe", "qwen2_moe") else None
     return bool(window) and window < config.max_position_embeddings
+
+
+def _between_body_and_head(model: PreTrainedModel) -> str | None:
+    """The name of a weight of a language model that is neither in its body nor in its head; None where there is none."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return None
+    known = {id(weight) for part in (model.base_model, head) for weight in part.parameters()}
+    return next((name for name, weight in model.named_parameters() if id(weight) not in known), None)
 
 
 def score(

@@ -9,11 +9,15 @@ from torch.distributed.tensor import distribute_tensor
 from torch.distributed.utils import _apply_to_tensors
 from transformers import (
     AutoModelForCausalLM,
+    BertGenerationConfig,
     CohereConfig,
     DogeConfig,
     GraniteConfig,
     HyperCLOVAXConfig,
+    JetMoeConfig,
     LlamaConfig,
+    ModernBertDecoderConfig,
+    NemotronConfig,
     Phi3Config,
     PhimoeConfig,
     Qwen2MoeConfig,
@@ -151,14 +155,20 @@ TAKEN = {
     "cohere": CohereConfig(**SHAPE, logit_scale=0.5),
     "granite": GraniteConfig(**SHAPE, logits_scaling=2.0),
     "hyperclovax": HyperCLOVAXConfig(**SHAPE, logits_scaling=2.0),
+    "jetmoe": JetMoeConfig(**SHAPE, num_local_experts=4, kv_channels=8, ffn_hidden_size=48),
     "phimoe": PhimoeConfig(**SHAPE, sliding_window=LENGTH_LIMIT),
     "qwen2_moe": Qwen2MoeConfig(**SHAPE, moe_intermediate_size=16, num_experts=4, sliding_window=5),
 }
-WINDOW_IN_MASK = {
-    "doge": DogeConfig(**SHAPE),
-    "phimoe": PhimoeConfig(**SHAPE, sliding_window=5),
-    "qwen2_moe": Qwen2MoeConfig(**SHAPE, moe_intermediate_size=16, num_experts=4, sliding_window=5, use_sliding_window=True),
-}
+IN_MASK = "its attention is limited by its mask alone"
+QWEN2_MOE = Qwen2MoeConfig(**SHAPE, moe_intermediate_size=16, num_experts=4, sliding_window=5, use_sliding_window=True)
+REFUSED = [
+    (DogeConfig(**SHAPE), IN_MASK),
+    (PhimoeConfig(**SHAPE, sliding_window=5), IN_MASK),
+    (QWEN2_MOE, IN_MASK),
+    (NemotronConfig(**SHAPE), "its layers do not pass on to their attention where the trees lie"),
+    (ModernBertDecoderConfig(**SHAPE), "it has weights between its body and its head: lm_head.dense.weight"),
+    (BertGenerationConfig(**SHAPE), "its attention is not causal"),
+]
 
 
 @pytest.mark.parametrize("family", TAKEN)
@@ -172,10 +182,10 @@ def test_a_family_that_differs_from_llama_has_its_own_logps(family):
             torch.testing.assert_close(logps, logps_alone(model, *sequence), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", WINDOW_IN_MASK)
-def test_a_family_whose_attention_is_limited_by_the_mask_alone_is_refused(family):
-    model = AutoModelForCausalLM.from_config(WINDOW_IN_MASK[family])
-    with pytest.raises(ValueError, match="its attention is limited by its mask alone"):
+@pytest.mark.parametrize(("config", "message"), REFUSED, ids=lambda of: getattr(of, "model_type", ""))
+def test_a_family_whose_packed_logps_would_be_others_is_refused(config, message):
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=message):
         share_prefixes(model)
 
 
