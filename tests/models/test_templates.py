@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -201,8 +200,8 @@ def test_a_response_is_tokenised_as_it_stands_after_its_prompt(tokenizer):
 CHATML_TEXT = "<|im_start|>user\nA film?<|im_end|>\n<|im_start|>assistant\nA warm film.<|im_end|>"
 
 
-def test_the_template_that_sft_yaml_names_writes_the_format_of_llama_3():
-    path = ROOT / yaml.safe_load((ROOT / "configs/sft.yaml").read_text())["chat_template"]
+def test_the_template_for_llama_3_writes_its_format():
+    path = ROOT / "configs/llama3.jinja"
     own = chat(Tokenizer.from_str(KINDS["tiktoken"].backend_tokenizer.to_str()), path.read_text(), "<|eot_id|>")
     turns = [{"role": "system", "content": "Be brief."}, *PROMPT, {"role": "assistant", "content": " A sea.\n"}]
     answered = (
