@@ -20,7 +20,7 @@ from baton import launch
 from baton.errors import InputError, UnitFailed
 from baton.fingerprint import state
 from baton.launch import Process, Unit, processes
-from baton.launch.unit import ROOT, end_of_log
+from baton.launch.unit import ROOT, end_of_log, refuse_secrets
 from baton.locks import Lock
 
 POLL_SECONDS = 0.5
@@ -174,8 +174,9 @@ def start_missing(
     """Start a server at each place where none runs yet, each on so many GPUs; returns the ports of those that were started.
 
     All places are checked before the first server starts. Calls at the same time, which wait for each other, start one once.
-    Raises InputError as `runs_already` does.
+    Raises InputError as `runs_already` does, and for a secret among the options, which messages and files show.
     """
+    refuse_secrets(f"the servers of {model}", options)
     folder().mkdir(parents=True, exist_ok=True)
     with Lock(folder() / "lock"):
         missing = [(slot, place) for slot, place in enumerate(places) if not runs_already(place, model, options)]

@@ -386,6 +386,9 @@ def test_a_server_with_other_options_or_of_files_that_have_changed_is_not_taken_
         with pytest.raises(InputError, match=refused):  # of a client
             processes.check_not_refused([place.port])
         assert started("--dtype", "float32") == []
+        with pytest.raises(InputError, match="--api-key: every user of a machine can read") as refusal:
+            started("--api-key", "mine")
+        assert "mine" not in str(refusal.value)
         (model / "model.safetensors").write_text("trained anew")
         with pytest.raises(InputError, match=f"already serves {model} as it was before its files changed"):
             started("--dtype", "float32")
