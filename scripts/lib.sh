@@ -35,10 +35,15 @@ recipe_stopped() {
     "VARIABLE=value, without blanks around ="
 }
 
-# Ends the script unless folder $1 is there or can be made, and can be written to, and programs take a file in it for one.
+# Ends the script for a folder $1 where programs would take a path of a file for two.
+check_path() {
+  [[ $1 != *,* ]] || die "$1: a comma stands between the files that a program reads: give another --run_dir, without one"
+}
+
+# Ends the script unless folder $1 is there or can be made, and can be written to, and has a path that programs take.
 check_folder() {
   local place=$1
-  [[ $1 != *,* ]] || die "$1: a comma stands between the files that a program reads: give another --run_dir, without one"
+  check_path "$1"
   until [[ -e $place ]]; do place=$(dirname "$place"); done
   [[ -d $place && -w $place ]] ||
     die "$1: cannot be written, because $place is no folder that you may write to: give another --run_dir"

@@ -182,6 +182,11 @@ def test_a_run_folder_that_cannot_be_made_or_has_a_comma_is_refused_before_anyth
     assert not (folder / run).exists()
 
 
+def test_a_plan_says_at_once_that_a_comma_in_the_folders_path_does_not_work(folder):
+    done = run_loop(written_recipe(folder, "REWARD_MODEL=reward\n"), "--run_dir", folder / "a,b", "--plan")
+    assert done.returncode == 2 and "/a,b: a comma stands between" in done.stderr
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("configs/recipes/*.env")))
 def test_every_recipe_of_ours_can_be_planned(name, tmp_path):
     done = run_loop(f"configs/recipes/{name}.env", "--run_dir", tmp_path / "run", "--plan")
