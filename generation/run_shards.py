@@ -37,7 +37,6 @@ class Sampling:
     merge: list[str]  # the words of merge_data.py
     merged: str  # the file that it makes
     prefix: Path  # the beginning of the shards' names
-    overwrites: bool
 
 
 def main() -> None:
@@ -47,13 +46,13 @@ def main() -> None:
             ahead.look(unit.program)
         ahead.look(own.merge)
         return
-    if own.overwrites or not all(plan.is_complete(unit.program) for unit in own.shards):
+    if not all(plan.is_complete(unit.program) for unit in own.shards):
         # What follows in the same process is sampled now too: of the same model, one engine then serves both.
         following = following_sets(own)
         try:
             launch.run_chains(list(zip(own.shards, *(each.shards for each in following), strict=True)))
         except UnitFailed as failure:
-            if own.overwrites or not all(plan.is_complete(unit.program) for unit in own.shards):
+            if not all(plan.is_complete(unit.program) for unit in own.shards):
                 raise
             log.warning("what follows is tried again in its own turn: %s", failure)
     forget_refusals(own.prefix)  # of earlier calls: the shards are those of this one
@@ -106,7 +105,7 @@ def sampling_of(words: list[str]) -> Sampling:
     merge = ["--base_path", output, "--output_dir", f"{output}.jsonl", "--num_datasets", str(shards)]
     merge += ["--overwrite", arguments.overwrite] if arguments.overwrite else []
     merge = [str(FOLDER / "merge_data.py"), *merge]
-    return Sampling(units, merge, f"{output}.jsonl", Path(output), overwrites=arguments.overwrite is not None)
+    return Sampling(units, merge, f"{output}.jsonl", Path(output))
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:

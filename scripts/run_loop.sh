@@ -45,8 +45,7 @@ variables=(
 lists=(PROMPTS PROMPT_ARGS GENERATE_ARGS SCORERS WEIGHTS REWARD_ARGS DPO_ARGS TRAIN_ARGS LEVELS HELDOUT_ARGS EVAL_SCORERS)
 export RUN_DIR=${run_dir:-$BATON_ROOT/runs/$(basename "$recipe" .env)}
 run_dir=$RUN_DIR devices=${CUDA_VISIBLE_DEVICES-all}
-check_path "$run_dir"
-[[ -n $show_plan ]] || check_folder "$run_dir"   # a plan may be that of another user's run
+if [[ -n $show_plan ]]; then check_path "$run_dir"; else check_folder "$run_dir"; fi   # a plan may be that of another user's run
 # What a recipe cannot set: the shell says so, with file and line.
 readonly recipe run_dir RUN_DIR show_plan devices visible variables lists
 trap recipe_stopped EXIT

@@ -78,11 +78,21 @@ def _run_stage(words: list[str]) -> int:
         with ahead.command_line(words):
             runpy.run_path(words[0])["main"]()
     except FailuresListed as failure:
-        if not is_complete(words):
+        if not is_complete(_without_overwrite(words)):
             raise
         log.error("%s", failure)
         return failure.exit_code
     return 0
+
+
+def _without_overwrite(words: Sequence[str]) -> list[str]:
+    """The words of a program without `--overwrite` and its value, where it has one."""
+    values = {place + 1 for place, word in enumerate(words) if word == "--overwrite"}
+    return [
+        word
+        for place, word in enumerate(words)
+        if word.partition("=")[0] != "--overwrite" and (place not in values or word.startswith("-"))
+    ]
 
 
 def _free_memory() -> None:

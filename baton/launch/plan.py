@@ -78,10 +78,12 @@ def problems(entries: Sequence[Planned]) -> str:
 
 
 def is_complete(words: Sequence[str]) -> bool:
-    """Whether the output of the stage program with these words is there, complete; False for a program that is no stage."""
+    """Whether the output of the stage program with these words is there, complete; False for a program that is no stage.
+
+    With `--overwrite` nothing ever is.
+    """
     if not is_stage(Path(words[0])):
         return False
-    words = _without_overwrite(words)  # with it nothing ever is
     kept, ahead.OUTLOOK = ahead.OUTLOOK, ahead.Outlook()
     try:
         found = ahead.look(words)
@@ -90,16 +92,6 @@ def is_complete(words: Sequence[str]) -> bool:
     finally:
         ahead.OUTLOOK = kept
     return bool(found) and all(planned.startswith(ahead.UP_TO_DATE) for planned in found)
-
-
-def _without_overwrite(words: Sequence[str]) -> list[str]:
-    """The words of a program without `--overwrite` and its value, where it has one."""
-    values = {place + 1 for place, word in enumerate(words) if word == "--overwrite"}
-    return [
-        word
-        for place, word in enumerate(words)
-        if word.partition("=")[0] != "--overwrite" and (place not in values or word.startswith("-"))
-    ]
 
 
 def _look(unit: Unit) -> Planned:

@@ -295,6 +295,7 @@ def test_overwriting_samples_and_merges_what_is_finished_afresh(policy, tmp_path
     succeed(*call)
     succeed(*call, "--overwrite")
     assert [len(ids) for record in read(tmp_path / "gen_data.jsonl") for ids in record["response_token_ids"]] == [8, 8]
+    assert "shard 0 of" not in succeed(*call, "--overwrite", "false").stderr  # nothing is started
 
 
 def test_a_forked_engine_process_dies_with_its_program(tmp_path):
